@@ -1,0 +1,386 @@
+"""Plumbing that the stages share and a reader may skip: config, files, torchrun, learning rate, checkpoints, log.csv.
+
+Nothing in here knows about neutrinos. torch is imported where it is needed, so that simulate.py and prepare.py
+(and their worker processes) start without it.
+"""
+import ast
+import csv
+import dataclasses
+import difflib
+import inspect
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+from tqdm import tqdm
+
+CHECKPOINT_FORMAT = 1
+
+
+def fail(message):
+    """End the program with one clear line on stderr and exit status 1."""
+    raise SystemExit(f"error: {message}")
+
+
+def is_main_process():
+    return int(os.environ.get("RANK", 0)) == 0  # set by torchrun
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# configuration: one flat dataclass per stage, python files with assignments, --key=value
+# ----------------------------------------------------------------------------------------------------------------------
+
+def load_config(cls, doc=""):
+    """Build the dataclass `cls` from the command line: any number of config files and --key=value, later wins.
+
+    Returns the config, checked. `config.sources` maps each knob that was set to the place that set it. Exits with one
+    line on an unknown key, a wrong type, a missing file or a value that `cls.check()` yields a complaint about.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    values, sources, stems = {}, {}, []
+    for arg in sys.argv[1:]:
+        if arg in ("-h", "--help"):
+            print(help_text(cls, doc))
+            raise SystemExit(0)
+        if arg.startswith("-"):
+            key, equals, text = arg.lstrip("-").partition("=")
+            if not equals or not arg.startswith("--"):
+                fail(f"{arg}: flags are written --key=value, for example --seed=2 (--help lists the knobs)")
+            assignments, where = {key: text}, "command line"
+        else:
+            assignments, where = read_config_file(arg), arg
+            stems.append(Path(arg).stem)
+        for key, value in assignments.items():
+            if key not in fields:
+                near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
+                hint = f", did you mean {near[0]}?" if near else ""
+                fail(f"{where}: {cls.__name__} has no knob {key}{hint} (python {Path(sys.argv[0]).name} --help lists them)")
+            if where == "command line" and fields[key].type is not str:
+                value = parse_flag(value)
+            values[key] = to_type(value, fields[key].type, f"{where}: {key}")
+            sources[key] = where
+    config = cls(**values)
+    config.sources = sources
+    if getattr(config, "out_dir", None) == "":
+        config.out_dir = "out/" + ("+".join(stems) or Path(sys.argv[0]).stem)
+    for complaint in config.check() or ():
+        fail(complaint)
+    if is_main_process():
+        for key, where in sources.items():
+            if getattr(config, key) != default_of(fields[key]):
+                print(f"knob {key} = {getattr(config, key)!r} (default {default_of(fields[key])!r}, from {where})")
+    return config
+
+
+def default_of(field):
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def read_config_file(path):
+    """A config file's assignments as a dict. The file is python, but holds nothing except `name = value` lines."""
+    if not os.path.isfile(path):
+        hint = "config/ is your copy of the samples, make it with: cp -r sample_config config" \
+            if Path(path).parts[:1] == ("config",) and not os.path.isdir("config") else "check the spelling"
+        fail(f"{path}: no such config file; {hint}")
+    names = {}
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        tree = ast.parse(text)
+        for node in tree.body:
+            is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            if not is_docstring and not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)):
+                fail(f"{path}:{node.lineno}: a config file holds assignments only (name = value)")
+        exec(compile(tree, path, "exec"), {"__builtins__": {"dict": dict}}, names)
+    except UnicodeDecodeError:
+        fail(f"{path}: not a text file; a config file is python text with assignments")
+    except SyntaxError as error:
+        fail(f"{path}:{error.lineno}: not valid python: {error.msg}")
+    except Exception as error:  # whatever the user's expressions may raise
+        fail(f"{path}: {type(error).__name__}: {error}")
+    return {name: value for name, value in names.items() if not name.startswith("__")}
+
+
+def parse_flag(text):
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def to_type(value, kind, where):
+    """The value as `kind`, where nothing is lost: 1 is a float, 1e6 is an int, but 1.5, "1" and True are not ints."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is float and is_number and math.isfinite(value):
+        return float(value)
+    if kind is int and is_number and math.isfinite(value) and value == int(value):
+        return int(value)
+    if type(value) is not kind or kind in (int, float):
+        wanted = {int: "an integer", float: "a finite number", bool: "True or False", str: "a string (in quotes)",
+                  dict: "a dict"}[kind]
+        fail(f"{where} = {value!r} is not {wanted}")
+    return value
+
+
+def check_choice(config, key, choices):
+    """For a config's check(), which yields one line for each value that makes no sense."""
+    value = getattr(config, key)
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        yield f"{key} = {value!r}: choose one of {', '.join(map(repr, choices))}{hint}"
+
+
+def check_positive(config, *keys):
+    yield from (f"{key} = {getattr(config, key)}: must be greater than 0" for key in keys if getattr(config, key) <= 0)
+
+
+def check_not_negative(config, *keys):
+    yield from (f"{key} = {getattr(config, key)}: must not be negative" for key in keys if getattr(config, key) < 0)
+
+
+def check_share(config, *keys):
+    yield from (f"{key} = {getattr(config, key)}: must lie between 0 and 1" for key in keys
+                if not 0 < getattr(config, key) < 1)
+
+
+def check_training(config):
+    """The knobs that the loops of train.py and finetune.py have in common."""
+    yield from check_positive(config, "batch_size", "micro_batches", "max_steps", "learning_rate", "adam_eps", "grad_clip",
+                              "eval_interval", "log_interval", "save_interval")
+    yield from check_not_negative(config, "train_events", "val_events", "warmup_steps", "cooldown_steps", "weight_decay",
+                                  "seed")
+    yield from check_share(config, "beta1", "beta2")
+    yield from check_choice(config, "schedule", ("trapezoidal", "cosine", "constant"))
+    yield from check_choice(config, "device", ("auto", "cuda", "mps", "cpu"))
+    yield from check_choice(config, "dtype", ("auto", "float32", "bfloat16", "float16"))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if config.batch_size < config.micro_batches * world_size:
+        yield (f"batch_size = {config.batch_size} is too small to be cut into micro_batches = {config.micro_batches} on each "
+               f"of {world_size} ranks")
+
+
+def help_text(cls, doc):
+    """The script's docstring and every knob with its default and the comment beside it in the source."""
+    comments = {}
+    for base in reversed(cls.__mro__[:-1]):
+        for line in inspect.getsource(base).splitlines():
+            match = re.match(r"    (\w+): [^#]*#\s*(.*)", line)
+            if match:
+                comments[match[1]] = match[2]
+    lines = [f"  {f'--{field.name}={default_of(field)!r}':<36} {comments.get(field.name, '')}"
+             for field in dataclasses.fields(cls)]
+    return "\n".join([doc.strip(), "", "knobs (set in config files or as --key=value, later wins):", *lines])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# files and bars
+# ----------------------------------------------------------------------------------------------------------------------
+
+def write_atomic(path, write):
+    """Call write(temporary path), then rename: the file at `path` is either the old one or the whole new one."""
+    part = Path(f"{path}.part")
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        write(part)
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())  # the bytes are on disk before the name is, or a power cut leaves an empty file
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        if part.is_file():
+            part.unlink()
+        fail(f"{path}: cannot be written ({error}); free some space or choose another folder. "
+             "What was there before is untouched")
+
+
+def write_json(path, content):
+    write_atomic(path, lambda part: part.write_text(json.dumps(content, indent=1) + "\n"))
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except OSError as error:
+        fail(f"{path}: cannot be read ({error.strerror})")
+    except ValueError:
+        fail(f"{path}: not valid JSON; it is damaged, remove it and run the command that wrote it again")
+
+
+def progress_bar(total, desc, unit, initial=0):
+    """A tqdm bar on stderr; redrawn twice a second on a terminal, every 10 s in a log file; rank 0 only."""
+    return tqdm(total=total, desc=desc, unit=unit, initial=initial, disable=not is_main_process(), unit_scale=total > 9999,
+                mininterval=0.5 if sys.stderr.isatty() else 10, dynamic_ncols=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# devices and ranks
+# ----------------------------------------------------------------------------------------------------------------------
+
+def start_device(config):
+    """Choose device and precision, join torchrun's process group. -> rank, world_size, device, dtype, main."""
+    import torch
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        fail("device = 'cuda': torch sees no CUDA GPU here; use --device=auto or install a CUDA build of torch")
+    if name == "mps" and not torch.backends.mps.is_available():
+        fail("device = 'mps': torch sees no Apple GPU here; use --device=auto")
+    if name == "cuda":
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if local_rank >= torch.cuda.device_count():
+            fail(f"rank {rank} has no GPU of its own: {torch.cuda.device_count()} on this machine, lower --nproc_per_node")
+        torch.cuda.set_device(local_rank)
+        torch.backends.cuda.matmul.allow_tf32 = True  # only float32 runs are touched; the noise is far below SGD's
+        name = f"cuda:{local_rank}"
+    if world_size > 1:
+        torch.distributed.init_process_group("nccl" if name.startswith("cuda") else "gloo")
+    device = torch.device(name)
+    return SimpleNamespace(rank=rank, world_size=world_size, device=device, dtype=choose_dtype(config.dtype, device),
+                           main=rank == 0)
+
+
+def choose_dtype(name, device):
+    """"auto": bfloat16 where the hardware multiplies in it (recent CUDA, CPUs with AMX), float32 elsewhere."""
+    import torch
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
+        return torch.bfloat16  # without AMX, bfloat16 on a CPU is slower than float32
+    return torch.float32
+
+
+def stop_device(ranks):
+    import torch
+    if ranks.world_size > 1:
+        torch.distributed.destroy_process_group()
+
+
+def sum_over_ranks(values, ranks):
+    """Add up a short list of numbers (or a 1-d tensor) over all ranks, in float64 -> list of floats."""
+    import torch
+    kind = torch.float32 if ranks.device.type == "mps" else torch.float64  # mps has no float64
+    total = torch.as_tensor(values).to(ranks.device, kind)
+    if ranks.world_size > 1:
+        torch.distributed.all_reduce(total)
+    return total.tolist()
+
+
+def gather_over_ranks(rows, ranks):
+    """Stack every rank's numpy array (n_i, ...) in the order of the ranks -> (sum of n_i, ...) on every rank."""
+    import torch
+    if ranks.world_size == 1:
+        return rows
+    gathered = [None] * ranks.world_size
+    torch.distributed.all_gather_object(gathered, rows)
+    return np.concatenate(gathered)
+
+
+def print_run_header(config, ranks, model, n_train):
+    """What a log needs to be reproducible: versions, hardware, commit, size of the model and of the data."""
+    import torch
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False,
+                            cwd=Path(__file__).parent).stdout.strip() or "unknown"
+    where = torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"run {config.out_dir} | commit {commit} | python {sys.version.split()[0]} torch {torch.__version__} | "
+          f"{ranks.world_size} x {ranks.device.type} ({where}) {str(ranks.dtype).removeprefix('torch.')}")
+    print(f"run {count_parameters(model) / 1e6:.2f} M parameters | {n_train:,} training events | "
+          f"{config.batch_size} events a step | {config.max_steps * config.batch_size / n_train:.2f} epochs")
+
+
+def count_parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# learning rate
+# ----------------------------------------------------------------------------------------------------------------------
+
+def learning_rate(step, config):
+    """The learning rate of update `step` (from 0): linear warm-up, then the schedule; both decays reach 0 at max_steps.
+
+    warmup_steps = 0 stands for the memory of Adam's second moment, 1 / (1 - beta2) steps (5000 for 0.9998).
+    """
+    warmup = config.warmup_steps or round(1 / (1 - config.beta2))
+    rise = min(1.0, (step + 1) / warmup)
+    if config.schedule == "trapezoidal":
+        return config.learning_rate * min(rise, (config.max_steps - step) / max(config.cooldown_steps, 1))
+    if config.schedule == "cosine" and step >= warmup:
+        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (config.max_steps - warmup)))
+    return config.learning_rate * rise  # "constant"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# checkpoints and log.csv
+# ----------------------------------------------------------------------------------------------------------------------
+
+def save_checkpoint(path, **content):
+    import torch
+    write_atomic(path, lambda part: torch.save({"format": CHECKPOINT_FORMAT, **content}, part))
+
+
+def load_checkpoint(path):
+    """A checkpoint as a dict of tensors and plain python values, on the CPU; one line and exit 1 if it is unusable."""
+    import pickle
+    import torch
+    if not os.path.isfile(path):
+        fail(f"{path}: no such checkpoint; train.py writes ckpt.pt and best.pt into its out_dir")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        fail(f"{path}: not a readable checkpoint ({str(error).splitlines()[0][:120]}); it is damaged or of another program")
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
+        found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
+        fail(f"{path}: checkpoint format {found}, need {CHECKPOINT_FORMAT}; it was written by another version")
+    return checkpoint
+
+
+def find_run(config, path, may_change):
+    """The checkpoint at `path` to go on from, or None to start. Exits if that is refused, or the knobs do not fit it.
+
+    Going on is allowed only where the steps already done would have been the same under the present knobs.
+    """
+    if not os.path.exists(path):
+        return None
+    if not config.resume:
+        fail(f"{path}: this folder holds a run; go on with --resume=True, or choose another out_dir")
+    saved = load_checkpoint(path)
+    for key, now in dataclasses.asdict(config).items():
+        if key not in may_change:
+            check_same(path, key, saved["config"].get(key), now)
+    return saved
+
+
+def check_same(path, what, before, now):
+    if before != now:
+        fail(f"{path} was written with {what} = {before!r}, now it is {now!r}; set it back, or choose another out_dir")
+
+
+def start_log(path, columns, step):
+    """Open log.csv for a run that begins at `step`: keeps the rows before it, drops those from it on."""
+    rows = []
+    if step > 0 and os.path.isfile(path):
+        with open(path, newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["step"].isdigit() and int(row["step"]) < step]
+
+    def write(part):
+        with open(part, "w", newline="") as file:
+            writer = csv.DictWriter(file, columns, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+    write_atomic(path, write)
+
+
+def log_row(path, columns, row):
+    """Append one row; missing columns stay empty, floats get 6 significant digits."""
+    cells = [f"{row[key]:.6g}" if isinstance(row.get(key), float) else row.get(key, "") for key in columns]
+    with open(path, "a", newline="") as file:
+        csv.writer(file).writerow(cells)

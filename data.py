@@ -1,0 +1,273 @@
+"""The .bin format on disk, and which events make up training step k.
+
+    data/<name>/meta.json           format version, source, seed, max_pulses, dtypes, splits and counts; written last
+                geometry.bin        float32 (5160, 3), DOM positions in m, row = sensor_id
+                <split>_pulses.bin  PULSE records of all events, one event after another, no padding
+                <split>_events.bin  EVENT records
+
+Ragged records make a data set half as large as padded ones, and a run of consecutive events one contiguous read. A step
+is a pure function of its number: resuming, other ranks and other loader settings all see the same events.
+"""
+import json
+import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+FORMAT_VERSION = 1
+N_DOMS = 5160  # IceCube-86: 86 strings of 60 DOMs, sensor_geometry.csv
+DOMS_PER_STRING = 60  # sensor_id // 60 is the string, counted from 0
+
+PULSE = np.dtype([
+    ("time", "<f4"),  # [ns] in the readout window, trigger near 10,000
+    ("charge", "<f4"),  # [p.e.]
+    ("dom", "<u2"),  # sensor_id 0..5159; an integer all the way  # DIFF(upstream): float16 ids merge 5160 DOMs into 3338
+    ("aux", "?"),  # True = not in local coincidence
+])  # 11 bytes, packed
+
+EVENT = np.dtype([
+    ("event_id", "<i8"),
+    ("start", "<i8"),  # index of the first pulse in <split>_pulses.bin
+    ("length", "<u2"),  # pulses kept, 1..max_pulses
+    ("n_pulses", "<u4"),  # pulses of the full event
+    ("total_charge", "<f4"),  # [p.e.] of the full event
+    ("center", "<f4", (3,)),  # [m] charge-weighted centre of the full event
+    ("azimuth", "<f4"),  # [rad] of the direction the neutrino came from; NaN where unknown
+    ("zenith", "<f4"),  # [rad]
+    ("energy", "<f4"),  # [GeV]; NaN where unknown
+    ("event_class", "u1"),  # 0 unknown, 1 track, 2 cascade
+])  # 51 bytes, packed
+
+RUN_LENGTH = 8  # consecutive events that stay together when an epoch is shuffled: 5.8 kB, one or two pages of the disk
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# writing a data folder
+# ----------------------------------------------------------------------------------------------------------------------
+
+def reserve(path, n_bytes):
+    """Create a file of its final size, with its room on the disk taken (OSError if there is none)."""
+    with open(path, "wb") as file:
+        if hasattr(os, "posix_fallocate") and n_bytes:
+            os.posix_fallocate(file.fileno(), 0, n_bytes)
+        file.truncate(n_bytes)
+
+
+def write_records(path, first, records):
+    """Write PULSE or EVENT records to a reserved file, from record `first` on; many processes may do so at once."""
+    with open(path, "r+b") as file:
+        file.seek(first * records.dtype.itemsize)
+        file.write(np.ascontiguousarray(records).data.cast("B") if len(records) else b"")
+
+
+def describe_dtypes():
+    """The record layouts in the form that meta.json holds: lists of [name, type] and [name, type, shape]."""
+    return json.loads(json.dumps({"pulse": PULSE.descr, "event": EVENT.descr}))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# reading a data folder
+# ----------------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Split:
+    """One split of a data folder, memory-mapped: events (n_events,) of EVENT, pulses (n_pulses,) of PULSE."""
+    path: str  # data folder and split name, for messages
+    events: np.ndarray
+    pulses: np.ndarray
+
+    def __len__(self):
+        return len(self.events)
+
+
+def read_meta(data_dir):
+    """The meta.json of a finished data folder, checked for its version and dtypes."""
+    path = Path(data_dir) / "meta.json"
+    if not Path(data_dir).is_dir():
+        raise SystemExit(f"error: {data_dir}: no such data folder; make it with prepare.py, for example "
+                         "python prepare.py sample_config/demo_prepare.py")
+    if not path.is_file():
+        raise SystemExit(f"error: {path} is missing: preparing this folder never finished; run the same prepare.py "
+                         "command again, it goes on where it stopped")
+    try:
+        meta = json.loads(path.read_text())
+    except ValueError:
+        raise SystemExit(f"error: {path}: not valid JSON; prepare the folder anew") from None
+    if meta.get("format") != FORMAT_VERSION:
+        raise SystemExit(f"error: {path}: format {meta.get('format')}, need {FORMAT_VERSION}; prepare the folder anew")
+    if meta["dtypes"] != describe_dtypes():
+        raise SystemExit(f"error: {path}: the records are laid out differently from data.py; prepare the folder anew")
+    return meta
+
+
+def open_split(data_dir, name):
+    """Memory-map one split. Exits with one line if it does not exist, is empty or has a file of the wrong size."""
+    splits = read_meta(data_dir)["splits"]
+    if name not in splits:
+        raise SystemExit(f"error: {data_dir} has no split {name!r}, it has: {', '.join(splits)}")
+    count = splits[name]
+    if count["n_events"] == 0:
+        raise SystemExit(f"error: {data_dir}: split {name!r} holds no events")
+    files = []
+    for kind, dtype, n in (("events", EVENT, count["n_events"]), ("pulses", PULSE, count["n_pulses"])):
+        path = Path(data_dir) / f"{name}_{kind}.bin"
+        size = path.stat().st_size if path.is_file() else 0
+        if size != n * dtype.itemsize:
+            raise SystemExit(f"error: {path}: {size} bytes, meta.json says {n * dtype.itemsize}; the file was cut or "
+                             "replaced, prepare the folder anew")
+        files.append(np.asarray(np.memmap(path, dtype, mode="r")))  # a plain view: memmap's own slicing is slower
+    return Split(f"{data_dir}/{name}", *files)
+
+
+def open_first_events(data_dir, name, n_events):
+    """open_split, and how many of its events to use: the first n_events, 0 = all. -> Split, int"""
+    split = open_split(data_dir, name)
+    if n_events > len(split):
+        raise SystemExit(f"error: {split.path} holds {len(split):,} events, the config asks for {n_events:,}")
+    return split, n_events or len(split)
+
+
+def read_geometry(data_dir):
+    """DOM positions, float32 (5160, 3) [m], row = sensor_id."""
+    path = Path(data_dir) / "geometry.bin"
+    geometry = np.fromfile(path, "<f4") if path.is_file() else np.empty(0)
+    if geometry.size != N_DOMS * 3:
+        raise SystemExit(f"error: {path}: {geometry.size} numbers, need {N_DOMS} x 3; prepare the folder anew")
+    return geometry.reshape(N_DOMS, 3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# which events make up a step
+# ----------------------------------------------------------------------------------------------------------------------
+
+def step_events(step, batch_size, n_events, seed):
+    """The events of training step `step` -> index (batch_size,) and epoch (batch_size,), both int64.
+
+    Step k takes places [k * batch_size, (k + 1) * batch_size) of an endless stream of epochs. Each epoch holds every
+    event once, runs of RUN_LENGTH neighbours shuffled; a step may begin in one epoch and end in the next.
+    """
+    place = step * batch_size + np.arange(batch_size)
+    epoch, place = np.divmod(place, n_events)
+    index = np.empty(batch_size, np.int64)
+    for e in range(epoch[0], epoch[-1] + 1):
+        runs, shift = epoch_order(n_events, seed, e)
+        here = place[epoch == e]
+        run, within = np.divmod(here, RUN_LENGTH)
+        index[epoch == e] = (runs[run] * RUN_LENGTH + within + shift) % n_events
+    return index, epoch
+
+
+@lru_cache(maxsize=2)  # the present epoch and the one before: 130 M events are 65 MB an epoch
+def epoch_order(n_events, seed, epoch):
+    """One epoch's order of the runs. The shift moves the borders between runs, so that neighbours change too."""
+    rng = np.random.default_rng([seed, epoch])
+    shift = int(rng.integers(n_events))
+    runs = rng.permutation(n_events // RUN_LENGTH)
+    return np.append(runs, n_events // RUN_LENGTH).astype(np.uint32).astype(np.int64), shift  # a short run comes last
+
+
+def read_events(split, index):
+    """Read events by index -> their records (B,) and their pulses one event after another (sum of lengths,).
+
+    Any order and repeats are allowed; neighbours are read with one copy, which is what makes runs fast.
+    """
+    events = split.events[index]
+    first = np.flatnonzero(np.diff(index, prepend=index[0] - 2) != 1)  # where a stretch of neighbours begins
+    last = np.append(first[1:], len(index)) - 1
+    begin = events["start"][first].tolist()
+    end = (events["start"][last] + events["length"][last]).tolist()
+    raw = split.pulses.view(f"V{PULSE.itemsize}")  # as plain bytes: numpy copies records field by field, 10 times slower
+    return events, np.concatenate([raw[a:b] for a, b in zip(begin, end)]).view(PULSE)
+
+
+def pulse_places(events):
+    """Where the pulses of read_events lie in <split>_pulses.bin, int64 (sum of lengths,)."""
+    length = events["length"].astype(np.int64)
+    offset = np.cumsum(length) - length
+    return np.arange(length.sum()) + np.repeat(events["start"] - offset, length)
+
+
+def uniform_hash(seed, stream, place):
+    """Uniform numbers in [0, 1) that depend on (seed, stream, place) alone: splitmix64 (Steele, Lea & Flood 2014).
+
+    stream and place are integer arrays of one shape (or broadcast); -> float64 array. A hash instead of a generator:
+    a pulse's number does not depend on which rank, worker or batch asks for it.
+    """
+    def mix(z):
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
+        key = mix(np.asarray(stream).astype(np.uint64) * golden + mix(np.uint64(seed) + golden))
+        bits = mix(key + np.asarray(place).astype(np.uint64) * golden)
+    return (bits >> np.uint64(11)) * 2.0 ** -53
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# padded micro-batches
+# ----------------------------------------------------------------------------------------------------------------------
+
+def micro_batches(events, pulses, n, hidden=None):
+    """Sort events by length and cut them into n micro-batches, each padded to its own longest event -> list of dicts.
+
+    The mean event has half of max_pulses pulses: sorted, hardly any padding is computed.
+    # DIFF(upstream): every event is padded to 127 pulses there
+
+    Each dict holds tensors, B events by L pulses, physical units, padding = 0:
+      time [ns], charge [p.e.] float32 (B, L), dom int64 (B, L), aux, valid bool (B, L),
+      total_charge [p.e.] (B,), center [m] (B, 3), azimuth, zenith [rad] (B,), energy [GeV] (B,), event_id int64 (B,),
+      row int64 (B,): the event's place in `events`,
+      and, if hidden (one bool a pulse) is given, hidden int64 (M,): places of the hidden pulses in the flattened (B, L),
+      n_scored int64 (): events with a hidden pulse.
+    """
+    import torch  # here, not above: prepare.py and its worker processes need no torch
+    length = events["length"].astype(np.int64)
+    offset = np.cumsum(length) - length
+    columns = {name: np.ascontiguousarray(pulses[name]) for name in PULSE.names}
+    columns["dom"] = columns["dom"].astype(np.int64)
+    batches = []
+    for rows in np.array_split(np.argsort(length, kind="stable"), n):
+        if len(rows) == 0:
+            continue
+        grid = np.arange(length[rows].max())  # (L,)
+        valid = grid < length[rows, None]  # (B, L)
+        place = np.where(valid, offset[rows, None] + grid, 0)
+        batch = {name: np.where(valid, column[place], column.dtype.type(0)) for name, column in columns.items()}
+        batch["valid"] = valid
+        for name in ("total_charge", "center", "azimuth", "zenith", "energy", "event_id"):
+            batch[name] = np.ascontiguousarray(events[name][rows])
+        batch["row"] = rows
+        if hidden is not None:
+            is_hidden = valid & hidden[place]
+            batch["hidden"] = np.flatnonzero(is_hidden)
+            batch["n_scored"] = np.array(is_hidden.any(1).sum())
+        batches.append({name: torch.from_numpy(array) for name, array in batch.items()})
+    return batches
+
+
+def prefetch(load, steps, device, depth=2):
+    """Yield load(step) for each step, read ahead by a thread; on CUDA the tensors are pinned there and copied here.
+
+    load: step -> list of dicts of tensors. A thread is enough: numpy's copies release the interpreter lock.
+    """
+    def pin(step):
+        batches = load(step)
+        return [{k: v.pin_memory() for k, v in b.items()} for b in batches] if device.type == "cuda" else batches
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = deque()
+        for step in steps:
+            waiting.append(pool.submit(pin, step))
+            if len(waiting) > depth:
+                yield to_device(waiting.popleft().result(), device)
+        while waiting:
+            yield to_device(waiting.popleft().result(), device)
+
+
+def to_device(batches, device):
+    return [{k: v.to(device, non_blocking=True) for k, v in batch.items()} for batch in batches]

@@ -1,0 +1,73 @@
+"""Real files, real scripts: what the tests share."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+TINY_MODEL = ["--embedding_dim=32", "--dom_embed_dim=16", "--num_heads=2", "--hidden_size=64", "--num_layers=2"]
+TINY_RUN = [*TINY_MODEL, "--batch_size=16", "--micro_batches=2", "--max_steps=6", "--val_events=50", "--beta2=0.9",
+            "--cooldown_steps=2", "--eval_interval=3", "--log_interval=1", "--save_interval=2", "--device=cpu",
+            "--dtype=float32"]
+
+
+def run(script, *args, launcher=(sys.executable,), **kwargs):
+    """Run a script of the project as a user would, from its root -> CompletedProcess with text output."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **kwargs.pop("env", {})}
+    return subprocess.run([*launcher, str(ROOT / script), *map(str, args)], cwd=ROOT, env=env, capture_output=True,
+                          text=True, timeout=300, **kwargs)
+
+
+def run_ok(script, *args, **kwargs):
+    done = run(script, *args, **kwargs)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def user_error(script, *args, **kwargs):
+    """Run a script that must refuse: exit status 1, one line of error, no traceback -> that line."""
+    done = run(script, *args, **kwargs)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and len(lines) == 1 and "Traceback" not in done.stderr, done.stdout + done.stderr
+    return lines[0]
+
+
+def torchrun(n):
+    return (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}")
+
+
+@pytest.fixture(scope="session")
+def demo_data(tmp_path_factory):
+    """A data folder that went the whole way: simulated, written as parquet, prepared. 300 + 150 + 103 + 40 events."""
+    folder = tmp_path_factory.mktemp("demo")
+    run_ok("simulate.py", f"--out_dir={folder}/raw", "--n_events=553", "--events_per_batch=150", "--n_test_events=40",
+           "--workers=1")
+    run_ok("prepare.py", f"--input_dir={folder}/raw", f"--data_dir={folder}/demo", "--workers=1",
+           "--splits={'pretrain': (1, 2), 'finetune': (3, 3), 'val': (4, 4), 'test': 'test'}")
+    return folder / "demo"
+
+
+@pytest.fixture(scope="session")
+def pretrained(demo_data, tmp_path_factory):
+    """A tiny pretraining run that was never stopped; tests only read it."""
+    out_dir = tmp_path_factory.mktemp("pretrained")
+    done = run_ok("train.py", f"--data_dir={demo_data}", f"--out_dir={out_dir}", *TINY_RUN)
+    return out_dir, done
+
+
+def random_events(rng, lengths, n_doms=5160):
+    """Made-up EVENT and PULSE records with the given numbers of pulses, one event after another."""
+    import data
+    lengths = np.asarray(lengths)
+    events, pulses = np.zeros(len(lengths), data.EVENT), np.zeros(lengths.sum(), data.PULSE)
+    events["length"], events["n_pulses"], events["start"] = lengths, lengths, np.cumsum(lengths) - lengths
+    events["event_id"], events["total_charge"] = np.arange(len(lengths)) * 3 + 1, rng.uniform(10, 1000, len(lengths))
+    events["azimuth"], events["zenith"] = rng.uniform(0, 6.28, len(lengths)), rng.uniform(0, 3.14, len(lengths))
+    pulses["time"], pulses["charge"] = rng.uniform(6e3, 2e4, len(pulses)), rng.uniform(0.1, 5, len(pulses))
+    pulses["dom"], pulses["aux"] = rng.integers(0, n_doms, len(pulses)), rng.random(len(pulses)) < 0.5
+    return events, pulses

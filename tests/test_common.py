@@ -1,0 +1,179 @@
+"""Config rules, learning rate, checkpoints, log.csv."""
+import dataclasses
+import math
+import re
+import sys
+
+import pytest
+import torch
+
+import common
+from conftest import ROOT, run, run_ok, user_error
+from finetune import FinetuneConfig
+from prepare import PrepareConfig
+from simulate import SimulateConfig
+from train import TrainConfig
+
+CONFIGS = {"simulate": SimulateConfig, "prepare": PrepareConfig, "train": TrainConfig, "finetune": FinetuneConfig}
+
+
+def load(monkeypatch, cls, *args):
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
+    return common.load_config(cls)
+
+
+def test_files_and_flags_apply_left_to_right(monkeypatch, tmp_path, capsys):
+    (tmp_path / "a.py").write_text("# one\nmax_steps = 5 * 100\nbatch_size = 64\nlearning_rate = 1\n")
+    (tmp_path / "b.py").write_text("batch_size = 32\n")
+    config = load(monkeypatch, TrainConfig, tmp_path / "a.py", "--max_steps=7", tmp_path / "b.py", "--batch_size=1.6e1")
+    assert (config.max_steps, config.batch_size, config.learning_rate) == (7, 16, 1.0)
+    assert isinstance(config.batch_size, int) and isinstance(config.learning_rate, float)
+    assert config.out_dir == "out/a+b"
+    assert config.sources == {"max_steps": "command line", "batch_size": "command line", "learning_rate": f"{tmp_path}/a.py"}
+    assert "knob max_steps = 7 (default 127000, from command line)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argument, words", [
+    ("--batchsize=3", "did you mean batch_size"),
+    ("--batch_size=3.5", "3.5 is not an integer"),
+    ("--batch_size=abc", "'abc' is not an integer"),
+    ("--batch_size=True", "True is not an integer"),
+    ("--resume=1", "1 is not True or False"),
+    ("--learning_rate=inf", "not a finite number"),
+    ("--learning_rate=1e999", "not a finite number"),
+    ("--learning_rate=-1", "must be greater than 0"),
+    ("--mask_prob=1.5", "between 0 and 1"),
+    ("--num_heads=7", "embedding_dim = 256 cannot be shared among num_heads = 7"),
+    ("--backbone=transfomer", "choose one of"),
+    ("--schedule=cosin", "did you mean 'cosine'"),
+    ("--dom_embed_dim=256", "smaller than"),
+    ("--batch_size=4", "too small to be cut into micro_batches = 8"),
+    ("--max_steps", "--key=value"),
+    ("-max_steps=3", "--key=value"),
+    ("nothing.py", "no such config file"),
+    ("config/base.py", "cp -r sample_config config"),
+    ("import os", "assignments only"),
+    ("x = y = 3 +", "not valid python"),
+    ("max_steps = undefined", "undefined"),
+    ("max_steps = '3'", "'3' is not an integer"),
+])
+def test_bad_configs_end_in_one_line(monkeypatch, tmp_path, argument, words):
+    monkeypatch.chdir(tmp_path)
+    if " " in argument:  # the text of a config file
+        (tmp_path / "bad.py").write_text(argument)
+        argument = "bad.py"
+    with pytest.raises(SystemExit) as stop:
+        load(monkeypatch, TrainConfig, argument)
+    assert words in str(stop.value) and "\n" not in str(stop.value)
+
+
+def test_a_bad_config_from_the_shell():
+    assert "did you mean max_steps" in user_error("train.py", "--max_step=3")
+
+
+@pytest.mark.parametrize("stage", CONFIGS)
+def test_help_explains_every_knob(stage):
+    text = run_ok(f"{stage}.py", "--help").stdout
+    for field in dataclasses.fields(CONFIGS[stage]):
+        assert re.search(rf"--{field.name}=\S.* +\S{{2,}}", text), f"{stage}: --help has no comment for {field.name}"
+
+
+@pytest.mark.parametrize("stage", CONFIGS)
+def test_every_knob_is_read(stage):
+    files = ["common.py", "model.py", f"{stage}.py"] if stage in ("train", "finetune") else [f"{stage}.py"]
+    source = "".join((ROOT / file).read_text() for file in files)
+    for field in dataclasses.fields(CONFIGS[stage]):
+        uses = re.findall(rf"(?:config|self)\.{field.name}\b", source)
+        assert uses, f"{stage}: nothing reads the knob {field.name}"
+
+
+def test_every_sample_config_loads(monkeypatch):
+    files = sorted((ROOT / "sample_config").glob("*.py"))
+    assert len(files) > 5
+    for file in files:
+        knobs = common.read_config_file(str(file))
+        stages = [stage for stage, cls in CONFIGS.items() if knobs.keys() <= {f.name for f in dataclasses.fields(cls)}]
+        assert stages, f"{file.name}: no stage has all of its knobs"
+        for stage in stages:
+            args = [] if stage == "prepare" or "pretrained" in knobs or stage != "finetune" else ["--pretrained=x"]
+            if knobs.get("freeze_backbone"):
+                args = ["--pretrained=x"]
+            load(monkeypatch, CONFIGS[stage], *args, file)
+        assert file.read_text().startswith("# "), f"{file.name} does not say what it changes"
+
+
+def test_base_is_the_default(monkeypatch):
+    config = load(monkeypatch, TrainConfig, ROOT / "sample_config/base.py")
+    assert dataclasses.replace(config, out_dir="") == TrainConfig()
+
+
+def schedule_config(**knobs):
+    return dataclasses.replace(TrainConfig(), learning_rate=0.1, max_steps=100, **knobs)
+
+
+def test_learning_rate_agrees_with_torch():
+    def rates(make):
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+        scheduler, seen = make(optimizer), []
+        for _ in range(100):
+            seen.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        return seen
+    lr = torch.optim.lr_scheduler
+    warm = lambda o: lr.LinearLR(o, start_factor=0.1, total_iters=9)  # 0.01, 0.02, ... 0.1 in steps 0..9
+    trapezoid = rates(lambda o: lr.SequentialLR(
+        o, [warm(o), lr.LinearLR(o, start_factor=1.0, end_factor=1e-12, total_iters=20)], milestones=[80]))
+    cosine = rates(lambda o: lr.SequentialLR(o, [warm(o), lr.CosineAnnealingLR(o, T_max=90)], milestones=[10]))
+    for schedule, expected in (("trapezoidal", trapezoid), ("cosine", cosine)):
+        config = schedule_config(schedule=schedule, warmup_steps=10, cooldown_steps=20)
+        assert [common.learning_rate(step, config) for step in range(100)] == pytest.approx(expected, abs=1e-9)
+
+
+def test_warmup_follows_beta2_and_both_ends_are_finite():
+    config = schedule_config(schedule="constant", beta2=0.95)
+    assert common.learning_rate(9, config) == pytest.approx(0.05) and common.learning_rate(19, config) == 0.1
+    for schedule in ("trapezoidal", "cosine", "constant"):  # a warm-up longer than the run
+        config = schedule_config(schedule=schedule, warmup_steps=1000, cooldown_steps=0)
+        assert all(0 < common.learning_rate(step, config) <= 0.1 for step in range(100))
+    assert common.learning_rate(100, schedule_config(schedule="trapezoidal", beta2=0.9)) == 0
+
+
+def test_checkpoints_survive_a_failed_save_and_refuse_damage(tmp_path, monkeypatch):
+    path = tmp_path / "ckpt.pt"
+    common.save_checkpoint(path, step=3, model={"w": torch.ones(2)})
+    assert torch.equal(common.load_checkpoint(path)["model"]["w"], torch.ones(2))
+
+    class Unpicklable:
+        def __reduce__(self):
+            raise OSError(28, "No space left on device")
+    with pytest.raises(SystemExit, match="No space left"):
+        common.save_checkpoint(path, step=4, model=Unpicklable())
+    assert common.load_checkpoint(path)["step"] == 3 and [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
+
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:100], whole[:-50], b"hello" * 50):
+        path.write_bytes(damaged)
+        with pytest.raises(SystemExit, match="not a readable checkpoint"):
+            common.load_checkpoint(path)
+    torch.save({"format": 99}, path)
+    with pytest.raises(SystemExit, match="format 99, need"):
+        common.load_checkpoint(path)
+    with pytest.raises(SystemExit, match="no such checkpoint"):
+        common.load_checkpoint(tmp_path / "none.pt")
+
+
+def test_log_is_cut_where_a_run_goes_on(tmp_path):
+    path, columns = tmp_path / "log.csv", ["step", "loss", "val_loss"]
+    common.start_log(path, columns, 0)
+    for step in range(5):
+        common.log_row(path, columns, {"step": step, "loss": 1 / 3, **({"val_loss": math.pi} if step == 2 else {})})
+    common.start_log(path, columns, 3)
+    common.log_row(path, columns, {"step": 3, "loss": 2.0})
+    assert path.read_text().split() == ["step,loss,val_loss", "0,0.333333,", "1,0.333333,", "2,0.333333,3.14159", "3,2,"]
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(demo_data, tmp_path):
+    (tmp_path / "file").write_text("")
+    line = user_error("train.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}/file/run", "--val_events=0", "--device=cpu")
+    assert f"{tmp_path}/file/run" in line and run("train.py", "--out_dir=x", "--device=cuda").returncode in (0, 1)

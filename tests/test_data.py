@@ -1,0 +1,146 @@
+"""The .bin format, the events of a step, padded micro-batches."""
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from conftest import random_events
+
+
+def test_records_are_packed_as_designed():
+    assert data.PULSE.itemsize == 11 and data.EVENT.itemsize == 51
+    assert data.PULSE.names == ("time", "charge", "dom", "aux")
+    assert data.EVENT.names == ("event_id", "start", "length", "n_pulses", "total_charge", "center", "azimuth", "zenith",
+                                "energy", "event_class")
+
+
+@pytest.mark.parametrize("n_events, batch_size", [(1003, 128), (64, 7), (5, 16), (8, 8)])
+def test_every_epoch_holds_every_event_once(n_events, batch_size):
+    steps = [data.step_events(step, batch_size, n_events, seed=3) for step in range(4 * n_events // batch_size + 1)]
+    index, epoch = (np.concatenate(part) for part in zip(*steps))
+    for e in range(3):
+        assert np.array_equal(np.sort(index[epoch == e]), np.arange(n_events))
+    if n_events > 100:
+        assert not np.array_equal(index[epoch == 0], index[epoch == 1])
+        assert not np.array_equal(index[epoch == 0], data.step_events(0, n_events, n_events, seed=4)[0])
+        distant = np.abs(np.diff(index[epoch == 0])) > 1
+        assert distant.mean() < 1.5 / data.RUN_LENGTH  # neighbours stay together: few reads
+
+
+def test_hash_is_uniform_and_depends_on_each_argument():
+    place = np.arange(200_000)
+    draws = [data.uniform_hash(seed, stream, place) for seed, stream in ((0, 0), (1, 0), (0, 1), (1, 1))]
+    for draw in draws:
+        assert 0 <= draw.min() and draw.max() < 1
+        assert np.abs(np.histogram(draw, 20, (0, 1))[0] / 10_000 - 1).max() < 0.05  # 5 standard deviations
+        assert abs(np.corrcoef(draw[:-1], draw[1:])[0, 1]) < 0.015
+    assert np.abs(np.corrcoef(draws) - np.eye(4)).max() < 0.015
+    assert data.uniform_hash(0, 1, place[7]) == draws[2][7]
+
+
+def test_events_and_pulses_come_back_whatever_the_order(tmp_path):
+    rng = np.random.default_rng(0)
+    events, pulses = random_events(rng, rng.integers(1, 40, 60))
+    pulses["dom"][:5160 % len(pulses)] = 5159
+    for kind, records in (("events", events), ("pulses", pulses)):
+        path = tmp_path / f"a_{kind}.bin"
+        data.reserve(path, records.nbytes)
+        for first in (30, 0):  # written in pieces, the later one first
+            data.write_records(path, first, records[first:first + 30] if first == 0 else records[first:])
+        assert path.read_bytes() == records.tobytes()
+    meta = {"format": data.FORMAT_VERSION, "dtypes": data.describe_dtypes(),
+            "splits": {"a": {"n_events": len(events), "n_pulses": len(pulses)}}}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    split = data.open_split(tmp_path, "a")
+    index = np.array([3, 4, 5, 59, 0, 0, 17, 18, 2])
+    read, flat = data.read_events(split, index)
+    assert np.array_equal(read, events[index])
+    expected = [pulses[e["start"]:e["start"] + e["length"]] for e in events[index]]
+    assert np.array_equal(flat, np.concatenate(expected))
+    assert np.array_equal(flat, pulses[data.pulse_places(read)])
+
+
+def test_every_dom_id_survives_to_the_tensor():
+    events, pulses = random_events(np.random.default_rng(1), [100] * 52)
+    pulses["dom"][:5160] = np.arange(5160)
+    batches = data.micro_batches(events, pulses, 4)
+    found = np.concatenate([batch["dom"][batch["valid"]].numpy() for batch in batches])
+    assert np.array_equal(np.unique(found), np.arange(5160))
+    assert all(batch["dom"].dtype == torch.int64 for batch in batches)
+
+
+def test_micro_batches_hold_each_pulse_once_with_little_padding():
+    rng = np.random.default_rng(2)
+    events, pulses = random_events(rng, rng.integers(1, 128, 101))
+    hidden = rng.random(len(pulses)) < 0.2
+    batches = data.micro_batches(events, pulses, 7, hidden)
+    assert len(batches) == 7 and sorted(np.concatenate([b["row"].numpy() for b in batches])) == list(range(101))
+    for batch in batches:
+        assert batch["valid"].shape[1] == batch["valid"].sum(1).max()
+        is_hidden = torch.zeros(batch["valid"].numel(), dtype=torch.bool)
+        is_hidden[batch["hidden"]] = True
+        is_hidden = is_hidden.view_as(batch["valid"])
+        assert batch["n_scored"] == is_hidden.any(1).sum()
+        for i, row in enumerate(batch["row"].tolist()):
+            e = events[row]
+            span, valid = slice(e["start"], e["start"] + e["length"]), batch["valid"][i]
+            assert batch["total_charge"][i] == e["total_charge"] and batch["event_id"][i] == e["event_id"]
+            for name in ("time", "charge", "dom", "aux"):
+                assert np.array_equal(batch[name][i][valid].numpy(), pulses[name][span]), name
+                assert not batch[name][i][~valid].any(), "padding is zero"
+            assert np.array_equal(is_hidden[i][valid].numpy(), hidden[span])
+    n_cells = sum(batch["valid"].numel() for batch in batches)
+    assert n_cells < 1.2 * len(pulses) < 0.7 * 101 * 127
+
+
+def test_more_micro_batches_than_events():
+    events, pulses = random_events(np.random.default_rng(3), [3, 4])
+    assert [len(batch["time"]) for batch in data.micro_batches(events, pulses, 5)] == [1, 1]
+
+
+def test_prefetch_keeps_the_order_and_passes_errors_on():
+    def load(step):
+        if step == 5:
+            raise SystemExit("error: step 5")
+        return [{"step": torch.tensor(step)}]
+    loader = data.prefetch(load, range(10), torch.device("cpu"))
+    assert [next(loader)[0]["step"].item() for _ in range(5)] == [0, 1, 2, 3, 4]
+    with pytest.raises(SystemExit, match="step 5"):
+        next(loader)
+
+
+def damage(folder, name, text):
+    (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize("harm, split, words", [
+    (lambda f: shutil.rmtree(f), "val", "no such data folder"),
+    (lambda f: (f / "meta.json").unlink(), "val", "never finished"),
+    (lambda f: damage(f, "meta.json", "{"), "val", "not valid JSON"),
+    (lambda f: damage(f, "meta.json", '{"format": 99}'), "val", "format 99, need"),
+    (lambda f: damage(f, "val_pulses.bin", "short"), "val", "5 bytes, meta.json says"),
+    (lambda f: (f / "val_events.bin").unlink(), "val", "0 bytes, meta.json says"),
+    (lambda f: None, "vla", "no split 'vla', it has: pretrain, finetune, val, test"),
+])
+def test_damaged_folders_are_refused(demo_data, tmp_path, harm, split, words):
+    shutil.copytree(demo_data, tmp_path / "copy")
+    harm(tmp_path / "copy")
+    with pytest.raises(SystemExit) as stop:
+        data.open_split(tmp_path / "copy", split)
+    assert words in str(stop.value) and "copy" in str(stop.value)
+
+
+def test_damaged_geometry_is_refused(demo_data, tmp_path):
+    shutil.copytree(demo_data, tmp_path / "copy")
+    (tmp_path / "copy/geometry.bin").write_bytes(b"\0" * 8)
+    with pytest.raises(SystemExit, match="geometry.bin: 2 numbers"):
+        data.read_geometry(tmp_path / "copy")
+
+
+def test_asking_for_more_events_than_there_are(demo_data):
+    with pytest.raises(SystemExit, match="holds 103 events, the config asks for 104"):
+        data.open_first_events(demo_data, "val", 104)
+    assert data.open_first_events(demo_data, "val", 0)[1] == 103

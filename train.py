@@ -1,0 +1,242 @@
+"""Stage 2: pretraining without labels. Hide DOM ids and predict them; predict the event's total charge from [CLS].
+
+    python train.py sample_config/demo.py                                  a small model on simulated events
+    torchrun --nproc_per_node=8 train.py config/base.py                    the paper's run on 8 GPUs
+    python train.py config/base.py --mask_prob=0.5 --out_dir=out/mask50    an ablation
+
+Prints one line every log_interval steps and writes log.csv, ckpt.pt (last), best.pt (lowest val_loss) and config.json
+into out_dir. The same command again goes on where a run stopped. Expect dom_loss to fall from ln 5160 = 8.55.
+"""
+import dataclasses
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import common
+import data
+from model import ModelConfig, Pretrainer, parameter_groups
+
+
+@dataclass
+class TrainConfig(ModelConfig):
+    data_dir: str = "data/icecube"  # folder made by prepare.py
+    train_split: str = "pretrain"  # split to learn from; needs no labels
+    val_split: str = "val"  # split to evaluate on
+    train_events: int = 0  # use the first N events of train_split; 0 = all
+    val_events: int = 100_000  # evaluate on the first N events of val_split; 0 = all; 1e5 give dom_loss to 0.005
+    out_dir: str = ""  # where the run is kept; "" = out/<stems of the config files joined by +>
+    batch_size: int = 4096  # events a step, over all ranks
+    micro_batches: int = 8  # pieces a rank's share is cut into, sorted by length; more pieces need less memory
+    max_steps: int = 127_000  # updates; 127,000 x 4096 events = 4 epochs of 130 M
+    learning_rate: float = 1e-3  # at the top of the schedule
+    warmup_steps: int = 0  # linear rise from 0; 0 = 1 / (1 - beta2)
+    cooldown_steps: int = 1000  # trapezoidal only: linear fall to 0 at the end
+    schedule: str = "trapezoidal"  # or "cosine", "constant"
+    beta1: float = 0.9  # Adam's memory of the gradient
+    beta2: float = 0.9998  # Adam's memory of its square, 5000 steps
+    adam_eps: float = 5e-7  # Adam's floor under the root of the squared gradient
+    weight_decay: float = 0.1  # of the matrices only, see model.parameter_groups
+    grad_clip: float = 1.0  # largest norm of the gradient
+    mask_prob: float = 0.25  # share of good pulses (aux = False) whose DOM id is hidden
+    lambda_charge: float = 1.0  # weight of the charge loss beside the DOM loss
+    eval_interval: int = 1000  # steps between evaluations
+    log_interval: int = 50  # steps between log lines
+    save_interval: int = 1000  # steps between checkpoints
+    resume: bool = True  # go on from out_dir/ckpt.pt if there is one; False refuses a folder that holds a run
+    seed: int = 0  # of the weights, the order of events and the masks
+    device: str = "auto"  # or "cuda", "mps", "cpu"
+    dtype: str = "auto"  # autocast to "bfloat16", "float16" or not ("float32"); auto = bfloat16 where it is fast
+    compile: bool = False  # torch.compile, 1 minute at the start; gains nothing on a CPU
+
+    def check(self):
+        yield from super().check()
+        yield from common.check_training(self)
+        yield from common.check_share(self, "mask_prob")
+        yield from common.check_not_negative(self, "lambda_charge")
+
+
+LOG_COLUMNS = ["step", "events", "lr", "loss", "dom_loss", "charge_loss", "grad_norm", "events_per_s",
+               "val_loss", "val_dom_loss", "val_charge_loss"]
+VAL_SEED = 0  # of the masks at evaluation: the same for every run, so that runs with other seeds compare
+# Knobs that may differ when a run goes on, because the steps already done would have been the same
+MAY_CHANGE = {"data_dir", "val_split", "val_events", "out_dir", "micro_batches", "max_steps", "cooldown_steps", "schedule",
+              "eval_interval", "log_interval", "save_interval", "resume", "device", "dtype", "compile"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# masking
+# ----------------------------------------------------------------------------------------------------------------------
+
+def hide_pulses(events, pulses, epoch, mask_prob, seed):
+    """Which pulses are hidden -> bool, one a pulse: each good one (aux = False) with mask_prob, but at least one an event.
+
+    events (B,), their pulses one after another, epoch (B,). The draw hashes (seed, epoch, place of the pulse on disk).
+    # DIFF(upstream): there an event may end up with nothing hidden, and validation masks are new at every evaluation
+    """
+    length = events["length"].astype(np.int64)
+    draw = data.uniform_hash(seed, np.repeat(epoch, length), data.pulse_places(events))
+    draw = np.where(pulses["aux"], np.inf, draw)
+    smallest = np.minimum.reduceat(draw, np.cumsum(length) - length)
+    return (draw < mask_prob) | ((draw == np.repeat(smallest, length)) & np.isfinite(draw))
+
+
+def masked_batches(split, index, epoch, config, seed):
+    """The events `index` of a split as micro-batches with hidden pulses."""
+    events, pulses = data.read_events(split, index)
+    hidden = hide_pulses(events, pulses, epoch, config.mask_prob, seed)
+    return data.micro_batches(events, pulses, config.micro_batches, hidden)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# evaluation
+# ----------------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def evaluate(model, split, n_events, config, ranks, autocast):
+    """Mean losses over exactly the first n_events of the split, with the same masks each time -> dict of val_* floats."""
+    mine = np.array_split(np.arange(n_events), ranks.world_size)[ranks.rank]
+    chunks = np.array_split(mine, -(-len(mine) * ranks.world_size // config.batch_size))  # a step's memory is enough
+    totals = np.zeros(4)  # DOM loss, events with a hidden pulse, charge loss, events
+    model.eval()
+    for batches in data.prefetch(lambda i: masked_batches(split, chunks[i], np.zeros_like(chunks[i]), config, VAL_SEED),
+                                 range(len(chunks)), ranks.device):
+        for batch in batches:
+            with autocast:
+                dom_loss, charge_loss = model(batch)
+            totals += [dom_loss.sum().item(), batch["n_scored"].item(), charge_loss.sum().item(), len(dom_loss)]
+    model.train()
+    dom_sum, n_scored, charge_sum, n = common.sum_over_ranks(totals, ranks)
+    dom_loss, charge_loss = dom_sum / max(n_scored, 1), charge_sum / n
+    return {"val_loss": dom_loss + config.lambda_charge * charge_loss, "val_dom_loss": dom_loss,
+            "val_charge_loss": charge_loss}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+def main():
+    config = common.load_config(TrainConfig, __doc__)
+    ranks = common.start_device(config)
+    checkpoint_path, log_path = f"{config.out_dir}/ckpt.pt", f"{config.out_dir}/log.csv"
+    saved = common.find_run(config, checkpoint_path, MAY_CHANGE)
+    if saved and saved["step"] >= config.max_steps:
+        print(f"{config.out_dir} is complete at step {saved['step']}; raise max_steps to go on, or choose another out_dir")
+        return
+
+    # ---- data --------------------------------------------------------------------------------------------------------
+    train_split, n_train = data.open_first_events(config.data_dir, config.train_split, config.train_events)
+    val_split, n_val = data.open_first_events(config.data_dir, config.val_split, config.val_events)
+    geometry = data.read_geometry(config.data_dir)
+
+    def load_step(step):
+        """This rank's share of a step; the step's events and masks do not depend on the number of ranks."""
+        index, epoch = data.step_events(step, config.batch_size, n_train, config.seed)
+        mine = np.array_split(np.arange(config.batch_size), ranks.world_size)[ranks.rank]
+        return masked_batches(train_split, index[mine], epoch[mine], config, config.seed)
+
+    # ---- model, optimizer, resume, compile, DDP ----------------------------------------------------------------------
+    torch.manual_seed(config.seed)
+    raw_model = Pretrainer(config, geometry).to(ranks.device)
+    optimizer = torch.optim.AdamW(parameter_groups(raw_model, config.weight_decay), lr=config.learning_rate,
+                                  betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=ranks.dtype == torch.float16)
+    autocast = torch.autocast(ranks.device.type, ranks.dtype, enabled=ranks.dtype != torch.float32)
+    first_step, best_val = 0, float("inf")
+    if saved:
+        common.check_same(checkpoint_path, "events in train_split", saved["n_train"], n_train)
+        raw_model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        first_step, best_val = saved["step"], saved["best_val"]
+    compiled_model = torch.compile(raw_model, dynamic=True) if config.compile else raw_model
+    model = DistributedDataParallel(compiled_model, broadcast_buffers=False) if ranks.world_size > 1 else compiled_model
+
+    def save(path, step):
+        common.save_checkpoint(path, model=raw_model.state_dict(), optimizer=optimizer.state_dict(),
+                               scaler=scaler.state_dict(), step=step, best_val=best_val, n_train=n_train,
+                               config=dataclasses.asdict(config))
+
+    if ranks.main:
+        common.print_run_header(config, ranks, raw_model, n_train)
+        common.write_json(f"{config.out_dir}/config.json", dataclasses.asdict(config))
+        common.start_log(log_path, LOG_COLUMNS, first_step)
+        if first_step:
+            print(f"resume from {checkpoint_path} at step {first_step}")
+
+    # ---- training loop -----------------------------------------------------------------------------------------------
+    bar = common.progress_bar(config.max_steps, "pretrain", "step", initial=first_step)
+    loader = data.prefetch(load_step, range(first_step, config.max_steps), ranks.device)
+    clock, clock_step = time.perf_counter(), first_step
+    for step in range(first_step, config.max_steps + 1):  # one extra turn to evaluate and save
+        last_step = step == config.max_steps
+        row = {"step": step, "events": step * config.batch_size}
+
+        if step % config.eval_interval == 0 or last_step:
+            paused = time.perf_counter()
+            row |= evaluate(compiled_model, val_split, n_val, config, ranks, autocast)
+            if ranks.main:
+                bar.write(f"eval {step:6d}/{config.max_steps} | val_loss {row['val_loss']:.4f} "
+                          f"dom {row['val_dom_loss']:.4f} charge {row['val_charge_loss']:.4f}")
+            if row["val_loss"] < best_val and step > first_step:
+                best_val = row["val_loss"]
+                if ranks.main:
+                    save(f"{config.out_dir}/best.pt", step)
+            clock += time.perf_counter() - paused
+        if ranks.main and step > first_step and (step % config.save_interval == 0 or last_step):
+            save(checkpoint_path, step)
+        if last_step:
+            if ranks.main:
+                common.log_row(log_path, LOG_COLUMNS, row)
+            break
+
+        row["lr"] = common.learning_rate(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = row["lr"]
+        batches = next(loader)
+        n_scored = sum(batch["n_scored"] for batch in batches).float()
+        if ranks.world_size > 1:
+            torch.distributed.all_reduce(n_scored)
+        dom_loss = charge_loss = 0.0
+        for i, batch in enumerate(batches):
+            # gradients are summed over ranks only after the last micro-batch
+            syncs = nullcontext() if ranks.world_size == 1 or i == len(batches) - 1 else model.no_sync()
+            with syncs:
+                with autocast:
+                    dom_losses, charge_losses = model(batch)
+                # shares of the whole step's means: the update does not depend on how the step is cut
+                dom_part, charge_part = dom_losses.sum() / n_scored.clamp(min=1), charge_losses.sum() / config.batch_size
+                loss = dom_part + config.lambda_charge * charge_part
+                scaler.scale(loss * ranks.world_size).backward()  # DDP takes the mean over ranks, the sum is meant
+            dom_loss += dom_part.detach()
+            charge_loss += charge_part.detach()
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+        if step % config.log_interval == 0:
+            dom_loss, charge_loss = common.sum_over_ranks(torch.stack([dom_loss, charge_loss]), ranks)  # waits for the GPU
+            now, n_steps = time.perf_counter(), step + 1 - clock_step
+            row |= {"loss": dom_loss + config.lambda_charge * charge_loss, "dom_loss": dom_loss, "charge_loss": charge_loss,
+                    "grad_norm": grad_norm.item(), "events_per_s": n_steps * config.batch_size / (now - clock)}
+            if ranks.main:
+                bar.write(f"step {step:6d}/{config.max_steps} | loss {row['loss']:.4f} dom {dom_loss:.4f} charge "
+                          f"{charge_loss:.4f} | norm {row['grad_norm']:.2f} | lr {row['lr']:.1e} | "
+                          f"{(now - clock) / n_steps * 1e3:.1f} ms | {row['events_per_s']:,.0f} events/s")
+            clock, clock_step = now, step + 1
+        if ranks.main and (step % config.log_interval == 0 or "val_loss" in row):
+            common.log_row(log_path, LOG_COLUMNS, row)
+        bar.update()
+
+    bar.close()
+    if ranks.main:
+        print(f"done: {checkpoint_path}, best val_loss {best_val:.4f} in {config.out_dir}/best.pt, curves in {log_path}")
+    common.stop_device(ranks)
+
+
+if __name__ == "__main__":
+    main()
