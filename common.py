@@ -188,7 +188,7 @@ def write_atomic(path, write):
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
         write(part)
-        with open(part, "rb") as file:
+        with open(part, "r+b") as file:
             os.fsync(file.fileno())  # the bytes are on disk before the name is, or a power cut leaves an empty file
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
@@ -382,5 +382,8 @@ def start_log(path, columns, step):
 def log_row(path, columns, row):
     """Append one row; missing columns stay empty, floats get 6 significant digits."""
     cells = [f"{row[key]:.6g}" if isinstance(row.get(key), float) else row.get(key, "") for key in columns]
-    with open(path, "a", newline="") as file:
-        csv.writer(file).writerow(cells)
+    try:
+        with open(path, "a", newline="") as file:
+            csv.writer(file).writerow(cells)
+    except OSError as error:
+        fail(f"{path}: cannot be written ({error.strerror}); make room and run the same command again, it goes on from ckpt.pt")

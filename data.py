@@ -42,7 +42,45 @@ EVENT = np.dtype([
     ("event_class", "u1"),  # 0 unknown, 1 track, 2 cascade
 ])  # 51 bytes, packed
 
+UNFINISHED = "unfinished"  # what prepare.py keeps in a data folder until it is done: its settings, the finished batches
+
 RUN_LENGTH = 8  # consecutive events that stay together when an epoch is shuffled: 5.8 kB, one or two pages of the disk
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# physics shared by simulate.py and prepare.py
+# ----------------------------------------------------------------------------------------------------------------------
+
+COINCIDENCE_TIME = 1000  # [ns] local coincidence: a hit on a neighbour within 1 us, arXiv:1612.05093
+COINCIDENCE_REACH = 2  # the two DOMs above and the two below on the string
+
+
+def local_coincidence(event, dom, time):
+    """True where a neighbour on the string, one or two DOMs up or down, has a pulse of the same event within 1 us.
+
+    event (integers), dom (0..5159), time [ns] hold the pulses of many events in any order -> bool of the same length.
+    """
+    if len(time) == 0:
+        return np.zeros(0, bool)
+    window = 1000 * COINCIDENCE_TIME
+    time = np.rint(np.asarray(time, np.float64) * 1000).astype(np.int64)  # [ps]: integers, so that keys are exact
+    time = time - time.min()
+    step = time.max() + window + 1  # from a DOM to the next: keys that are within the window are of one DOM
+    event = np.asarray(event, np.int64)
+    key = ((event - event.min()) * N_DOMS + np.asarray(dom, np.int64)) * step + time
+    order = np.argsort(key)
+    key, height = key[order], np.asarray(dom, np.int64)[order] % DOMS_PER_STRING
+    found = np.zeros(len(key), bool)
+    for offset in range(-COINCIDENCE_REACH, COINCIDENCE_REACH + 1):
+        if offset != 0:
+            # the first pulse of that neighbour that is not too early counts, if it is not too late either
+            earliest = key + offset * step - window
+            candidate = key[np.minimum(np.searchsorted(key, earliest), len(key) - 1)]
+            on_string = (height + offset >= 0) & (height + offset < DOMS_PER_STRING)
+            found |= on_string & (candidate >= earliest) & (candidate <= earliest + 2 * window)
+    result = np.empty_like(found)
+    result[order] = found
+    return result
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -91,15 +129,16 @@ def read_meta(data_dir):
         raise SystemExit(f"error: {data_dir}: no such data folder; make it with prepare.py, for example "
                          "python prepare.py sample_config/demo_prepare.py")
     if not path.is_file():
-        raise SystemExit(f"error: {path} is missing: preparing this folder never finished; run the same prepare.py "
-                         "command again, it goes on where it stopped")
+        settings = Path(data_dir) / UNFINISHED / "settings.json"
+        command = json.loads(settings.read_text())["command"] if settings.is_file() else "the same prepare.py command"
+        raise SystemExit(f"error: {path} is missing: preparing this folder has not finished; to go on, run: {command}")
     try:
         meta = json.loads(path.read_text())
     except ValueError:
         raise SystemExit(f"error: {path}: not valid JSON; prepare the folder anew") from None
     if meta.get("format") != FORMAT_VERSION:
         raise SystemExit(f"error: {path}: format {meta.get('format')}, need {FORMAT_VERSION}; prepare the folder anew")
-    if meta["dtypes"] != describe_dtypes():
+    if meta.get("dtypes") != describe_dtypes():
         raise SystemExit(f"error: {path}: the records are laid out differently from data.py; prepare the folder anew")
     return meta
 
@@ -191,19 +230,24 @@ def pulse_places(events):
     return np.arange(length.sum()) + np.repeat(events["start"] - offset, length)
 
 
-def uniform_hash(seed, stream, place):
+def uniform_hash(seed, stream, place, repeats=None):
     """Uniform numbers in [0, 1) that depend on (seed, stream, place) alone: splitmix64 (Steele, Lea & Flood 2014).
 
-    stream and place are integer arrays of one shape (or broadcast); -> float64 array. A hash instead of a generator:
-    a pulse's number does not depend on which rank, worker or batch asks for it.
+    stream and place are integer arrays of one shape (or broadcast), or each stream has the next `repeats` places; ->
+    float64 array. A hash instead of a generator: a pulse's number does not depend on which rank, worker or batch asks for it.
     """
-    def mix(z):
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
+    def mix(z):  # in place where it can, which halves its time
+        z ^= z >> np.uint64(30)
+        z *= np.uint64(0xBF58476D1CE4E5B9)
+        z ^= z >> np.uint64(27)
+        z *= np.uint64(0x94D049BB133111EB)
+        z ^= z >> np.uint64(31)
+        return z
     golden = np.uint64(0x9E3779B97F4A7C15)
     with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
         key = mix(np.asarray(stream).astype(np.uint64) * golden + mix(np.uint64(seed) + golden))
+        if repeats is not None:
+            key = np.repeat(key, repeats)
         bits = mix(key + np.asarray(place).astype(np.uint64) * golden)
     return (bits >> np.uint64(11)) * 2.0 ** -53
 

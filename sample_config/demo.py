@@ -1,20 +1,20 @@
-# A small model on simulated events, 4 minutes on 2 CPU cores. Against base.py: 0.9 M parameters, a shorter memory of Adam.
+# A small model on simulated events, 3 minutes on 2 CPU cores. Against base.py: 0.5 M parameters, a shorter memory of Adam.
 data_dir = "data/demo"
 val_events = 2000
 
-embedding_dim = 96
-dom_embed_dim = 48
-num_heads = 4
-hidden_size = 384
+embedding_dim = 64
+dom_embed_dim = 32
+num_heads = 2
+hidden_size = 256
 num_layers = 3
 
 batch_size = 128
 micro_batches = 4
-max_steps = 700
-learning_rate = 2e-3
+max_steps = 600
+learning_rate = 3e-3
 beta2 = 0.98  # warm-up of 50 steps
 cooldown_steps = 200
 
-eval_interval = 350
+eval_interval = 300
 log_interval = 10
 save_interval = 100

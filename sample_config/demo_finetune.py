@@ -1,21 +1,22 @@
-# Direction from 8,000 labels, beginning with the encoder of demo.py. Expect 1.0 rad; with scratch.py behind it 1.3 rad.
+# Direction from 8,000 labels, beginning with the encoder of demo.py; with scratch.py behind it from random weights.
 data_dir = "data/demo"
 pretrained = "out/demo/ckpt.pt"
+val_events = 4000
 
-embedding_dim = 96  # as in demo.py, so that scratch.py trains the same architecture
-dom_embed_dim = 48
-num_heads = 4
-hidden_size = 384
+embedding_dim = 64  # as in demo.py, so that scratch.py trains the same architecture
+dom_embed_dim = 32
+num_heads = 2
+hidden_size = 256
 num_layers = 3
 head_hidden_size = 256
 
 batch_size = 64
 micro_batches = 4
 max_steps = 500  # 4 epochs of 8,000
-learning_rate = 5e-4
+learning_rate = 1e-3
 beta2 = 0.98
 warmup_steps = 50
-cooldown_steps = 200
+schedule = "cosine"
 
 eval_interval = 250
 log_interval = 10

@@ -1,4 +1,5 @@
 """Real files, real scripts: what the tests share."""
+import json
 import os
 import subprocess
 import sys
@@ -71,3 +72,18 @@ def random_events(rng, lengths, n_doms=5160):
     pulses["time"], pulses["charge"] = rng.uniform(6e3, 2e4, len(pulses)), rng.uniform(0.1, 5, len(pulses))
     pulses["dom"], pulses["aux"] = rng.integers(0, n_doms, len(pulses)), rng.random(len(pulses)) < 0.5
     return events, pulses
+
+
+def write_folder(path, **splits):
+    """A finished data folder from (events, pulses) of each split, and a made-up geometry."""
+    import data
+    path.mkdir(parents=True, exist_ok=True)
+    np.random.default_rng(0).uniform(-500, 500, (5160, 3)).astype("<f4").tofile(path / "geometry.bin")
+    for name, (events, pulses) in splits.items():
+        for kind, records in (("events", events), ("pulses", pulses)):
+            data.reserve(path / f"{name}_{kind}.bin", records.nbytes)
+            data.write_records(path / f"{name}_{kind}.bin", 0, records)
+    counts = {name: {"n_events": len(events), "n_pulses": len(pulses)} for name, (events, pulses) in splits.items()}
+    (path / "meta.json").write_text(json.dumps({"format": data.FORMAT_VERSION, "dtypes": data.describe_dtypes(),
+                                                "max_pulses": 127, "splits": counts}))
+    return path

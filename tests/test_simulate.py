@@ -1,0 +1,360 @@
+"""simulate.py: the files are Kaggle's, the bytes are a function of the settings, the pulses look and point right."""
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import simulate
+from conftest import ROOT, run_ok, user_error
+from data import local_coincidence
+
+SETTINGS = ["--n_events=3100", "--events_per_batch=500", "--n_test_events=100", "--seed=3"]
+SMALL = ["--n_events=70", "--events_per_batch=40", "--n_test_events=0"]
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """A folder simulated in one go by two workers; tests only read it."""
+    out_dir = tmp_path_factory.mktemp("raw") / "demo"
+    run_ok("simulate.py", f"--out_dir={out_dir}", "--workers=2", *SETTINGS)
+    return out_dir
+
+
+@pytest.fixture(scope="session")
+def events(demo):
+    """All labelled events: event (number), dom, position, time, charge, aux of the pulses; the meta table's columns."""
+    pulses = pa.concat_tables([pq.read_table(demo / f"train/batch_{batch}.parquet") for batch in range(1, 8)])
+    pulses = {name: pulses[name].to_numpy() for name in pulses.column_names}
+    meta = pq.read_table(demo / "train_meta.parquet")
+    meta = {name: meta[name].to_numpy() for name in meta.column_names}
+    geometry = np.loadtxt(demo / "sensor_geometry.csv", delimiter=",", skiprows=1)[:, 1:]
+    return dict(event=np.searchsorted(meta["event_id"], pulses["event_id"]), dom=pulses["sensor_id"].astype(int),
+                position=geometry[pulses["sensor_id"]], time=pulses["time"], charge=pulses["charge"],
+                aux=pulses["auxiliary"], n=len(meta["event_id"]), **meta)
+
+
+def all_bytes(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# files
+# ----------------------------------------------------------------------------------------------------------------------
+
+def test_layout_is_kaggles(demo):
+    expected = [f"train/batch_{batch}.parquet" for batch in range(1, 8)]
+    expected += ["test/batch_8.parquet", "train_meta.parquet", "test_meta.parquet", "sensor_geometry.csv"]
+    assert set(all_bytes(demo)) == {*expected, "simulate.json"}
+    for path in expected[:8]:
+        schema = pq.read_schema(demo / path)
+        assert schema.names == ["sensor_id", "time", "charge", "auxiliary", "event_id"]
+        assert list(map(str, schema.types)) == ["int16", "int64", "double", "bool", "int64"]
+        assert json.loads(schema.metadata[b"pandas"])["index_columns"] == ["event_id"]
+    columns = [("batch_id", "int64"), ("event_id", "int64"), ("first_pulse_index", "int64"),
+               ("last_pulse_index", "int64"), ("azimuth", "double"), ("zenith", "double"), ("energy", "double"),
+               ("event_class", "uint8")]
+    for split, n_columns in (("train", 8), ("test", 4)):
+        schema = pq.read_schema(demo / f"{split}_meta.parquet")
+        assert list(zip(schema.names, map(str, schema.types))) == columns[:n_columns]
+    lines = (demo / "sensor_geometry.csv").read_text().splitlines()
+    assert lines[0] == "sensor_id,x,y,z" and len(lines) == 5161 and lines[-1].startswith("5159,")
+
+
+def test_pandas_reads_event_id_as_index(demo):
+    pandas = pytest.importorskip("pandas")  # not among our requirements
+    frame = pandas.read_parquet(demo / "train" / "batch_1.parquet")
+    assert frame.index.name == "event_id" and list(frame.columns) == ["sensor_id", "time", "charge", "auxiliary"]
+
+
+@pytest.mark.parametrize("split, sizes", [("train", [500] * 6 + [100]), ("test", [100])])
+def test_meta_table_finds_every_event(demo, split, sizes):
+    meta = pq.read_table(demo / f"{split}_meta.parquet").to_pydict()
+    first_batch = {"train": 1, "test": 8}[split]
+    assert meta["batch_id"] == [first_batch + i for i, size in enumerate(sizes) for _ in range(size)]
+    for batch in range(first_batch, first_batch + len(sizes)):
+        pulses = pq.read_table(demo / split / f"batch_{batch}.parquet")
+        event_id, pulse_time = pulses["event_id"].to_numpy(), pulses["time"].to_numpy()
+        rows = [i for i, of in enumerate(meta["batch_id"]) if of == batch]
+        at = 0
+        for i in rows:
+            first, last = meta["first_pulse_index"][i], meta["last_pulse_index"][i]
+            assert first == at and (event_id[first:last + 1] == meta["event_id"][i]).all()
+            assert (np.diff(pulse_time[first:last + 1]) >= 0).all()
+            at = last + 1
+        assert at == len(event_id)
+
+
+def test_event_ids_grow_over_all_files(demo):
+    ids = [pq.read_table(demo / f"{split}_meta.parquet")["event_id"].to_numpy() for split in ("train", "test")]
+    steps = np.diff(np.concatenate(ids))
+    assert len(steps) == 3199 and steps.min() > 0 and len(np.unique(steps)) > 5
+
+
+def test_values_are_in_kaggles_range(events):
+    assert events["dom"].min() >= 0 and events["dom"].max() < 5160 and len(np.unique(events["dom"])) > 5000
+    assert 5700 <= events["time"].min() < 6500 and 15_000 < events["time"].max() < 122_000
+    steps = (events["charge"] - 0.025) / 0.05
+    assert events["charge"].min() == 0.025 and np.abs(steps - np.round(steps)).max() < 1e-6
+    assert 0 <= events["azimuth"].min() and events["azimuth"].max() < 2 * np.pi
+    assert 0 <= events["zenith"].min() and events["zenith"].max() <= np.pi
+    assert abs(np.cos(events["zenith"]).mean()) < 0.1  # directions cover the sphere
+    assert 100 <= events["energy"].min() and events["energy"].max() > 3e4
+    assert set(events["event_class"]) == {1, 2}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# same settings, same bytes
+# ----------------------------------------------------------------------------------------------------------------------
+
+def processes_of_group(group):
+    """Processes of a process group that are alive (a killed one may stay a zombie where nobody collects it)."""
+    alive = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, of_group = stat.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue  # it has just ended
+        if int(of_group) == group and state != "Z":
+            alive.append(int(stat.parent.name))
+    return alive
+
+
+def start_and_signal(out_dir, send):
+    """Start the demo with one worker in a process group of its own, call send(process) when the first batch is done."""
+    command = [sys.executable, "simulate.py", f"--out_dir={out_dir}", "--workers=1", *SETTINGS]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    while process.poll() is None and not (out_dir / ".parts" / "meta_1.parquet").exists():
+        time.sleep(0.01)
+    send(process)
+    _, stderr = process.communicate(timeout=60)
+    for _ in range(500):
+        if not processes_of_group(process.pid):
+            break
+        time.sleep(0.02)
+    assert not processes_of_group(process.pid), "workers outlive the main process"
+    assert not (out_dir / "test" / "batch_8.parquet").exists(), "it was too fast to be interrupted"
+    return process.returncode, stderr
+
+
+def test_killed_run_goes_on_to_the_same_bytes(demo, tmp_path):
+    code, _ = start_and_signal(tmp_path / "demo", lambda process: process.kill())  # SIGKILL, to the main process alone
+    assert code == -signal.SIGKILL and json.loads((tmp_path / "demo/simulate.json").read_text())["complete"] is False
+    first = tmp_path / "demo" / "train" / "batch_1.parquet"
+    written = first.stat().st_mtime_ns
+    run_ok("simulate.py", f"--out_dir={tmp_path}/demo", "--workers=1", *SETTINGS)
+    assert all_bytes(tmp_path / "demo") == all_bytes(demo)  # which also had another number of workers
+    assert first.stat().st_mtime_ns == written, "a finished batch was simulated again"
+
+
+def test_ctrl_c_stops_with_one_line(tmp_path):
+    code, stderr = start_and_signal(tmp_path / "demo", lambda process: os.killpg(process.pid, signal.SIGINT))
+    assert code == 1 and "Traceback" not in stderr and "the same command goes on" in stderr
+
+
+def test_seed_changes_every_event(demo, tmp_path):
+    run_ok("simulate.py", f"--out_dir={tmp_path}/raw", "--seed=4", "--workers=1", *SMALL)
+    metas = (pq.read_table(path / "train_meta.parquet") for path in (demo, tmp_path / "raw"))
+    before, now = (meta["azimuth"].to_numpy() for meta in metas)
+    assert len(now) == 70 and not np.isin(now, before).any()
+
+
+def test_batches_differ(events):
+    assert len(np.unique(events["azimuth"])) == 3100
+
+
+def test_complete_folder_is_left_alone_and_others_are_refused(tmp_path):
+    out_dir = tmp_path / "raw"
+    run_ok("simulate.py", f"--out_dir={out_dir}", "--workers=1", *SMALL)
+    before = all_bytes(out_dir)
+    assert "complete" in run_ok("simulate.py", f"--out_dir={out_dir}", "--workers=2", *SMALL).stdout
+    assert "n_events = 70, now it is 71" in user_error("simulate.py", f"--out_dir={out_dir}", *SMALL, "--n_events=71")
+    assert "seed" in user_error("simulate.py", f"--out_dir={out_dir}", *SMALL, "--seed=9")
+    assert all_bytes(out_dir) == before
+
+    (out_dir / "train" / "batch_2.parquet").unlink()  # complete no more: it is made again, the same
+    run_ok("simulate.py", f"--out_dir={out_dir}", "--workers=1", *SMALL)
+    assert all_bytes(out_dir) == before
+
+    record = json.loads((out_dir / "simulate.json").read_text())
+    (out_dir / "simulate.json").write_text(json.dumps(record | {"DUST_DIRT": 1.0}))  # as if edited since
+    assert "DUST_DIRT" in user_error("simulate.py", f"--out_dir={out_dir}", *SMALL)
+    (out_dir / "simulate.json").unlink()  # might be the real Kaggle data
+    assert "did not write" in user_error("simulate.py", f"--out_dir={out_dir}", *SMALL)
+
+
+def test_unwritable_and_full_disks_give_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    user_error("simulate.py", f"--out_dir={tmp_path}/file/raw", *SMALL)
+
+    def small_disk():  # room for the geometry, not for a batch: the worker fails
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+    args = [f"--out_dir={tmp_path}/raw", "--n_events=1200", "--events_per_batch=1000", "--workers=2"]
+    assert "batch_1.parquet" in user_error("simulate.py", *args, preexec_fn=small_disk)
+    assert not list(tmp_path.glob("raw/train/batch_1.*")), "half a file was left"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# geometry
+# ----------------------------------------------------------------------------------------------------------------------
+
+def test_built_in_geometry_is_icecubes():
+    strings = simulate.build_geometry().reshape(86, 60, 3)
+    assert (strings[:, :, :2] == strings[:, :1, :2]).all() and (np.diff(strings[:, :, 2]) < 0).all()
+    gaps = np.linalg.norm(strings[:, None, 0, :2] - strings[None, :, 0, :2], axis=-1) + 1e9 * np.eye(86)
+    np.testing.assert_allclose(gaps[:78, :78].min(1), 125, atol=0.1)
+    assert (np.sum(gaps[:78, :78] < 126, axis=1) == 6).sum() == 50  # the inner ones have six neighbours
+    assert gaps[78:].min() > 30 and gaps[35, 78:].max() < 75  # DeepCore stands around string 36
+    np.testing.assert_allclose(-np.diff(strings[:78, :, 2]), 17.02, atol=0.011)
+    np.testing.assert_allclose(-np.diff(strings[78:, :, 2]), [[10] * 9 + [257] + [7] * 49] * 8, atol=0.011)
+
+
+def test_given_geometry_is_used(demo, tmp_path):
+    moved = np.column_stack([np.arange(5160), np.round(simulate.build_geometry() @ np.diag([1, 1, 0.5]), 2)])
+    np.savetxt(tmp_path / "g.csv", moved[::-1], delimiter=",", header="sensor_id,x,y,z", comments="",
+               fmt=["%d", "%.2f", "%.2f", "%.2f"])  # rows in another order, too
+    args = [f"--out_dir={tmp_path}/raw", "--workers=1", "--seed=3", *SMALL]
+    run_ok("simulate.py", *args, f"--geometry={tmp_path}/g.csv")
+    written = np.loadtxt(tmp_path / "raw" / "sensor_geometry.csv", delimiter=",", skiprows=1)
+    np.testing.assert_array_equal(written, moved)
+    meta, other = (pq.read_table(path / "train_meta.parquet").slice(0, 40) for path in (tmp_path / "raw", demo))
+    assert meta["last_pulse_index"] != other["last_pulse_index"]
+    assert "geometry" in user_error("simulate.py", *args)
+
+
+@pytest.mark.parametrize("case", ["absent", "columns", "rows", "nan", "text", "kilometres", "depth"])
+def test_bad_geometry_is_refused(tmp_path, monkeypatch, case):
+    rows = [[str(value) for value in (dom, *xyz)] for dom, xyz in enumerate(simulate.build_geometry().tolist())]
+    header = ["sensor_id", "x", "y", "z"]
+    if case == "columns":
+        header[3] = "depth"
+    elif case == "rows":
+        rows.pop()
+    elif case in ("nan", "text"):
+        rows[7][2] = {"nan": "nan", "text": "north"}[case]
+    elif case == "kilometres":
+        rows = [[dom, *(str(float(value) / 1000) for value in xyz)] for dom, *xyz in rows]
+    elif case == "depth":  # Prometheus measures z from the surface
+        rows = [[dom, x, y, str(float(z) - 1948.07)] for dom, x, y, z in rows]
+    path = tmp_path / "g.csv"
+    if case != "absent":
+        path.write_text("\n".join(",".join(row) for row in [header, *rows]) + "\n")
+    with pytest.raises(SystemExit) as refusal:
+        simulate.read_geometry(str(path))
+    assert str(path) in str(refusal.value) and "\n" not in str(refusal.value)
+    if case == "columns":  # the whole program once
+        assert "sensor_id,x,y,z" in user_error("simulate.py", f"--out_dir={tmp_path}/raw", f"--geometry={path}", *SMALL)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# physics
+# ----------------------------------------------------------------------------------------------------------------------
+
+def line_fit(events):
+    """Fit r = r0 + v t to the aux=False pulses of each event, weighted by charge -> unit vectors -v (n, 3)."""
+    event, clock, weight = events["event"], events["time"] - 1e4, events["charge"] * ~events["aux"]
+
+    def total(values):
+        return np.bincount(event, values, minlength=events["n"])
+    clock = clock - (total(weight * clock) / total(weight))[event]
+    # the fitted velocity times a positive number
+    velocity = np.stack([total(weight * clock * events["position"][:, i]) for i in range(3)], 1)
+    return -velocity / np.linalg.norm(velocity, axis=1, keepdims=True)
+
+
+def to_source(azimuth, zenith):
+    return np.stack([np.cos(azimuth) * np.sin(zenith), np.sin(azimuth) * np.sin(zenith), np.cos(zenith)], 1)
+
+
+def test_bright_tracks_point_to_their_source(events):
+    cosine = (line_fit(events) * to_source(events["azimuth"], events["zenith"])).sum(1)
+    good = np.bincount(events["event"], ~events["aux"], minlength=events["n"])
+    bright_tracks = (events["event_class"] == 1) & (good > 60)
+    assert bright_tracks.sum() > 50
+    assert cosine[bright_tracks].mean() > 0.5  # -0.5 if angles meant where it flies to
+
+
+def test_line_fit_is_as_hard_as_for_the_real_data(events):
+    cosine = (line_fit(events) * to_source(events["azimuth"], events["zenith"])).sum(1)
+    error = np.arccos(np.clip(cosine, -1, 1))
+    is_track = events["event_class"] == 1
+    assert 0.2 < np.median(error[is_track]) < 0.6 and 1.2 < np.median(error[~is_track]) < 1.8
+    assert 1.0 < error.mean() < 1.35  # 1.18 rad on Kaggle's
+
+
+def test_pulse_counts_look_real(events):
+    n_pulses = np.bincount(events["event"], minlength=events["n"])
+    n_good = np.bincount(events["event"], ~events["aux"], minlength=events["n"]).astype(int)
+    assert 50 < np.median(n_pulses) < 70  # Kaggle: 62
+    assert 0.09 < (n_pulses > 127).mean() < 0.18  # 0.13
+    assert 28 < np.minimum(n_good, 127).mean() < 43  # 35
+    assert 10 < n_pulses.min() < 40 and 1500 < n_pulses.max() <= 100_000  # 15, 110,517
+    assert 25 < np.median(n_pulses - n_good) < 50
+    assert 0.3 < (events["event_class"] == 1).mean() < 0.6
+
+
+def test_energy_shows_in_the_light(events):
+    light = np.log10(np.bincount(events["event"], events["charge"]))
+    assert np.corrcoef(light, np.log10(events["energy"]))[0, 1] > 0.4
+
+
+def test_dust_layer_is_dark(events):
+    """DOMs in the layer see less than those above and below it (strings 1..78, aux=False)."""
+    z = events["position"][(events["dom"] < 78 * 60) & ~events["aux"], 2]
+    above, dust, below = (np.sum(np.abs(z - center) < 51) for center in (50, -102, -250))
+    assert dust < 0.6 * above and dust < 0.6 * below
+
+
+def test_every_event_has_triggered(events):
+    for event in range(events["n"]):
+        pulses = slice(*np.searchsorted(events["event"], [event, event + 1]))
+        good = events["time"][pulses][~events["aux"][pulses]]
+        assert (good[7:] - good[:-7]).min() <= 5000
+
+
+def test_aux_is_the_coincidence_of_the_written_pulses(events):
+    coincident = local_coincidence(events["event"], events["dom"], events["time"])
+    assert not (coincident & events["aux"]).any()
+    # the readout window may cut off a partner, rarely
+    assert (~coincident & ~events["aux"]).sum() < 1e-3 * len(coincident)
+
+
+def brute_force(event, dom, time):
+    def pair(a, b):
+        return (event[a] == event[b] and dom[a] // 60 == dom[b] // 60 and 1 <= abs(int(dom[a]) - int(dom[b])) <= 2
+                and abs(int(time[a]) - int(time[b])) <= 1000)
+    return np.array([any(pair(a, b) for b in range(len(event))) for a in range(len(event))], bool)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_local_coincidence_against_all_pairs(seed):
+    rng = np.random.default_rng(seed)
+    n = 250
+    doms = np.concatenate([np.arange(52, 70), [0, 1, 5158, 5159]])  # the end of a string and of the detector
+    event = rng.integers(7, 10, n)
+    dom = rng.choice(doms, n).astype([np.int16, np.uint16, np.int64][seed % 3])
+    pulse_time = rng.choice([-3000, 0, 999, 1000, 1001, 2000, 2001, 5000, 400_000], n)  # borders and ties
+    if seed >= 3:  # thin enough that about half are alone
+        pulse_time = rng.integers(5000, 60_000, n)
+    expected = brute_force(event, dom, pulse_time)
+    assert 0.1 < expected.mean() < 1 and not (seed >= 3 and expected.mean() > 0.9)
+    np.testing.assert_array_equal(local_coincidence(event, dom, pulse_time), expected)
+
+
+def test_local_coincidence_of_nothing_and_of_very_much():
+    nothing = np.zeros(0, int)
+    assert local_coincidence(nothing, nothing, nothing).shape == (0,)
+    n = 200_000  # all within 1 us on two neighbours, and one DOM apart: all pairs would be 4e10
+    rng = np.random.default_rng(0)
+    dom = np.append(rng.integers(30, 32, n), 34)
+    found = local_coincidence(np.zeros(n + 1, int), dom, rng.integers(0, 900, n + 1))
+    assert found[:n].all() and not found[n]
