@@ -211,6 +211,10 @@ def read_json(path):
         fail(f"{path}: not valid JSON; it is damaged, remove it and run the command that wrote it again")
 
 
+def first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+
+
 def progress_bar(total, desc, unit, initial=0):
     """A tqdm bar on stderr; redrawn twice a second on a terminal, every 10 s in a log file; rank 0 only."""
     return tqdm(total=total, desc=desc, unit=unit, initial=initial, disable=not is_main_process(), unit_scale=total > 9999,
@@ -262,6 +266,12 @@ def stop_device(ranks):
     import torch
     if ranks.world_size > 1:
         torch.distributed.destroy_process_group()
+
+
+def wait_for_all(ranks):
+    import torch
+    if ranks.world_size > 1:
+        torch.distributed.barrier()
 
 
 def sum_over_ranks(values, ranks):
@@ -336,7 +346,7 @@ def load_checkpoint(path):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        fail(f"{path}: not a readable checkpoint ({str(error).splitlines()[0][:120]}); it is damaged or of another program")
+        fail(f"{path}: not a readable checkpoint ({first_line(error)}); it is damaged or of another program")
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
         found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
         fail(f"{path}: checkpoint format {found}, need {CHECKPOINT_FORMAT}; it was written by another version")

@@ -67,16 +67,19 @@ class FinetuneConfig(ModelConfig):
         yield from super().check()
         yield from common.check_training(self)
         yield from common.check_positive(self, "head_hidden_size")
-        yield from common.check_choice(self, "task", ("direction",))
-        yield from common.check_choice(self, "direction_loss", ("angular",))
+        yield from common.check_choice(self, "task", TASKS)
+        yield from common.check_choice(self, "direction_loss", DIRECTION_LOSSES)
         if self.predictions and Path(self.predictions).suffix not in (".csv", ".parquet"):
             yield f"predictions = {self.predictions!r}: the name must end in .csv or .parquet"
-        if self.predictions and not os.access(nearest_folder(self.predictions), os.W_OK):
-            yield f"predictions = {self.predictions!r}: {nearest_folder(self.predictions)} is not a folder to write in"
+        above = nearest_parent(self.predictions)
+        if self.predictions and not (above.is_dir() and os.access(above, os.W_OK)):
+            yield f"predictions = {self.predictions!r}: {above} is not a folder to write in"
         if self.freeze_backbone and not self.pretrained:
             yield "freeze_backbone = True needs a pretrained checkpoint: a frozen random encoder learns nothing"
 
 
+TASKS = {"direction": DirectionFinder}
+DIRECTION_LOSSES = {"angular": angular_error}  # (direction, truth), unit vectors (B, 3) each -> (B,)
 LOG_COLUMNS = ["step", "events", "lr", "loss", "grad_norm", "events_per_s", "val_loss", "val_angle_mean", "val_angle_median"]
 # Knobs that may differ when a run goes on, because the steps already done would have been the same
 MAY_CHANGE = {"data_dir", "val_split", "val_events", "out_dir", "micro_batches", "max_steps", "cooldown_steps", "schedule",
@@ -84,9 +87,9 @@ MAY_CHANGE = {"data_dir", "val_split", "val_events", "out_dir", "micro_batches",
               "dtype", "compile"}
 
 
-def nearest_folder(path):
+def nearest_parent(path):
     """The first part above `path` that exists: where its folders would have to be made."""
-    return next(folder for folder in Path(path).absolute().parents if folder.exists())
+    return next(parent for parent in Path(path).absolute().parents if parent.exists())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -99,7 +102,7 @@ def take_architecture(config, saved, path, keys):
         if key not in saved["config"]:
             common.fail(f"{path} is no fine-tuned checkpoint (it knows no {key}); pretrained ones go to --pretrained=")
         if key in config.sources and getattr(config, key) != saved["config"][key]:
-            common.fail(f"{config.sources[key]}: {key} = {getattr(config, key)!r}, but {path} has {saved['config'][key]!r}")
+            common.fail(f"{key} = {getattr(config, key)!r}, but {path} has {saved['config'][key]!r}")
         setattr(config, key, saved["config"][key])
 
 
@@ -186,7 +189,7 @@ def main():
     def evaluate_best(path, saved):
         """Evaluate a fine-tuned checkpoint, print and keep the result, write the predictions."""
         check_geometry(saved, geometry, path, config.data_dir)
-        model = DirectionFinder(config, geometry).to(ranks.device)
+        model = TASKS[config.task](config, geometry).to(ranks.device)
         model.load_state_dict(saved["model"])
         directions = predict(model, val_split, n_val, config, ranks, autocast)
         if not ranks.main:
@@ -238,14 +241,14 @@ def main():
             return
 
     torch.manual_seed(config.seed)
-    raw_model = DirectionFinder(config, geometry)
+    raw_model = TASKS[config.task](config, geometry)
     if pretrained:
         load_encoder(raw_model, pretrained, config.pretrained)
     raw_model.encoder.requires_grad_(not config.freeze_backbone)
     raw_model.to(ranks.device)
     optimizer = torch.optim.AdamW(parameter_groups(raw_model, config.weight_decay), lr=config.learning_rate,
                                   betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
-    scaler = torch.amp.GradScaler(ranks.device.type, enabled=ranks.dtype == torch.float16)
+    scaler = torch.amp.GradScaler(ranks.device.type, init_scale=2.0**10, enabled=ranks.dtype == torch.float16)
     first_step, best_val = 0, float("inf")
     if saved:
         raw_model.load_state_dict(saved["model"])
@@ -305,7 +308,8 @@ def main():
                 with autocast:
                     direction = model(batch)
                 truth = unit_vector(batch["azimuth"], batch["zenith"])
-                loss = angular_error(direction, truth).sum() / config.batch_size  # a share of the whole step's mean
+                losses = DIRECTION_LOSSES[config.direction_loss](direction, truth)  # (B,)
+                loss = losses.sum() / config.batch_size  # a share of the whole step's mean
                 scaler.scale(loss * ranks.world_size).backward()  # DDP takes the mean over ranks, the sum is meant
             step_loss += loss.detach()
         scaler.unscale_(optimizer)
@@ -327,6 +331,7 @@ def main():
         bar.update()
 
     bar.close()
+    common.wait_for_all(ranks)  # rank 0 may still be writing best.pt
     evaluate_best(best_path, common.load_checkpoint(best_path))
     common.stop_device(ranks)
 

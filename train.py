@@ -142,7 +142,7 @@ def main():
     raw_model = Pretrainer(config, geometry).to(ranks.device)
     optimizer = torch.optim.AdamW(parameter_groups(raw_model, config.weight_decay), lr=config.learning_rate,
                                   betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
-    scaler = torch.amp.GradScaler(ranks.device.type, enabled=ranks.dtype == torch.float16)
+    scaler = torch.amp.GradScaler(ranks.device.type, init_scale=2.0**10, enabled=ranks.dtype == torch.float16)
     autocast = torch.autocast(ranks.device.type, ranks.dtype, enabled=ranks.dtype != torch.float32)
     first_step, best_val = 0, float("inf")
     if saved:

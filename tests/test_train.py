@@ -60,25 +60,24 @@ def test_ten_steps_give_the_known_losses(tmp_path):
     run_ok("train.py", f"--data_dir={folder}", f"--out_dir={tmp_path}/run", *TINY_RUN, "--max_steps=10", "--learning_rate=1e-2",
            "--eval_interval=10")
     before, after = column(tmp_path / "run", "val_loss")
-    assert before == pytest.approx(14.8, abs=2e-3) and after == pytest.approx(8.5, abs=2e-2)
+    assert before == pytest.approx(15.685, abs=2e-3) and after == pytest.approx(6.776, abs=2e-2)
 
 
 def test_it_learns(demo_data, tmp_path):
-    run_ok("train.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}", *TINY_RUN, "--max_steps=60", "--learning_rate=1e-2",
-           "--eval_interval=60", "--log_interval=60")
+    run_ok("train.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}", *TINY_RUN, "--batch_size=32", "--max_steps=80",
+           "--cooldown_steps=20", "--learning_rate=1e-2", "--eval_interval=80", "--save_interval=80", "--log_interval=40",
+           "--val_split=pretrain", "--val_events=0")
     before, after = column(tmp_path, "val_dom_loss")
-    assert before == pytest.approx(np.log(5160), abs=0.4) and after < before - 0.5
-    assert column(tmp_path, "val_charge_loss")[1] < 0.3
+    assert before == pytest.approx(np.log(5160), abs=0.5) and after < before - 0.5
+    assert column(tmp_path, "val_charge_loss")[1] < 0.15
 
 
-@pytest.mark.parametrize("knobs", [["--micro_batches=5"], ["--compile=True", "--max_steps=3"]])
-def test_how_a_step_is_computed_does_not_change_it(pretrained, demo_data, tmp_path, knobs):
-    run_ok("train.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}", *TINY_RUN, "--cooldown_steps=0", *knobs)
-    whole = tmp_path / "whole"
-    run_ok("train.py", f"--data_dir={demo_data}", f"--out_dir={whole}", *TINY_RUN, "--cooldown_steps=0", *knobs[1:])
-    assert column(tmp_path, "loss") == pytest.approx(column(whole, "loss"), rel=1e-4)
-    assert column(tmp_path, "val_loss") == pytest.approx(column(whole, "val_loss"), rel=1e-4)
-    assert_same_weights(tmp_path, whole, atol=1e-4)
+@pytest.mark.parametrize("knob", ["--micro_batches=5", "--compile=True"])
+def test_how_a_step_is_computed_does_not_change_it(pretrained, demo_data, tmp_path, knob):
+    run_ok("train.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}", *TINY_RUN, knob)
+    for name in ("loss", "grad_norm", "val_loss"):
+        assert column(tmp_path, name) == pytest.approx(column(pretrained[0], name), rel=2e-4), name
+    assert_same_weights(tmp_path, pretrained[0], atol=1e-4)
 
 
 def test_two_ranks_train_like_one(pretrained, demo_data, tmp_path):
@@ -92,6 +91,7 @@ def test_two_ranks_train_like_one(pretrained, demo_data, tmp_path):
 def test_low_precision_runs_stay_close(pretrained, demo_data, tmp_path, dtype):
     run_ok("train.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}", *TINY_RUN, f"--dtype={dtype}")
     assert column(tmp_path, "loss") == pytest.approx(column(pretrained[0], "loss"), rel=0.02)
+    assert column(tmp_path, "loss") != column(pretrained[0], "loss")
     assert all(value.dtype == torch.float32 for value in weights(tmp_path).values())
 
 

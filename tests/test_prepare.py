@@ -1,0 +1,623 @@
+"""prepare.py as users run it: the rule, workers, interruptions, hostile input, Prometheus. Files are real, small and made up."""
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import data
+import prepare
+import simulate
+from conftest import ROOT, run, run_ok, user_error
+
+GEOMETRY = simulate.build_geometry()  # (5160, 3)
+N_EVENTS = {1: 130, 2: 120, 3: 33, 4: 40}  # batches; the third is small, as Kaggle's last one is
+
+
+def make_events(rng, n, lengths=(1, 2, 60, 126, 127, 128, 129, 500)):
+    """n events of all kinds, as a list of dicts."""
+    events = []
+    for i in range(n):
+        length = 5000 if i == 7 else int(rng.choice(lengths))
+        aux_share = (0, 1, 0.7, 0.97)[i % 4]
+        times = rng.integers(6000, 6000 + (length // 3 + 1 if i % 5 == 0 else 9000), length)  # every fifth is full of ties
+        events.append({"event_id": int(rng.integers(2**40)), "time": times if i % 7 == 0 else np.sort(times),
+                       "charge": np.round(rng.integers(1, 80, length) * 0.025, 3), "sensor_id": rng.integers(0, 5160, length),
+                       "auxiliary": rng.random(length) < aux_share, "azimuth": rng.uniform(0, 2 * np.pi),
+                       "zenith": np.arccos(rng.uniform(-1, 1)), "energy": 10 ** rng.uniform(2, 6), "event_class": 1 + i % 2})
+    return events
+
+
+def pulse_table(events, event_id=True):
+    columns = {"sensor_id": np.int16, "time": np.int64, "charge": np.float64, "auxiliary": bool}
+    table = {name: np.concatenate([event[name] for event in events]).astype(kind) for name, kind in columns.items()}
+    if event_id:
+        table["event_id"] = np.repeat([event["event_id"] for event in events], [len(event["time"]) for event in events])
+    return pa.table(table)
+
+
+def meta_table(batches, labels=("azimuth", "zenith")):
+    rows = {name: [] for name in ("batch_id", "event_id", "first_pulse_index", "last_pulse_index", *labels)}
+    for number, events in batches.items():
+        end = np.cumsum([len(event["time"]) for event in events])
+        rows["batch_id"] += [number] * len(events)
+        rows["first_pulse_index"] += [0, *end[:-1]]
+        rows["last_pulse_index"] += list(end - 1)
+        for name in ("event_id", *labels):
+            rows[name] += [event[name] for event in events]
+    return pa.table(rows)
+
+
+def write_geometry(folder, geometry=GEOMETRY):
+    lines = ["sensor_id,x,y,z"] + [f"{dom},{x},{y},{z}" for dom, (x, y, z) in enumerate(geometry.tolist())]
+    (folder / "sensor_geometry.csv").write_text("\n".join(lines) + "\n")
+
+
+def write_kaggle(folder, train, test=None, row_group_size=1000):
+    for kind, batches in (("train", train), ("test", test or {})):
+        (folder / kind).mkdir(parents=True)
+        for number, events in batches.items():
+            pq.write_table(pulse_table(events), folder / kind / f"batch_{number}.parquet", row_group_size=row_group_size)
+    pq.write_table(meta_table(train, ("azimuth", "zenith", "energy", "event_class")), folder / "train_meta.parquet")
+    if test:
+        pq.write_table(meta_table(test, ()), folder / "test_meta.parquet", row_group_size=50)
+    write_geometry(folder)
+    return folder
+
+
+def reference(events, max_pulses=127, seed=0):
+    """The rule, one event after another -> (EVENT records, PULSE records)."""
+    records, kept, start = np.zeros(len(events), data.EVENT), [], 0
+    for record, event in zip(records, events):
+        order = np.argsort(event["time"], kind="stable")
+        t, q, dom, aux = (event[name][order] for name in ("time", "charge", "sensor_id", "auxiliary"))
+        draw = data.uniform_hash(seed, event["event_id"], np.arange(len(t)))
+        good, bad = np.flatnonzero(~aux), np.flatnonzero(aux)
+        if len(t) <= max_pulses:
+            keep = np.arange(len(t))
+        elif len(good) >= max_pulses:
+            keep = np.sort(good[np.argsort(draw[good])[:max_pulses]])
+        else:
+            keep = np.sort(np.append(good, bad[np.argsort(draw[bad])[:max_pulses - len(good)]]))
+        pulses = np.zeros(len(keep), data.PULSE)
+        pulses["time"], pulses["charge"], pulses["dom"], pulses["aux"] = t[keep], q[keep], dom[keep], aux[keep]
+        kept.append(pulses)
+        for name in ("event_id", "azimuth", "zenith", "energy", "event_class"):
+            record[name] = event[name]
+        record["start"], record["length"], record["n_pulses"] = start, len(keep), len(t)
+        record["total_charge"], record["center"] = q.sum(), (q[:, None] * GEOMETRY[dom]).sum(axis=0) / q.sum()
+        start += len(keep)
+    return records, np.concatenate(kept)
+
+
+def assert_equal_records(found, expected):
+    """Equal to the last bit, but for sums: they depend on the order of their terms in float64, seen in the last bit."""
+    for name in expected.dtype.names:
+        if name in ("total_charge", "center"):
+            np.testing.assert_allclose(found[name], expected[name], rtol=3e-7, atol=1e-4, err_msg=name)
+        else:
+            np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    rng = np.random.default_rng(1)
+    train = {number: make_events(rng, n) for number, n in N_EVENTS.items()}
+    folder = write_kaggle(tmp_path_factory.mktemp("raw") / "kaggle", train, {5: make_events(rng, 30), 6: make_events(rng, 20)})
+    return folder, train
+
+
+SPLITS = "--splits={'pretrain': (1, 2), 'val': (3, 3), 'test': 'test'}"
+
+
+@pytest.fixture(scope="module")
+def straight(raw, tmp_path_factory):
+    """A run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("straight") / "data"
+    done = run_ok("prepare.py", f"--input_dir={raw[0]}", f"--data_dir={folder}", "--workers=1", SPLITS)
+    return folder, done
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the rule and the format
+# ----------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("max_pulses, seed", [(127, 0), (3, 5)])
+def test_the_rule_event_by_event(raw, straight, tmp_path, max_pulses, seed):
+    folder = straight[0]
+    if max_pulses != 127:
+        folder = tmp_path / "data"
+        run_ok("prepare.py", f"--input_dir={raw[0]}", f"--data_dir={folder}", SPLITS, f"--max_pulses={max_pulses}",
+               f"--seed={seed}", "--workers=2")
+    for name, batches in (("pretrain", (1, 2)), ("val", (3,))):
+        events, pulses = reference([event for number in batches for event in raw[1][number]], max_pulses, seed)
+        split = data.open_split(folder, name)
+        assert_equal_records(split.events, events)
+        assert_equal_records(split.pulses, pulses)
+    np.testing.assert_allclose(data.read_geometry(folder), GEOMETRY, rtol=1e-6)
+
+
+def test_the_draw_is_fair_and_depends_on_the_event_alone():
+    n, config = 2000, prepare.PrepareConfig(max_pulses=20)
+    events = np.zeros(n, data.EVENT)
+    events["event_id"], events["n_pulses"] = np.arange(n), 50
+    time, charge, dom = np.tile(np.arange(50), n), np.ones(50 * n), np.zeros(50 * n, np.int16)
+    aux = np.tile(np.arange(50) >= 10, n)  # ten good ones stay, ten of forty others
+    pulses = prepare.pack(events, time, charge, dom, aux, GEOMETRY.T, config)
+    times = np.bincount(pulses["time"].astype(int), minlength=50)
+    assert (times[:10] == n).all() and np.abs(times[10:] / n - 0.25).max() < 0.05  # 5 standard deviations
+    again = prepare.pack(events[100:101], time[:50], charge[:50], dom[:50], aux[:50], GEOMETRY.T, config)
+    assert np.array_equal(again, pulses[2000:2020])
+
+
+def test_the_test_set_has_no_labels(straight):
+    split = data.open_split(straight[0], "test")
+    assert len(split) == 50 and np.isnan(split.events["azimuth"]).all() and np.isnan(split.events["energy"]).all()
+    assert not split.events["event_class"].any()
+
+
+def test_what_the_user_sees(straight):
+    folder, done = straight
+    split = data.open_split(folder, "pretrain")
+    line = next(line for line in done.stdout.splitlines() if line.startswith("pretrain "))
+    for text in ("250", f"{len(split.pulses):,}", f"{np.median(split.events['n_pulses']):.0f}",
+                 f"{np.mean(split.events['n_pulses'] > 127):.1%}", f"{split.pulses['aux'].mean():.1%}",
+                 f"{split.pulses['time'].min():.6g} to {split.pulses['time'].max():.6g}"):
+        assert text in line, (text, line)
+    assert "333/333" in done.stderr and "event/s" in done.stderr  # one bar over all events
+    assert set(contents(folder)) == {"geometry.bin", "meta.json"} | {
+        f"{name}_{kind}.bin" for name in ("pretrain", "val", "test") for kind in ("events", "pulses")}
+    meta = json.loads((folder / "meta.json").read_text())
+    assert meta["splits"]["val"]["batches"] == [3, 3] and meta["splits"]["test"]["n_events"] == 50
+    assert (meta["source"], meta["seed"], meta["max_pulses"], meta["n_doms"]) == ("kaggle", 0, 127, 5160)
+
+
+def test_every_way_of_writing_the_parquet_files_gives_the_same(tmp_path):
+    rng = np.random.default_rng(2)
+    events = make_events(rng, 60)
+    for event in events:
+        event["charge"] = np.round(event["charge"] * 4 + 1) / 4  # exact in float32
+    plain = pulse_table(events)
+
+    def cast(**kinds):
+        return plain.cast(pa.schema([(name, kinds.get(name, kind)) for name, kind in zip(plain.column_names, plain.schema.types)]))
+    pandas = json.dumps({"index_columns": ["event_id"], "columns": [], "column_indexes": []}).encode()
+    first = len(events[0]["time"])  # pulses of no event at both ends and between
+    gaps = pa.concat_tables([plain.slice(0, 2), plain.slice(0, first), plain.slice(5, 4), plain.slice(first), plain.slice(0, 1)])
+    files = [(plain, {}), (plain.replace_schema_metadata({"pandas": pandas}), {"compression": "zstd", "row_group_size": 77}),
+             (cast(sensor_id=pa.uint16(), time=pa.int32(), charge=pa.float32(), event_id=pa.uint64()), {"compression": "none"}),
+             (cast(sensor_id=pa.int64(), time=pa.float64()).select(["event_id", "auxiliary", "charge", "time", "sensor_id"]),
+              {"compression": "gzip", "use_dictionary": False, "data_page_version": "2.0"}),
+             (plain.set_column(4, "event_id", plain["event_id"].dictionary_encode()), {"row_group_size": 10**6}), (gaps, {})]
+    meta = meta_table({number: events for number in range(1, len(files) + 1)}).to_pydict()
+    for i in range(len(meta["batch_id"])):
+        if meta["batch_id"][i] == len(files):
+            shift = 2 if meta["first_pulse_index"][i] == 0 else 6
+            meta["first_pulse_index"][i] += shift
+            meta["last_pulse_index"][i] += shift
+    folder = tmp_path / "raw"
+    (folder / "train").mkdir(parents=True)
+    write_geometry(folder)
+    pq.write_table(pa.table(meta), folder / "train_meta.parquet", row_group_size=11)
+    for number, (table, options) in enumerate(files, start=1):
+        pq.write_table(table, folder / f"train/batch_{number}.parquet", **options)
+    run_ok("prepare.py", f"--input_dir={folder}", f"--data_dir={tmp_path}/data", f"--splits={{'all': (1, {len(files)})}}")
+    split = data.open_split(tmp_path / "data", "all")
+    n, n_pulses = len(events), len(split.pulses) // len(files)
+    for i in range(len(files)):
+        part = split.events[i * n:(i + 1) * n].copy()
+        part["start"] -= i * n_pulses
+        assert part.tobytes() == split.events[:n].tobytes(), i
+        assert split.pulses[i * n_pulses:(i + 1) * n_pulses].tobytes() == split.pulses[:n_pulses].tobytes(), i
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.float64])
+def test_local_coincidence_pair_by_pair(kind):
+    rng = np.random.default_rng(3)
+    n = 1500
+    event, dom, time = rng.integers(0, 4, n), rng.choice([0, 1, 2, 3, 57, 58, 59, 60, 61, 63, 5159], n), rng.uniform(0, 40_000, n)
+    time = time.astype(kind)
+    time[:200] = time[200:400] + rng.choice([-1001, -1000, 1000, 1001], 200)  # right at the border
+    apart = np.abs(dom[:, None] - dom)
+    near = (event[:, None] == event) & (dom[:, None] // 60 == dom // 60) & (apart >= 1) & (apart <= 2) \
+        & (np.abs(time[:, None] - time) <= 1000)
+    assert np.array_equal(data.local_coincidence(event, dom, time), near.any(axis=1))
+    assert data.local_coincidence(event[:0], dom[:0], time[:0]).shape == (0,)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# workers, interruptions, settings
+# ----------------------------------------------------------------------------------------------------------------------
+
+def test_the_bytes_do_not_depend_on_the_workers(raw, straight, tmp_path):
+    run_ok("prepare.py", f"--input_dir={raw[0]}", f"--data_dir={tmp_path}/data", SPLITS, "--workers=3")
+    assert contents(tmp_path / "data") == contents(straight[0])
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory):
+    """Enough batches to be stopped among them, and what a straight run makes of them."""
+    folder = tmp_path_factory.mktemp("slow")
+    events = make_events(np.random.default_rng(4), 150)
+    write_kaggle(folder / "raw", {number: events for number in range(1, 41)}, row_group_size=10**6)
+    command = [sys.executable, str(ROOT / "prepare.py"), f"--input_dir={folder}/raw", "--splits={'all': (1, 40)}", "--workers=2"]
+    subprocess.run([*command, f"--data_dir={folder}/straight"], check=True, cwd=ROOT, capture_output=True)
+    return folder, command
+
+
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+def test_stopped_and_gone_on_is_as_never_stopped(slow, tmp_path, stop):
+    folder, command = slow
+    target = tmp_path / "data"
+    command = [*command, f"--data_dir={target}"]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    while not list(target.glob("unfinished/all_*.json")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.005)
+    if stop == signal.SIGINT:
+        os.killpg(process.pid, stop)  # as a terminal does
+    else:
+        process.send_signal(stop)
+    error = process.communicate(timeout=30)[1]
+    assert process.returncode == (130 if stop == signal.SIGINT else -stop) and "Traceback" not in error, error
+    assert stop != signal.SIGINT or "the same command goes on" in error
+    n_done = len(list(target.glob("unfinished/all_*.json")))
+    assert not (target / "meta.json").exists() and n_done < 40
+
+    with pytest.raises(SystemExit, match="has not finished; to go on, run: python .*prepare.py .*--workers=2"):
+        data.read_meta(target)
+    assert "seed = 0, now it is 1" in user_error("prepare.py", *command[2:], "--seed=1")  # not from there on
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert contents(target) == contents(folder / "straight")
+    for _ in range(100):  # the workers of the first run ended with it
+        if not subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, check=False).stdout:
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError("workers of the killed run are still there")
+
+
+def test_a_complete_folder_is_left_alone(raw, straight, tmp_path):
+    target = tmp_path / "data"
+    shutil.copytree(straight[0], target)
+    before = contents(target)
+    done = run_ok("prepare.py", f"--input_dir={raw[0]}", f"--data_dir={target}", "--workers=2", SPLITS)
+    assert "complete, nothing to do" in done.stdout
+    shutil.copytree(raw[0], tmp_path / "other")
+    for flags, words in (([SPLITS, "--seed=4"], "seed = 0, now it is 4"), ([SPLITS, "--max_pulses=64"], "max_pulses = 127"),
+                         (["--splits={'val': (3, 3)}"], "splits = "), ([SPLITS, f"--input_dir={tmp_path}/other"], "input_dir = ")):
+        line = user_error("prepare.py", f"--input_dir={raw[0]}", f"--data_dir={target}", *flags)
+        assert words in line and "choose another data_dir" in line
+    assert contents(target) == before
+    os.truncate(target / "val_pulses.bin", 100)
+    assert "val_pulses.bin" in user_error("prepare.py", f"--input_dir={raw[0]}", f"--data_dir={target}", SPLITS)
+
+
+def test_two_at_once_are_refused(raw, tmp_path):
+    import fcntl
+    (tmp_path / "data/unfinished").mkdir(parents=True)
+    lock = os.open(tmp_path / "data/unfinished", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    assert "another prepare.py is at work" in user_error("prepare.py", f"--input_dir={raw[0]}", f"--data_dir={tmp_path}/data", SPLITS)
+    os.close(lock)
+
+
+def test_a_full_disk(raw, straight, tmp_path, monkeypatch):
+    """A limit on the size of files stands for the disk: pretrain_pulses.bin does not fit."""
+    flags = [f"--input_dir={raw[0]}", f"--data_dir={tmp_path}/data", SPLITS, "--workers=2"]
+    line = user_error("prepare.py", *flags, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000)))
+    assert "pretrain_pulses.bin: no room" in line and not (tmp_path / "data/meta.json").exists()
+    run_ok("prepare.py", *flags)
+    assert contents(tmp_path / "data") == contents(straight[0])
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
+    with pytest.raises(SystemExit, match="needs 1.0 MB, the disk has 0.0 MB free"):
+        prepare.make_room(tmp_path, {tmp_path / "big.bin": 1_000_000})
+    assert not (tmp_path / "big.bin").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# hostile input: each case spoils a good folder in one way
+# ----------------------------------------------------------------------------------------------------------------------
+
+def change(path, column, row, value, kind=None):
+    """Set one value of a parquet file."""
+    table = pq.read_table(path)
+    values = table[column].to_pylist()
+    values[row] = value
+    index = table.column_names.index(column)
+    pq.write_table(table.set_column(index, column, pa.array(values, kind or table[column].type)), path)
+
+
+def drop(path, column):
+    pq.write_table(pq.read_table(path).drop_columns([column]), path)
+
+
+def retype(path, column, kind):
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(table.column_names.index(column), column, table[column].cast(kind)), path)
+
+
+def spoil_middle(path):
+    content = bytearray(path.read_bytes())
+    content[2000:9000] = bytes(7000)
+    path.write_bytes(content)
+
+
+def edit(path, edit_lines):
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(edit_lines(lines)) + "\n")
+
+
+B, M, G = "train/batch_2.parquet", "train_meta.parquet", "sensor_geometry.csv"
+INF, NAN = float("inf"), float("nan")
+FIRST = N_EVENTS[1]  # row of the meta table where batch 2 begins
+CASES = {  # what is wrong: (how to spoil the file, the words that the error line must hold)
+    "batch missing": (lambda f: (f / B).unlink(), [B, "no such file"]),
+    "batch cut off": (lambda f: os.truncate(f / B, 5000), [B, "damaged"]),
+    "batch empty": (lambda f: (f / B).write_bytes(b""), [B, "0 bytes"]),
+    "batch without rows": (lambda f: pq.write_table(pq.read_table(f / B).slice(0, 0), f / B), [M, f"row {FIRST}", "0 rows"]),
+    "batch damaged inside": (lambda f: spoil_middle(f / B), [B]),
+    "batch is no parquet": (lambda f: (f / B).write_text("sensor_id,time\n" * 99), [B, "not a readable parquet"]),
+    "meta missing": (lambda f: (f / M).unlink(), [M, "no such file"]),
+    "meta cut off": (lambda f: os.truncate(f / M, 3000), [M, "damaged"]),
+    "folder missing": (lambda f: shutil.rmtree(f / "train"), ["train/batch_1.parquet", "no such file"]),
+    "no sensor_id": (lambda f: drop(f / B, "sensor_id"), [B, "no column sensor_id"]),
+    "no event_id": (lambda f: drop(f / B, "event_id"), [B, "no column event_id"]),
+    "no azimuth": (lambda f: drop(f / M, "azimuth"), [M, "no column azimuth"]),
+    "sensor_id as float": (lambda f: retype(f / B, "sensor_id", pa.float32()), [B, "sensor_id", "float"]),
+    "time as text": (lambda f: retype(f / B, "time", pa.string()), [B, "time", "string"]),
+    "auxiliary as integer": (lambda f: retype(f / B, "auxiliary", pa.int8()), [B, "auxiliary", "int8"]),
+    "zenith as text": (lambda f: retype(f / M, "zenith", pa.large_string()), [M, "zenith", "string"]),
+    "sensor_id too large": (lambda f: change(f / B, "sensor_id", 1234, 5160), [B, "row 1234", "5160"]),
+    "sensor_id negative": (lambda f: change(f / B, "sensor_id", 55, -1), [B, "row 55", "-1"]),
+    "charge NaN": (lambda f: change(f / B, "charge", 2001, NAN), [B, "row 2001", "charge is nan"]),
+    "charge infinite": (lambda f: change(f / B, "charge", 2001, INF), [B, "row 2001", "charge is inf"]),
+    "charge negative": (lambda f: change(f / B, "charge", 0, -0.5), [B, "row 0", "charge is -0.5"]),
+    "charge absent": (lambda f: change(f / B, "charge", 17, None), [B, "row 17", "no value", "charge"]),
+    "time NaN": (lambda f: change(f / B, "time", 3, NAN, pa.float64()), [B, "row 3", "time is nan"]),
+    "time negative": (lambda f: change(f / B, "time", 4, -7), [B, "row 4", "time is -7"]),
+    "time absent": (lambda f: change(f / B, "time", 4, None), [B, "row 4", "no value", "time"]),
+    "pulses beyond the file": (lambda f: pq.write_table(pq.read_table(f / B).slice(0, 4000), f / B), [M, B, "4000 rows"]),
+    "ranges overlap": (lambda f: change(f / M, "first_pulse_index", FIRST + 5, 3), [M, f"row {FIRST + 5}", "batch 2", "overlap"]),
+    "range reversed": (lambda f: change(f / M, "last_pulse_index", FIRST + 5, 3), [M, f"row {FIRST + 5}", "reversed"]),
+    "range negative": (lambda f: change(f / M, "first_pulse_index", FIRST, -1), [M, f"row {FIRST}", "negative"]),
+    "other event in the meta": (lambda f: change(f / M, "event_id", FIRST + 9, 12345), [B, "event_id", "12345"]),
+    "other event in the middle": (lambda f: change(f / B, "event_id", 300, 777), [B, "row 300", "777"]),
+    "azimuth NaN": (lambda f: change(f / M, "azimuth", FIRST + 1, NAN), [M, f"row {FIRST + 1}", "batch 2", "azimuth nan"]),
+    "zenith absent": (lambda f: change(f / M, "zenith", FIRST + 1, None), [M, f"row {FIRST + 1}", "zenith"]),
+    "zenith in degrees": (lambda f: change(f / M, "zenith", FIRST + 1, 91.0), [M, "radians"]),
+    "batches mixed": (lambda f: change(f / M, "batch_id", FIRST + 8, 1), [M, f"row {FIRST + 8}", "batch 1", "sort"]),
+    "geometry missing": (lambda f: (f / G).unlink(), [G, "not a readable table"]),
+    "geometry without a DOM": (lambda f: edit(f / G, lambda rows: rows[:100] + rows[101:]), [G, "sensor_id 99", "missing"]),
+    "geometry with one twice": (lambda f: edit(f / G, lambda rows: rows + rows[7:8]), [G, "sensor_id 6", "twice"]),
+    "geometry with NaN": (lambda f: edit(f / G, lambda rows: [*rows[:9], "8,1.0,nan,2.0", *rows[10:]]), [G, "row 8", "column y"]),
+    "geometry with text": (lambda f: edit(f / G, lambda rows: [*rows[:9], "8,here,1,2", *rows[10:]]), [G, "column x"]),
+    "geometry of more DOMs": (lambda f: edit(f / G, lambda rows: [*rows, "5160,1,2,3"]), [G, "row 5160", "sensor_id is 5160"]),
+    "geometry without header": (lambda f: edit(f / G, lambda rows: rows[1:]), [G, "no column"]),
+}
+BAD_SPLITS = {
+    "{'a': (1, 3), 'b': (3, 3)}": ["batch 3", "'a'", "'b'"], "{'a': 'test', 'b': 'test'}": ["test set"],
+    "{'a': (2, 9)}": [M, "no batch 5, 6, 7, 8, 9", "'a'"], "{'a': (3, 1)}": ["(first, last)"], "{'a': 3}": ["(first, last)"],
+    "{'a/b': (1, 1)}": ["a/b"], "{}": ["empty"]}
+
+
+IN_WORKER = [case for case in CASES if case.split()[0] in ("sensor_id", "charge", "time", "other") and "as" not in case.split()]
+IN_WORKER += ["batch damaged inside"]
+
+
+def spoiled(raw, folder, case):
+    """The command line for a case, on a copy of the good folder."""
+    source = raw[0]
+    if case in CASES:
+        source = shutil.copytree(raw[0], folder / "raw")
+        CASES[case][0](source)
+    return [f"--input_dir={source}", f"--data_dir={folder}/data", SPLITS if case in CASES else f"--splits={case}", "--workers=1"]
+
+
+@pytest.fixture(scope="module")
+def runs_that_fail(raw, tmp_path_factory):
+    """What only a worker can see needs the script itself; two at a time, to save time -> {case: CompletedProcess}."""
+    folder = tmp_path_factory.mktemp("hostile")
+    with ThreadPoolExecutor(2) as pool:
+        return folder, dict(zip(IN_WORKER, pool.map(lambda case: run("prepare.py", *spoiled(raw, folder / case, case)), IN_WORKER)))
+
+
+@pytest.mark.parametrize("case", [*CASES, *BAD_SPLITS])
+def test_hostile_input_is_one_clear_line(raw, tmp_path, monkeypatch, request, case):
+    if case in IN_WORKER:
+        folder, runs = request.getfixturevalue("runs_that_fail")
+        done, folder = runs[case], folder / case
+        assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+        line, = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+    else:
+        folder = tmp_path
+        monkeypatch.setattr(sys, "argv", ["prepare.py", *spoiled(raw, folder, case)])
+        with pytest.raises(SystemExit) as stopped:
+            prepare.main()
+        line = stopped.value.code  # a string: python prints it on stderr and exits with status 1
+    assert line.startswith("error: ") and "\n" not in line and not (folder / "data/meta.json").exists()
+    for words in CASES[case][1] if case in CASES else BAD_SPLITS[case]:
+        assert words in line, line
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Prometheus
+# ----------------------------------------------------------------------------------------------------------------------
+
+def track_photons(rng, azimuth, zenith, n):
+    """Photons of a track that comes from (azimuth, zenith) and passes the detector: rows of the geometry, times."""
+    flight = -prepare.direction(azimuth, zenith)
+    along = (GEOMETRY - rng.uniform(-150, 150, 3)) @ flight
+    distance = np.sqrt(np.maximum(((GEOMETRY - rng.uniform(-150, 150, 3)) ** 2).sum(axis=1) - along**2, 1))
+    dom = rng.choice(5160, n, p=np.exp(-distance / 20) / np.exp(-distance / 20).sum())
+    return dom, 3000 + along[dom] / 0.3 + distance[dom] / 0.22 + rng.exponential(30, n)
+
+
+def write_photons(path, events, signs=(1, 1), final_states=True, list_type=pa.large_list, spoil=lambda photons: None):
+    """A Prometheus file of (azimuth, zenith of the source, energy, dom, time). signs: do the angles point along the flight?"""
+    truth, photons = [], []
+    for azimuth, zenith, energy, dom, times in events:
+        along, back = (azimuth + np.pi, np.pi - zenith), (azimuth, zenith)
+        row = {"interaction": 1, "initial_state_energy": energy, "initial_state_zenith": (back, None, along)[signs[1] + 1][1],
+               "initial_state_azimuth": (back, None, along)[signs[0] + 1][0] - 2 * np.pi}
+        if final_states:
+            row |= {"final_state_energy": [0.7 * energy, 0.3 * energy], "final_state_azimuth": [along[0] + 0.01, along[0] - 0.02],
+                    "final_state_zenith": [along[1], along[1]]}
+        truth.append(row)
+        position = GEOMETRY[dom] + [0, 0, -1948.07]
+        photons.append({"sensor_pos_x": position[:, 0], "sensor_pos_y": position[:, 1], "sensor_pos_z": position[:, 2],
+                        "string_id": dom // 60 + 1, "sensor_id": dom % 60 + 1, "t": times})
+    spoil(photons)
+    kinds = {"string_id": pa.int64(), "sensor_id": pa.int64()}
+    struct = pa.struct([(name, list_type(kinds.get(name, pa.float64()))) for name in photons[0]])
+    columns = {"mc_truth": pa.array(truth), "photons": pa.array(photons, struct)}
+    pq.write_table(pa.table(columns), path, row_group_size=7)
+
+
+def make_photons(rng, n, lengths):
+    for i in range(n):
+        azimuth, zenith = rng.uniform(0, 2 * np.pi), np.arccos(rng.uniform(-0.9, 0.9))
+        yield azimuth, zenith, 10 ** rng.uniform(2, 6), *track_photons(rng, azimuth, zenith, int(lengths[i % len(lengths)]))
+
+
+def photon_reference(photons, window, **rule):
+    """Photons -> pulses -> the rule, one event after another."""
+    events = []
+    for event_id, (azimuth, zenith, energy, dom, times) in photons:
+        pulses = []
+        for d in np.unique(dom):
+            for t in np.sort(times[dom == d]):
+                if window and pulses and pulses[-1][0] == d and t - pulses[-1][1] <= window:
+                    pulses[-1][2] += 1
+                else:
+                    pulses.append([d, t, 1.0])
+        pulses = np.array(sorted(pulses, key=lambda pulse: (pulse[1], pulse[0])))
+        d, t, q = pulses.T
+        apart = np.abs(d[:, None] - d)
+        near = (d[:, None] // 60 == d // 60) & (apart >= 1) & (apart <= 2) & (np.abs(t[:, None] - t) <= 1000)
+        events.append({"event_id": event_id, "time": t, "charge": q, "sensor_id": d.astype(int), "auxiliary": ~near.any(axis=1),
+                       "azimuth": azimuth, "zenith": zenith, "energy": energy, "event_class": 0})
+    return reference(events, **rule)
+
+
+@pytest.fixture(scope="module")
+def photon_files(tmp_path_factory):
+    """Files in all four conventions, and one of single photons, which tell nothing."""
+    folder, rng = tmp_path_factory.mktemp("photons"), np.random.default_rng(5)
+    write_geometry(folder)
+    files = [list(make_photons(rng, 25, (300, 0, 100, 127, 3000, 1))) for _ in range(4)] + [list(make_photons(rng, 6, (1, 0)))] * 2
+    for i, signs in enumerate([(1, 1), (-1, 1), (1, -1), (-1, -1)]):  # light alone has to tell
+        write_photons(folder / f"{i}.parquet", files[i], signs, final_states=False)
+    write_photons(folder / "4.parquet", files[4], (-1, 1), list_type=pa.list_)
+    write_photons(folder / "5.parquet", files[5], (1, 1), final_states=False)
+    return folder, files
+
+
+def test_prometheus_photons_become_pulses(photon_files, tmp_path):
+    folder, files = photon_files
+    flags = ["--source=prometheus", f"--input_dir={folder}", "--splits={'tracks': (1, 4), 'dim': (5, 6)}"]
+    done = run_ok("prepare.py", *flags, f"--data_dir={tmp_path}/data", "--workers=2")
+    for name, numbers in (("tracks", range(1, 5)), ("dim", range(5, 7))):
+        photons = [(number * prepare.PROMETHEUS_ROWS + row, event) for number in numbers
+                   for row, event in enumerate(files[number - 1]) if len(event[4])]
+        events, pulses = photon_reference(photons, 3.3)
+        split = data.open_split(tmp_path / "data", name)
+        for label in ("azimuth", "zenith"):
+            np.testing.assert_allclose(split.events[label], events[label], atol=2e-6)
+            events[label] = split.events[label]
+        assert_equal_records(split.events, events)
+        assert_equal_records(split.pulses, pulses)
+        assert split.events["total_charge"].sum() == sum(len(event[4]) for _, event in photons)  # every photon counts
+    assert "light (4 files)" in done.stdout and "final states (1 files), convention (1 files)" in done.stdout
+    assert "tracks: 16 events without a photon were left out" in done.stdout
+    assert done.stderr.count("warning: dim: neither light nor final states") == 1
+    assert "complete" in run_ok("prepare.py", *flags, f"--data_dir={tmp_path}/data").stdout
+    assert "merge_window = 3.3" in user_error("prepare.py", *flags, f"--data_dir={tmp_path}/data", "--merge_window=2")
+
+    run_ok("prepare.py", *flags[:2], f"--data_dir={tmp_path}/all", "--splits={'all': (1, 1)}", "--merge_window=0", "--max_pulses=40")
+    split = data.open_split(tmp_path / "all", "all")
+    photons = [(prepare.PROMETHEUS_ROWS + row, event) for row, event in enumerate(files[0]) if len(event[4])]
+    events, pulses = photon_reference(photons, 0, max_pulses=40)
+    assert_equal_records(split.pulses, pulses)
+    assert np.array_equal(split.events["n_pulses"], [len(event[4]) for _, event in photons])
+
+
+def test_merging_photon_by_photon():
+    rng = np.random.default_rng(6)
+    n = 3000
+    event, dom, time = np.sort(rng.integers(0, 5, n)), rng.integers(0, 4, n), rng.integers(0, 2000, n).astype(float)
+    for window in (0, 1, 3.3, 50, 1e9):
+        found = np.array(prepare.merge_photons(event, dom, time, window))
+        pulses = []
+        for e, d, t in sorted(zip(event, dom, time)):
+            if window and pulses and pulses[-1][:2] == [e, d] and t - pulses[-1][2] <= window:
+                pulses[-1][3] += 1
+            else:
+                pulses.append([e, d, t, 1])
+        order = np.lexsort(found[[1, 2, 0]])  # ties in time are in no order
+        assert np.array_equal(found[:, order].T, sorted(pulses, key=lambda p: (p[0], p[2], p[1])))
+
+
+def spoil_first(name, value):
+    def spoil(photons):
+        photons[3][name][0] = value
+    return spoil
+
+
+def shorten(photons):
+    photons[3]["t"] = photons[3]["t"][:-1]
+
+
+def other_detector(photons):
+    photons[2]["sensor_pos_y"] += 90
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (spoil_first("t", np.nan), ["row 3", "t is nan"]), (spoil_first("t", -5.0), ["row 3", "t is -5.0"]),
+    (spoil_first("string_id", 87), ["row 3", "string 87", "there is none", "another detector"]),
+    (spoil_first("sensor_id", 0), ["row 3", "sensor 0", "another detector"]),
+    (other_detector, ["row 2", "string ", "another detector"]), (shorten, ["row 3", "photons.string_id"]),
+])
+def test_hostile_photons_are_one_clear_line(tmp_path, spoil, words):
+    write_geometry(tmp_path)
+    write_photons(tmp_path / "a.parquet", list(make_photons(np.random.default_rng(7), 5, (9, 20))), spoil=spoil)
+    line = user_error("prepare.py", "--source=prometheus", f"--input_dir={tmp_path}", f"--data_dir={tmp_path}/data",
+                      "--splits={'a': (1, 1)}")
+    assert "a.parquet" in line and all(text in line for text in words) and not (tmp_path / "data/meta.json").exists(), line
+
+
+def test_photon_files_that_are_missing_or_of_another_kind(photon_files, raw, tmp_path):
+    flags = ["--source=prometheus", f"--data_dir={tmp_path}/data"]
+    assert "there are 6" in user_error("prepare.py", *flags, f"--input_dir={photon_files[0]}", "--splits={'a': (6, 7)}")
+    shutil.copytree(photon_files[0], tmp_path / "raw")
+    shutil.copy(raw[0] / B, tmp_path / "raw/0.parquet")
+    line = user_error("prepare.py", *flags, f"--input_dir={tmp_path}/raw", "--splits={'a': (1, 2)}")
+    assert "0.parquet: no column mc_truth.initial_state_energy" in line
+    write_photons(tmp_path / "raw/0.parquet", [(1, 1, 1, np.zeros(0, int), np.zeros(0))] * 3)
+    assert "no event with light" in user_error("prepare.py", *flags, f"--input_dir={tmp_path}/raw", "--splits={'a': (1, 1)}")
+
+
+def test_a_disk_that_fills_while_running(photon_files, tmp_path):
+    """Photon files have no known size: the disk (a limit on files) is full in the middle of one."""
+    flags = ["--source=prometheus", f"--input_dir={photon_files[0]}", "--splits={'a': (1, 2)}", "--max_pulses=5000"]
+    line = user_error("prepare.py", *flags, f"--data_dir={tmp_path}/a",
+                      preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (124_000, 124_000)))
+    assert "_pulses.bin: cannot be written" in line and not (tmp_path / "a/meta.json").exists(), line
+    run_ok("prepare.py", *flags, f"--data_dir={tmp_path}/a")
+    run_ok("prepare.py", *flags, f"--data_dir={tmp_path}/b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
