@@ -131,7 +131,7 @@ def read_meta(data_dir):
     if not path.is_file():
         settings = Path(data_dir) / UNFINISHED / "settings.json"
         command = json.loads(settings.read_text())["command"] if settings.is_file() else "the same prepare.py command"
-        raise SystemExit(f"error: {path} is missing: preparing this folder has not finished; to go on, run: {command}")
+        raise SystemExit(f"error: {path} is missing: preparing this folder never finished; to go on, run: {command}")
     try:
         meta = json.loads(path.read_text())
     except ValueError:

@@ -52,12 +52,12 @@ class PrepareConfig:
     source: str = "kaggle"  # "kaggle" (simulate.py writes that layout too) or "prometheus" (files of photons)
     input_dir: str = "data/kaggle"  # holds sensor_geometry.csv and train/, train_meta.parquet, ...; or photon files
     data_dir: str = "data/icecube"  # the data folder to write
-    splits: dict = field(default_factory=lambda: {  # name: (first, last) batch, both included; or "test", Kaggle's unlabelled set
+    splits: dict = field(default_factory=lambda: {  # name: (first, last) batch, both included; "test": Kaggle's unlabelled set
         "pretrain": (1, 500), "finetune": (601, 605), "val": (651, 655)})
     max_pulses: int = 127  # pulses kept of an event: 128 positions with [CLS]
     merge_window: float = 3.3  # [ns] Prometheus: photons of a DOM this close are one pulse; a 300 MHz sample, arXiv:0810.4930
     seed: int = 0  # of the random choice among too many pulses
-    workers: int = 0  # processes, each with a batch file of its own and 0.4 GB of memory; 0 = one a core
+    workers: int = 0  # processes, each with a batch file of its own and 0.3 GB of memory; 0 = one a core
 
     def check(self):
         yield from check_choice(self, "source", ("kaggle", "prometheus"))
@@ -86,7 +86,7 @@ class Batch:
     split: str
     number: int
     path: Path
-    n_events: int  # Prometheus: rows, of which some may hold no photon
+    n_events: int  # any number  # DIFF(upstream): there the last one, of 153,924, fails; Prometheus: some may hold no photon
     n_pulses: int  # to keep; Prometheus: at most
     events_path: Path
     pulses_path: Path
@@ -125,6 +125,7 @@ def pack(events, time, charge, dom, aux, geometry, config):
     is_long = n > config.max_pulses
     if is_long.any():
         # a draw for each pulse, good ones before all others; an event keeps its max_pulses smallest
+        # DIFF(upstream): a hash of event and pulse, so that no order of batches or workers can change it
         draw = uniform_runs(config.seed, events["event_id"], n)
         draw += aux
         largest = np.full(len(n), 2.0)
@@ -182,7 +183,8 @@ def open_parquet(path, columns, optional=()):
     if not path.is_file():
         fail(f"{path}: no such file; check input_dir and splits")
     try:
-        file = pq.ParquetFile(path, buffer_size=2**20)  # buffered: else whole columns of a row group lie in memory
+        # in pieces of 1 MB: the default holds all that was read of a file, 9 GB of the full train_meta.parquet
+        file = pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         fail(f"{path}: not a readable parquet file ({str(error).splitlines()[0]}); it is cut off or damaged, get it anew")
     found = []
@@ -214,7 +216,7 @@ def read_batches(file, path, columns, n_rows):
 
 def to_numpy(array, path, row, name):
     if array.null_count:
-        refuse(array.is_null().to_numpy(zero_copy_only=False), path, row, lambda i: f"no value in column {name}; write it anew")
+        refuse(array.is_null().to_numpy(zero_copy_only=False), path, row, lambda i: f"no value in {name}; write it anew")
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
     return array.to_numpy(zero_copy_only=False)
@@ -222,10 +224,12 @@ def to_numpy(array, path, row, name):
 
 def read_geometry_csv(path):
     """sensor_geometry.csv (columns sensor_id, x, y, z [m]) -> positions (3, 5160) float64."""
+    if not path.is_file():
+        fail(f"{path}: no such file; input_dir must hold the detector's geometry beside the event files")
     try:
         table = pa.csv.read_csv(path)
     except (pa.ArrowException, OSError) as error:
-        fail(f"{path}: not a readable table ({str(error).splitlines()[0]}); input_dir needs one with sensor_id,x,y,z")
+        fail(f"{path}: not a readable table ({str(error).splitlines()[0]}); it needs the columns sensor_id,x,y,z")
     columns = []
     for name, wanted in (("sensor_id", "integer"), ("x", "number"), ("y", "number"), ("z", "number")):
         if name not in table.column_names or not KINDS[wanted](table[name].type):
@@ -233,7 +237,7 @@ def read_geometry_csv(path):
         columns.append(to_numpy(table[name].combine_chunks(), path, 0, name))
     dom, *position = columns
     refuse_outside(dom, 0, N_DOMS - 1, path, 0, "sensor_id")
-    refuse(~np.isfinite(position).all(axis=0), path, 0, lambda i: f"the position of sensor_id {dom[i]} is not finite; get it anew")
+    refuse(~np.isfinite(position).all(axis=0), path, 0, lambda i: f"sensor_id {dom[i]} has no finite position; get it anew")
     count = np.bincount(dom, minlength=N_DOMS)
     if (count != 1).any():
         bad = int(np.argmax(count != 1))
@@ -332,10 +336,10 @@ def kaggle_jobs(config, batches):
     """Yield (Batch, EVENT records) as the meta tables are streamed once more: all records at once would be 5 GB."""
     for kind in ("train", "test"):
         todo = {batch.number: batch for batch in batches if (config.splits[batch.split] == "test") == (kind == "test")}
-        if todo:
-            for number, _, events in kaggle_meta(Path(config.input_dir) / f"{kind}_meta.parquet", todo if kind == "train" else None):
-                if number in todo:
-                    yield todo[number], events
+        meta = Path(config.input_dir) / f"{kind}_meta.parquet"
+        for number, _, events in kaggle_meta(meta, todo if kind == "train" else None) if todo else ():
+            if number in todo:
+                yield todo[number], events
 
 
 def kaggle_chunks(path, events):
@@ -362,8 +366,8 @@ def kaggle_chunks(path, events):
             wrong = pulses["event_id"] != owner
             if wrong.any():
                 i = int(np.argmax(wrong))
-                fail(f"{path}: row {held_row + np.arange(len(table['time']))[rows][i]}: event_id is {pulses['event_id'][i]}, the "
-                     f"meta table has {owner[i]} there; the two files do not belong together, get both anew")
+                fail(f"{path}: row {held_row + np.arange(len(table['time']))[rows][i]}: event_id is {pulses['event_id'][i]}, "
+                     f"the meta table has {owner[i]} there; the two files do not belong together, get both anew")
             yield events[done:ready], pulses["time"], pulses["charge"], pulses["sensor_id"], pulses["auxiliary"]
         held, held_row, done = {name: values[stop:] for name, values in table.items()}, held_row + int(stop), ready
 
@@ -393,8 +397,8 @@ def plan_prometheus(config):
     batches = []
     for split, (first, last) in config.splits.items():
         if not 1 <= first <= last <= len(files):
-            fail(f"{config.input_dir}: split {split!r} wants the files {first} to {last}, there are {len(files)} .parquet files "
-                 "(numbered from 1 in sorted order); correct splits or input_dir")
+            fail(f"{config.input_dir}: split {split!r} wants the files {first} to {last}, there are {len(files)} .parquet "
+                 "files (numbered from 1 in sorted order); correct splits or input_dir")
         for number in range(first, last + 1):
             meta = open_parquet(files[number - 1], PROMETHEUS, FINAL_STATES)[0].metadata
             n_pulses = min(n_photons(meta), meta.num_rows * config.max_pulses)
@@ -408,7 +412,7 @@ def prometheus_chunks(batch, geometry, config):
 
     momentum (n, 3) is that of the final states together, zero where the file has none. Photons carry neither charge nor
     aux: each counts 1 p.e., and aux is the rule of local coincidence that simulate.py follows too, so that masking, which
-    hides aux = False pulses only, has something to hide.
+    hides aux = False pulses only, has something to hide. Times stay as they are: since the interaction, not around a trigger.
     """
     path = batch.path
     file, columns = open_parquet(path, PROMETHEUS, FINAL_STATES)
@@ -417,12 +421,13 @@ def prometheus_chunks(batch, geometry, config):
         arrays = {f"{parent}.{child.name}": array for parent in ("mc_truth", "photons") for child, array in
                   zip(table.schema.field(parent).type, table.column(parent).flatten())}
 
-        def lengths(name, arrays=arrays):
+        def lengths(name):
             return arrays[name].value_lengths().fill_null(0).to_numpy().astype(np.int64)
 
-        def items(name, n, row=row, arrays=arrays):
-            refuse(lengths(name, arrays) != n, path, row, lambda i: f"{name} is longer or shorter than its neighbours; make it anew")
+        def items(name, n):
+            refuse(lengths(name) != n, path, row, lambda i: f"{name} is longer or shorter than its neighbours; make it anew")
             return to_numpy(arrays[name].flatten(), path, row, name)
+
         n = lengths("photons.t")
         event = np.repeat(np.arange(len(n)), n)  # row of each photon in this table
         time, string, sensor, *position = (items(f"photons.{name}", n) for name in (
@@ -461,14 +466,14 @@ def prometheus_chunks(batch, geometry, config):
 
 
 def merge_photons(event, dom, time, window):
-    """Photons -> pulses (event, dom, time, charge), by event and time. A pulse takes the photons up to `window` after its first.
+    """Photons -> pulses (event, dom, time, charge), by event and time; a pulse lasts for `window` from its first photon.
 
     Each round finds one pulse of every DOM that has photons left: most have few, so few DOMs see many rounds.
     """
     order = np.lexsort((time, event * N_DOMS + dom))
     event, dom, time = event[order], dom[order], time[order]
-    # photons of different groups never merge
     is_new = (np.diff(event * N_DOMS + dom, prepend=-1) != 0) | (np.diff(time, prepend=-np.inf) > window) | (window == 0)
+    # photons of different groups never merge
     group, rest = np.cumsum(is_new), np.arange(len(time))
     while len(rest):
         first = np.diff(group[rest], prepend=0) != 0
@@ -496,8 +501,8 @@ def flight_signs(batch, geometry, config):
     readings = np.array([(1, 1), (-1, 1), (1, -1), (-1, -1)])
     found, n_bright = [], 0
     for events, momentum, time, _, dom, aux in prometheus_chunks(batch, geometry, config):
-        n, event, position, time = len(events), np.repeat(np.arange(len(events)), events["n_pulses"])[~aux], \
-            geometry[:, dom[~aux]], time[~aux]
+        n, position, time = len(events), geometry[:, dom[~aux]], time[~aux]
+        event = np.repeat(np.arange(n), events["n_pulses"])[~aux]
         count = np.bincount(event, minlength=n)
         time = time - (np.bincount(event, time, n) / np.maximum(count, 1))[event]
         velocity = np.stack([np.bincount(event, time * x, n) for x in position], axis=1)
@@ -544,7 +549,7 @@ def writing(path):
     try:
         yield
     except OSError as error:
-        fail(f"{error.filename or path}: cannot be written ({error.strerror}); free some space, then the same command goes on")
+        fail(f"{error.filename or path}: cannot be written ({error.strerror}); correct that, the same command goes on")
 
 
 def make_durable(*paths):
@@ -641,13 +646,13 @@ def make_room(data_dir, sizes, more=0):
     need, free = sum(sizes.values()) + more, shutil.disk_usage(data_dir).free
     free += sum(path.stat().st_blocks * 512 for path in sizes if path.is_file())
     if need > free:
-        fail(f"{data_dir}: needs {size_of(need)}, the disk has {size_of(free)} free; free some space or choose another data_dir")
+        fail(f"{data_dir}: needs {size_of(need)}, the disk has {size_of(free)} free; make room or choose another data_dir")
     for path, size in sizes.items():
         try:
             reserve(path, size)
         except OSError as error:
             path.unlink(missing_ok=True)
-            fail(f"{path}: no room for its {size_of(size)} ({error.strerror}); free some space, then the same command goes on")
+            fail(f"{path}: no room for its {size_of(size)} ({error.strerror}); make room, then the same command goes on")
     return bool(sizes)
 
 
@@ -670,12 +675,14 @@ def join(config, split, batches, results):
 
 def summarize(config, split, results):
     """What meta.json tells of a split."""
-    counts = {key: sum(result[key] for result in results) for key in ("n_events", "n_pulses", "n_cut", "n_aux", "n_without_light")}
+    counts = {key: sum(result[key] for result in results)
+              for key in ("n_events", "n_pulses", "n_cut", "n_aux", "n_without_light")}
     if counts["n_events"] == 0:
         fail(f"{config.input_dir}: split {split!r} has no event with light; correct splits")
     n_pulses = np.memmap(split_paths(config, split)[0], EVENT, "r")["n_pulses"]  # of the full events
     median, p99 = np.percentile(n_pulses, (50, 99)).tolist()
-    return {"batches": config.splits[split], **counts, "pulses_median": median, "pulses_p99": p99, "pulses_max": int(n_pulses.max()),
+    return {"batches": config.splits[split], **counts,
+            "pulses_median": median, "pulses_p99": p99, "pulses_max": int(n_pulses.max()),
             "time": [min(result["time"][0] for result in results), max(result["time"][1] for result in results)],
             "charge": [min(result["charge"][0] for result in results), max(result["charge"][1] for result in results)],
             "flight_by": dict(Counter(result["flight_by"] for result in results if result["flight_by"]))}
@@ -684,11 +691,13 @@ def summarize(config, split, results):
 def print_table(meta):
     """Counts and size; pulses of a full event; share of events cut; share of aux, time and charge of the pulses kept."""
     row = "{:<10} {:>12} {:>14} {:>9} {:>9} {:>8} {:>8} {:>6} {:>6}  {:<20} {}"
-    print(row.format("split", "events", "pulses", "size", "median n", "99 % n", "max n", "cut", "aux", "time [ns]", "charge [p.e.]"))
+    print(row.format("split", "events", "pulses", "size", "median n", "99 % n", "max n", "cut", "aux", "time [ns]",
+                     "charge [p.e.]"))
     for name, split in meta["splits"].items():
         size = split["n_events"] * EVENT.itemsize + split["n_pulses"] * PULSE.itemsize
-        print(row.format(name, f"{split['n_events']:,}", f"{split['n_pulses']:,}", size_of(size), f"{split['pulses_median']:.0f}",
-                         f"{split['pulses_p99']:.0f}", split["pulses_max"], f"{split['n_cut'] / split['n_events']:.1%}",
+        print(row.format(name, f"{split['n_events']:,}", f"{split['n_pulses']:,}", size_of(size),
+                         f"{split['pulses_median']:.0f}", f"{split['pulses_p99']:.0f}", split["pulses_max"],
+                         f"{split['n_cut'] / split['n_events']:.1%}",
                          f"{split['n_aux'] / split['n_pulses']:.1%}", "{:.6g} to {:.6g}".format(*split["time"]),
                          "{:.4g} to {:.4g}".format(*split["charge"])))
     for name, split in meta["splits"].items():
@@ -734,8 +743,9 @@ def prepare(config):
         settings["files"] = [path.name for path in prometheus_files(config)]  # their order gives them their numbers
     sizes = Counter()
     for batch in batches:
-        for path, size in zip(split_paths(config, batch.split), (batch.n_events * EVENT.itemsize, batch.n_pulses * PULSE.itemsize)):
-            sizes[path] += size
+        events_path, pulses_path = split_paths(config, batch.split)
+        sizes[events_path] += batch.n_events * EVENT.itemsize
+        sizes[pulses_path] += batch.n_pulses * PULSE.itemsize
 
     # take the folder
     with writing(data_dir):
@@ -747,7 +757,8 @@ def prepare(config):
         fail(f"{data_dir}: another prepare.py is at work in this folder; wait for it or choose another data_dir")
     if (unfinished / "settings.json").exists():
         check_same(data_dir, read_json(unfinished / "settings.json"), settings)
-    is_new = make_room(data_dir, {} if is_prometheus else sizes, more=2 * sizes.total() if is_prometheus else 0)  # aside, in place
+    # Prometheus: at most this much aside, then as much in place
+    is_new = make_room(data_dir, {}, more=2 * sizes.total()) if is_prometheus else make_room(data_dir, sizes)
     write_json(unfinished / "settings.json", {"command": shlex.join(["python", *sys.argv]), **settings})
     write_atomic(data_dir / "geometry.bin", lambda part: geometry.T.astype("<f4").tofile(part))
 

@@ -10,11 +10,11 @@ num_layers = 3
 
 batch_size = 128
 micro_batches = 4
-max_steps = 600
-learning_rate = 3e-3
+max_steps = 700
+learning_rate = 5e-3
 beta2 = 0.98  # warm-up of 50 steps
-cooldown_steps = 200
+cooldown_steps = 350
 
-eval_interval = 300
+eval_interval = 350
 log_interval = 10
 save_interval = 100

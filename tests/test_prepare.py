@@ -1,4 +1,4 @@
-"""prepare.py as users run it: the rule, workers, interruptions, hostile input, Prometheus. Files are real, small and made up."""
+"""prepare.py as users run it: the rule, workers, interruptions, hostile input, Prometheus. The files are real and small."""
 import json
 import os
 import resource
@@ -277,7 +277,7 @@ def test_stopped_and_gone_on_is_as_never_stopped(slow, tmp_path, stop):
     n_done = len(list(target.glob("unfinished/all_*.json")))
     assert not (target / "meta.json").exists() and n_done < 40
 
-    with pytest.raises(SystemExit, match="has not finished; to go on, run: python .*prepare.py .*--workers=2"):
+    with pytest.raises(SystemExit, match="never finished; to go on, run: python .*prepare.py .*--workers=2"):
         data.read_meta(target)
     assert "seed = 0, now it is 1" in user_error("prepare.py", *command[2:], "--seed=1")  # not from there on
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -325,7 +325,7 @@ def test_a_full_disk(raw, straight, tmp_path, monkeypatch):
     assert contents(tmp_path / "data") == contents(straight[0])
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
-    with pytest.raises(SystemExit, match="needs 1.0 MB, the disk has 0.0 MB free"):
+    with pytest.raises(SystemExit, match="needs 1.0 MB, the disk has 0.0 MB free; make room"):
         prepare.make_room(tmp_path, {tmp_path / "big.bin": 1_000_000})
     assert not (tmp_path / "big.bin").exists()
 
@@ -402,10 +402,10 @@ CASES = {  # what is wrong: (how to spoil the file, the words that the error lin
     "zenith absent": (lambda f: change(f / M, "zenith", FIRST + 1, None), [M, f"row {FIRST + 1}", "zenith"]),
     "zenith in degrees": (lambda f: change(f / M, "zenith", FIRST + 1, 91.0), [M, "radians"]),
     "batches mixed": (lambda f: change(f / M, "batch_id", FIRST + 8, 1), [M, f"row {FIRST + 8}", "batch 1", "sort"]),
-    "geometry missing": (lambda f: (f / G).unlink(), [G, "not a readable table"]),
+    "geometry missing": (lambda f: (f / G).unlink(), [G, "no such file"]),
     "geometry without a DOM": (lambda f: edit(f / G, lambda rows: rows[:100] + rows[101:]), [G, "sensor_id 99", "missing"]),
     "geometry with one twice": (lambda f: edit(f / G, lambda rows: rows + rows[7:8]), [G, "sensor_id 6", "twice"]),
-    "geometry with NaN": (lambda f: edit(f / G, lambda rows: [*rows[:9], "8,1.0,nan,2.0", *rows[10:]]), [G, "row 8", "column y"]),
+    "geometry with NaN": (lambda f: edit(f / G, lambda rows: [*rows[:9], "8,1.0,nan,2.0", *rows[10:]]), [G, "row 8", "no value in y"]),
     "geometry with text": (lambda f: edit(f / G, lambda rows: [*rows[:9], "8,here,1,2", *rows[10:]]), [G, "column x"]),
     "geometry of more DOMs": (lambda f: edit(f / G, lambda rows: [*rows, "5160,1,2,3"]), [G, "row 5160", "sensor_id is 5160"]),
     "geometry without header": (lambda f: edit(f / G, lambda rows: rows[1:]), [G, "no column"]),
