@@ -7,6 +7,8 @@ The baseline does what the published code does: every event padded to max_pulses
 unfused optimizer. Prints events/s (median over rounds, with the spread) and the ratio to the baseline; absolute numbers
 depend on the machine and on what else runs there, ratios much less.
 """
+import common  # first: it sets how torch's threads wait
+
 import time
 from dataclasses import dataclass
 
@@ -14,7 +16,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import common
 import data
 from model import ModelConfig, Pretrainer, charge_losses, parameter_groups
 

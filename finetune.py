@@ -7,6 +7,8 @@
 Prints one line every log_interval steps and writes log.csv, ckpt.pt (last), best.pt (lowest val_loss), config.json and
 result.txt (the error of best.pt) into out_dir. Guessing at random gives a mean angular error of pi/2 = 1.571 rad.
 """
+import common  # first: it sets how torch's threads wait
+
 import dataclasses
 import os
 import time
@@ -21,7 +23,6 @@ import pyarrow.parquet
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-import common
 import data
 from model import DirectionFinder, ModelConfig, angular_error, parameter_groups, unit_vector
 

@@ -707,8 +707,8 @@ def print_table(meta):
             found = ", ".join(f"{by} ({n} files)" for by, n in split["flight_by"].items())
             print(f"{name}: labels point to the source; which way the files mean their angles was told by: {found}")
         if "convention" in split["flight_by"]:
-            print(f"warning: {name}: neither light nor final states told it for {split['flight_by']['convention']} files: their "
-                  "angles were taken as those of the flight", file=sys.stderr)
+            print(f"warning: {name}: neither light nor final states told it in {split['flight_by']['convention']} files: "
+                  "their angles were taken as those of the flight", file=sys.stderr)
 
 
 def size_of(n_bytes):

@@ -7,6 +7,8 @@
 Prints one line every log_interval steps and writes log.csv, ckpt.pt (last), best.pt (lowest val_loss) and config.json
 into out_dir. The same command again goes on where a run stopped. Expect dom_loss to fall from ln 5160 = 8.55.
 """
+import common  # first: it sets how torch's threads wait
+
 import dataclasses
 import time
 from contextlib import nullcontext
@@ -16,7 +18,6 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-import common
 import data
 from model import ModelConfig, Pretrainer, parameter_groups
 
