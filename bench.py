@@ -1,18 +1,26 @@
-"""How fast is a training step? Ratios against a plain baseline that runs in turns with it, in the same process.
+"""How fast is it? Ratios against a plain baseline that runs in turns with it.
 
-    python bench.py                                   # base model on data/demo, 2 minutes on a CPU
-    python bench.py --device=cuda --batch_size=4096 --compile=True
+    python bench.py                                   # training step of the base model on data/demo, 2 minutes on a CPU
+    python bench.py --device=cuda --batch_size=4096 --micro_batches=8 --compile=True
+    python bench.py --what=prepare                    # full-size Kaggle batches, written for it (1 GB), 4 minutes
 
-The baseline does what the published code does: every event padded to max_pulses, logits at every position, float32,
-unfused optimizer. Prints events/s (median over rounds, with the spread) and the ratio to the baseline; absolute numbers
-depend on the machine and on what else runs there, ratios much less.
+The training baseline does what the published code does: every event padded to max_pulses, logits at every position,
+float32, unfused optimizer. The preparing baseline handles one event after another. Prints events/s (median over rounds,
+with the spread) and the ratio; absolute numbers depend on the machine and on what else runs there, ratios much less.
 """
 import common  # first: it sets how torch's threads wait
 
+import shutil
+import subprocess
+import sys
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 
@@ -22,6 +30,7 @@ from model import ModelConfig, Pretrainer, charge_losses, parameter_groups
 
 @dataclass
 class BenchConfig(ModelConfig):
+    what: str = "train"  # or "prepare"
     data_dir: str = "data/demo"  # folder made by prepare.py
     split: str = "pretrain"  # whose events to use
     batch_size: int = 64  # events a step; 4096 on a GPU
@@ -31,11 +40,25 @@ class BenchConfig(ModelConfig):
     device: str = "auto"  # or "cuda", "mps", "cpu"
     dtype: str = "auto"  # of the fast arm: "bfloat16", "float16", "float32"; auto as in train.py
     compile: bool = False  # torch.compile for the fast arms
+    n_events: int = 200_000  # of a batch file to prepare; 200,000 is Kaggle's
 
     def check(self):
         yield from super().check()
-        yield from common.check_positive(self, "batch_size", "micro_batches", "rounds", "steps")
+        yield from common.check_positive(self, "batch_size", "micro_batches", "rounds", "steps", "n_events")
+        yield from common.check_choice(self, "what", ("train", "prepare"))
 
+
+def print_rates(rates):
+    """rates: name -> events/s of each round; the first arm is the baseline. Ratios are taken within a round."""
+    baseline = np.array(next(iter(rates.values())))
+    for name, rate in rates.items():
+        print(f"{name:<48} {np.median(rate):10,.1f} events/s ({min(rate):,.1f} to {max(rate):,.1f}) "
+              f"{np.median(rate / baseline):6.2f} x")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# training step
+# ----------------------------------------------------------------------------------------------------------------------
 
 def load_steps(config, n_steps):
     """The events of some steps with a quarter of their good pulses hidden, read once: loading is not measured here."""
@@ -96,8 +119,7 @@ def make_arm(config, geometry, device, dtype, forward, steps, fused, compiled=Fa
     return run
 
 
-def main():
-    config = common.load_config(BenchConfig, __doc__)
+def bench_train(config):
     ranks = common.start_device(config)
     geometry = data.read_geometry(config.data_dir)
     max_pulses = data.read_meta(config.data_dir)["max_pulses"]
@@ -115,7 +137,7 @@ def main():
     arms = {"padded, all logits, float32 (baseline)": arm(torch.float32, plain_losses, padded, fused=False),
             "padded, all logits, bfloat16": arm(torch.bfloat16, plain_losses, padded, fused=False),
             "logits at hidden pulses, float32": arm(torch.float32, call, whole),
-            f"train.py: {config.micro_batches} micro-batches by length, {str(ranks.dtype).removeprefix('torch.')}":
+            f"train.py: {config.micro_batches} cuts by length, {str(ranks.dtype).removeprefix('torch.')}":
                 arm(ranks.dtype, call, cut, compiled=config.compile)}
     rates = {name: [] for name in arms}
     with common.progress_bar((config.rounds + 1) * len(arms), "bench", "measurement") as bar:
@@ -125,13 +147,117 @@ def main():
                 if i:
                     rates[name].append(config.steps * config.batch_size / seconds)
                 bar.update()
-
     n_pulses = np.concatenate([events["length"] for events, _, _ in loaded])
     where = torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"torch {torch.__version__}, {where}, {config.batch_size} events a step, {n_pulses.mean():.0f} of {max_pulses} pulses")
-    baseline = np.median(next(iter(rates.values())))
-    for name, rate in rates.items():
-        print(f"{name:<52} {np.median(rate):8.1f} events/s ({min(rate):.1f}-{max(rate):.1f}) {np.median(rate) / baseline:6.2f} x")
+    print_rates(rates)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# preparing
+# ----------------------------------------------------------------------------------------------------------------------
+
+COLUMNS = ["time", "charge", "sensor_id", "auxiliary"]
+N_BATCHES = 4  # links to one and the same file
+
+
+def write_kaggle_batch(folder, n_events):
+    """A batch in Kaggle's layout with Kaggle's lengths (median 62, 87 % up to 127, mean 164 by a long tail)."""
+    rng = np.random.default_rng(0)
+    body, tail = rng.lognormal(np.log(58), 0.45, n_events), 127 * (1 - rng.random(n_events)) ** (-1 / 1.2)
+    n = np.where(rng.random(n_events) < 0.87, body.clip(15, 127), tail.clip(128, 110_000)).astype(np.int64)
+    n[rng.integers(n_events, size=n_events // 2000)] *= 30
+    n = np.minimum(n, 110_000)
+    end, event_id = np.cumsum(n), np.sort(rng.choice(2**31, n_events, replace=False))
+    time_key = np.sort((np.repeat(np.arange(n_events), n) << 20) + rng.integers(5_700, 20_000, end[-1]))
+    (folder / "train").mkdir(parents=True)
+    pq.write_table(pa.table({
+        "sensor_id": rng.integers(0, data.N_DOMS, end[-1]).astype(np.int16), "time": time_key & (2**20 - 1),
+        "charge": np.round(0.025 + 0.05 * np.rint(rng.gamma(2, 10, end[-1])), 3), "auxiliary": rng.random(end[-1]) < 0.72,
+        "event_id": np.repeat(event_id, n)}), folder / "train/batch_1.parquet")
+    for copy in range(2, N_BATCHES + 1):
+        (folder / f"train/batch_{copy}.parquet").symlink_to("batch_1.parquet")
+    meta = {"event_id": event_id, "first_pulse_index": end - n, "last_pulse_index": end - 1,
+            "azimuth": rng.uniform(0, 2 * np.pi, n_events), "zenith": np.arccos(rng.uniform(-1, 1, n_events))}
+    pq.write_table(pa.concat_tables(pa.table({"batch_id": np.full(n_events, copy), **meta})
+                                    for copy in range(1, N_BATCHES + 1)), folder / "train_meta.parquet")
+    position = rng.uniform(-500, 500, (data.N_DOMS, 3)).round(2).tolist()
+    rows = "".join(f"{dom},{x},{y},{z}\n" for dom, (x, y, z) in enumerate(position))
+    (folder / "sensor_geometry.csv").write_text("sensor_id,x,y,z\n" + rows)
+    return np.array(position), end - n, end
+
+
+def plain_loop(columns, geometry, start, end, max_pulses=127):
+    """The baseline: one event after another, as the published code does it."""
+    rng = np.random.default_rng(0)
+    for a, b in zip(start, end):
+        time_, charge, dom, aux = (column[a:b] for column in columns)
+        total, center = charge.sum(), (charge[:, None] * geometry[dom]).sum(axis=0) / charge.sum()
+        if b - a > max_pulses:
+            good, others = np.flatnonzero(~aux), np.flatnonzero(aux)
+            keep = rng.choice(good, max_pulses, replace=False) if len(good) > max_pulses else \
+                np.append(good, rng.choice(others, max_pulses - len(good), replace=False))
+            keep.sort()
+            time_, charge, dom, aux = time_[keep], charge[keep], dom[keep], aux[keep]
+        pulses = np.empty(len(time_), data.PULSE)
+        pulses["time"], pulses["charge"], pulses["dom"], pulses["aux"] = time_, charge, dom, aux
+
+
+def seconds_of(function, *args):
+    start = time.perf_counter()
+    result = function(*args)
+    return time.perf_counter() - start, result
+
+
+def bench_prepare(config):
+    """Whole runs of prepare.py over full-size batches, against the plain loop and against the decoding of four columns."""
+    folder = Path(tempfile.mkdtemp(prefix="bench_prepare"))
+    geometry, start, end = write_kaggle_batch(folder / "raw", config.n_events)
+    print(f"{N_BATCHES} batch files of {config.n_events:,} events, {end[-1]:,} pulses")
+    n_loop = min(5000, config.n_events)
+    memory = []
+
+    def decode():
+        table = pq.read_table(folder / "raw/train/batch_1.parquet", columns=COLUMNS, use_threads=False)
+        return [table[name].to_numpy() for name in COLUMNS]
+
+    def script(workers):
+        """Prepare all batches in a fresh folder, noting the peak memory [GB] of the largest process."""
+        code = ("import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, capture_output=True); "
+                "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6)")
+        command = [sys.executable, "prepare.py", f"--input_dir={folder}/raw", f"--data_dir={folder}/{len(memory)}",
+                   f"--workers={workers}", f"--splits={{'all': (1, {N_BATCHES})}}"]
+        done = subprocess.run([sys.executable, "-c", code, *command], check=True, capture_output=True, text=True,
+                              cwd=Path(__file__).parent)
+        memory.append(float(done.stdout))
+
+    rates = {name: [] for name in ("plain loop with reading (baseline)", "decoding four columns, the floor",
+                                   "prepare.py, 1 worker", "prepare.py, 2 workers")}
+    with common.progress_bar(config.rounds, "bench", "round") as bar:
+        for _ in range(config.rounds):
+            read, columns = seconds_of(decode)
+            loop, _ = seconds_of(plain_loop, columns, geometry, start[:n_loop], end[:n_loop])
+            del columns
+            per_event = [loop / n_loop + read / config.n_events, read / config.n_events]
+            per_event += [seconds_of(script, workers)[0] / (config.n_events * N_BATCHES) for workers in (1, 2)]
+            for rate, seconds in zip(rates.values(), per_event):
+                rate.append(1 / seconds)
+            bar.update()
+    print_rates(rates)
+    print(f"peak memory of the largest process {max(memory):.2f} GB")
+
+    split, rng = data.open_split(folder / "0", "all"), np.random.default_rng(0)
+    for run_length in (1, data.RUN_LENGTH):
+        indices = [(rng.integers(0, len(split) - run_length, (4096 // run_length, 1)) + np.arange(run_length)).ravel()
+                   for _ in range(200)]
+        seconds, _ = seconds_of(lambda: [data.read_events(split, index) for index in indices])
+        print(f"loader, random runs of {run_length}: {200 * 4096 / seconds / 1e6:.2f} M events/s from a warm page cache")
+    shutil.rmtree(folder)
+
+
+def main():
+    config = common.load_config(BenchConfig, __doc__)
+    {"train": bench_train, "prepare": bench_prepare}[config.what](config)
 
 
 if __name__ == "__main__":

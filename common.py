@@ -343,13 +343,12 @@ def save_checkpoint(path, **content):
 
 def load_checkpoint(path):
     """A checkpoint as a dict of tensors and plain python values, on the CPU; one line and exit 1 if it is unusable."""
-    import pickle
     import torch
     if not os.path.isfile(path):
         fail(f"{path}: no such checkpoint; train.py writes ckpt.pt and best.pt into its out_dir")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+    except Exception as error:  # whatever torch's unpickler makes of a damaged file
         fail(f"{path}: not a readable checkpoint ({first_line(error)}); it is damaged or of another program")
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
         found = checkpoint.get("format") if isinstance(checkpoint, dict) else None

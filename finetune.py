@@ -159,7 +159,8 @@ def score(directions, split):
         return {}
     truth = unit_vector(*(torch.from_numpy(events[angle].copy()) for angle in ("azimuth", "zenith")))
     error = angular_error(torch.from_numpy(directions), truth)
-    return {"val_loss": error.mean().item(), "val_angle_mean": error.mean().item(), "val_angle_median": error.median().item()}
+    return {"val_loss": error.mean().item(), "val_angle_mean": error.mean().item(), "val_angle_median": error.median().item(),
+            "standard_error": error.std().item() / len(error) ** 0.5}  # of the mean, by the choice of events
 
 
 def write_predictions(path, directions, split):
@@ -198,7 +199,7 @@ def main():
         metrics = score(directions, val_split)
         start = f"pretrained {saved['config']['pretrained']}" if saved["config"]["pretrained"] else "from scratch"
         result = f"{path} | {start} | {saved['n_train']:,} labels | {n_val:,} events of {config.val_split} | " + (
-            f"angular error mean {metrics['val_angle_mean']:.4f} rad, median {metrics['val_angle_median']:.4f} rad"
+            f"angular error mean {metrics['val_angle_mean']:.4f} +- {metrics['standard_error']:.4f} rad, median {metrics['val_angle_median']:.4f} rad"
             if metrics else "no labels, no angular error")
         print(result)
         if not config.eval_only:

@@ -15,7 +15,6 @@ Why nothing is merged at the end: how many pulses an event keeps follows from it
 place of every event before the first pulse is read, the files get their final size at once, and each worker writes its own
 slice. Prometheus files have no such table: there each file is written aside first, then put in its place.
 """
-import fcntl
 import math
 import multiprocessing
 import os
@@ -225,7 +224,7 @@ def to_numpy(array, path, row, name):
 def read_geometry_csv(path):
     """sensor_geometry.csv (columns sensor_id, x, y, z [m]) -> positions (3, 5160) float64."""
     if not path.is_file():
-        fail(f"{path}: no such file; input_dir must hold the detector's geometry beside the event files")
+        fail(f"{path}: no such file; input_dir must hold it beside the event files (simulate.py writes such a folder)")
     try:
         table = pa.csv.read_csv(path)
     except (pa.ArrowException, OSError) as error:
@@ -346,30 +345,39 @@ def kaggle_chunks(path, events):
     """Yield some thousand events at a time with all their pulses: events, time, charge, dom, aux."""
     file, columns = open_parquet(path, KAGGLE_PULSES)
     first, end = events["start"].copy(), events["start"] + events["n_pulses"]
-    held, held_row, done = None, 0, 0  # rows read but not given out, the number of the first of them, events given out
+
+    def chunk(a, b, table, row):
+        """Events a to b, whose pulses are all in this table; its first row is row `row` of the file."""
+        n, rows = end[a:b] - first[a:b], slice(first[a] - row, end[b - 1] - row)
+        if n.sum() < end[b - 1] - first[a]:  # some pulses belong to no event
+            rows = np.arange(n.sum()) + np.repeat(first[a:b] - row - np.cumsum(n) + n, n)
+        time, charge, dom, aux, event_id = (table[name][rows] for name in KAGGLE_PULSES)
+        # every pulse is asked for its event: decoding event_id takes 1/10 of the time that the other columns take
+        owner = np.repeat(events["event_id"][a:b], n)
+        if (event_id != owner).any():
+            i = int(np.argmax(event_id != owner))
+            fail(f"{path}: row {row + np.arange(end[b - 1] - row)[rows][i]}: event_id is {event_id[i]}, the meta table has "
+                 f"{owner[i]} there; the two files do not belong together, get both anew")
+        return events[a:b], time, charge, dom, aux
+
+    done, broken = 0, None  # events given out; the pulses so far of the event that goes on in the next table
     for row, table in read_batches(file, path, columns, CHUNK):
         table = {name: to_numpy(table.column(name), path, row, name) for name in columns}
         for name, high in (("time", MAX_FLOAT), ("charge", MAX_FLOAT), ("sensor_id", N_DOMS - 1)):
             refuse_outside(table[name], 0, high, path, row, name)
-        if held is not None:
-            table = {name: np.concatenate([held[name], table[name]]) for name in columns}
-        ready = int(np.searchsorted(end, held_row + len(table["time"]), side="right"))
-        stop = 0
+        n_read = row + len(table["time"])
+        if broken:
+            broken = {name: np.append(values, table[name][:end[done] - row]) for name, values in broken.items()}
+            if end[done] > n_read:
+                continue
+            yield chunk(done, done + 1, broken, first[done])
+            done, broken = done + 1, None
+        ready = int(np.searchsorted(end, n_read, side="right"))
         if ready > done:
-            n, begin, stop = end[done:ready] - first[done:ready], first[done] - held_row, end[ready - 1] - held_row
-            rows = slice(begin, stop)
-            if n.sum() < stop - begin:  # some pulses belong to no event
-                rows = np.arange(n.sum()) + np.repeat(first[done:ready] - held_row - np.cumsum(n) + n, n)
-            pulses = {name: values[rows] for name, values in table.items()}
-            # every pulse is asked for its event: decoding event_id takes 1/10 of the time that the other columns take
-            owner = np.repeat(events["event_id"][done:ready], n)
-            wrong = pulses["event_id"] != owner
-            if wrong.any():
-                i = int(np.argmax(wrong))
-                fail(f"{path}: row {held_row + np.arange(len(table['time']))[rows][i]}: event_id is {pulses['event_id'][i]}, "
-                     f"the meta table has {owner[i]} there; the two files do not belong together, get both anew")
-            yield events[done:ready], pulses["time"], pulses["charge"], pulses["sensor_id"], pulses["auxiliary"]
-        held, held_row, done = {name: values[stop:] for name, values in table.items()}, held_row + int(stop), ready
+            yield chunk(done, ready, table, row)
+            done = ready
+        if done < len(events) and first[done] < n_read:
+            broken = {name: values[first[done] - row:].copy() for name, values in table.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -750,11 +758,6 @@ def prepare(config):
     # take the folder
     with writing(data_dir):
         unfinished.mkdir(parents=True, exist_ok=True)
-        lock = os.open(unfinished, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, in whatever way
-    except BlockingIOError:
-        fail(f"{data_dir}: another prepare.py is at work in this folder; wait for it or choose another data_dir")
     if (unfinished / "settings.json").exists():
         check_same(data_dir, read_json(unfinished / "settings.json"), settings)
     # Prometheus: at most this much aside, then as much in place

@@ -227,6 +227,23 @@ def test_every_way_of_writing_the_parquet_files_gives_the_same(tmp_path):
         assert split.pulses[i * n_pulses:(i + 1) * n_pulses].tobytes() == split.pulses[:n_pulses].tobytes(), i
 
 
+@pytest.mark.parametrize("chunk", [97, 1000, 4096])
+def test_events_are_whole_however_the_files_are_cut(raw, monkeypatch, chunk):
+    """97 and 1000 pulses at a time: an event of 5000 goes on over many pieces."""
+    def read():
+        meta = list(prepare.kaggle_meta(raw[0] / "train_meta.parquet", {1, 2}))
+        parts = list(prepare.kaggle_chunks(raw[0] / "train/batch_2.parquet", meta[1][2]))
+        return [number for number, _, _ in meta], [row for _, row, _ in meta], [np.concatenate(part) for part in zip(*parts)], \
+            len(parts)
+    numbers, rows, whole, n = read()
+    assert n == 1 and numbers == [1, 2] and rows == [0, N_EVENTS[1]]
+    monkeypatch.setattr(prepare, "CHUNK", chunk)
+    cut = read()
+    assert cut[:2] == (numbers, rows) and cut[3] > 3
+    for found, expected in zip(cut[2], whole):
+        assert found.tobytes() == expected.tobytes()
+
+
 @pytest.mark.parametrize("kind", [np.int64, np.float64])
 def test_local_coincidence_pair_by_pair(kind):
     rng = np.random.default_rng(3)
@@ -313,16 +330,6 @@ def test_a_complete_folder_is_left_alone(raw, straight, tmp_path):
     assert contents(target) == before
     os.truncate(target / "val_pulses.bin", 100)
     assert "val_pulses.bin" in user_error("prepare.py", f"--input_dir={raw[0]}", f"--data_dir={target}", SPLITS)
-
-
-def test_two_at_once_are_refused(raw, tmp_path):
-    import fcntl
-    (tmp_path / "data/unfinished").mkdir(parents=True)
-    lock = os.open(tmp_path / "data/unfinished", os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    line = user_error("prepare.py", f"--input_dir={raw[0]}", f"--data_dir={tmp_path}/data", SPLITS)
-    assert "another prepare.py is at work" in line
-    os.close(lock)
 
 
 def test_a_full_disk(raw, straight, tmp_path, monkeypatch):
