@@ -69,12 +69,6 @@ def test_layout_is_kaggles(demo):
     assert lines[0] == "sensor_id,x,y,z" and len(lines) == 5161 and lines[-1].startswith("5159,")
 
 
-def test_pandas_reads_event_id_as_index(demo):
-    pandas = pytest.importorskip("pandas")  # not among our requirements
-    frame = pandas.read_parquet(demo / "train" / "batch_1.parquet")
-    assert frame.index.name == "event_id" and list(frame.columns) == ["sensor_id", "time", "charge", "auxiliary"]
-
-
 @pytest.mark.parametrize("split, sizes", [("train", [500] * 6 + [100]), ("test", [100])])
 def test_meta_table_finds_every_event(demo, split, sizes):
     meta = pq.read_table(demo / f"{split}_meta.parquet").to_pydict()
