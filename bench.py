@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 import data
-from model import ModelConfig, Pretrainer, charge_losses, parameter_groups
+from model import ModelConfig, Pretrainer, parameter_groups
 
 
 @dataclass
@@ -87,7 +87,7 @@ def plain_losses(model, batch):
     logits = model.dom_head(x[:, 1:])  # (B, L, V)
     loss = F.cross_entropy(logits.flatten(0, 1), batch["dom"].flatten(), reduction="none").view_as(batch["dom"])
     dom_loss = (loss * batch["is_hidden"]).sum(1) / batch["is_hidden"].sum(1).clamp(min=1)
-    return dom_loss, charge_losses(model.charge_head(x[:, 0]).squeeze(-1), batch["total_charge"])
+    return dom_loss, model.cls_losses(model.charge_head(x[:, 0]).squeeze(-1).float(), None, batch)
 
 
 def synchronize(device):

@@ -341,18 +341,23 @@ def save_checkpoint(path, **content):
     write_atomic(path, lambda part: torch.save({"format": CHECKPOINT_FORMAT, **content}, part))
 
 
-def load_checkpoint(path):
-    """A checkpoint as a dict of tensors and plain python values, on the CPU; one line and exit 1 if it is unusable."""
+def read_checkpoint(path):
+    """Whatever torch.save wrote to a file, on the CPU; one line and exit 1 if there is none or it is damaged."""
     import torch
     if not os.path.isfile(path):
         fail(f"{path}: no such checkpoint; train.py writes ckpt.pt and best.pt into its out_dir")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever torch's unpickler makes of a damaged file
         fail(f"{path}: not a readable checkpoint ({first_line(error)}); it is damaged or of another program")
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
-        found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
-        fail(f"{path}: checkpoint format {found}, need {CHECKPOINT_FORMAT}; it was written by another version")
+
+
+def load_checkpoint(path):
+    """A checkpoint of ours as a dict of tensors and plain python values, on the CPU; one line and exit 1 if it is not."""
+    checkpoint = read_checkpoint(path)
+    found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
+    if found != CHECKPOINT_FORMAT:
+        fail(f"{path}: checkpoint format {found}, need {CHECKPOINT_FORMAT}; it was written by another version or program")
     return checkpoint
 
 

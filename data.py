@@ -284,7 +284,7 @@ def micro_batches(events, pulses, n, hidden=None):
       total_charge [p.e.] (B,), center [m] (B, 3), azimuth, zenith [rad] (B,), energy [GeV] (B,), event_id int64 (B,),
       row int64 (B,): the event's place in `events`,
       and, if hidden (one bool a pulse) is given, hidden int64 (M,): places of the hidden pulses in the flattened (B, L),
-      n_scored int64 (): events with a hidden pulse.
+      n_scored and n_hidden int64 (): events with a hidden pulse, hidden pulses.
     """
     import torch  # here, not above: prepare.py and its worker processes need no torch
     length = events["length"].astype(np.int64)
@@ -306,7 +306,7 @@ def micro_batches(events, pulses, n, hidden=None):
         if hidden is not None:
             is_hidden = valid & hidden[place]
             batch["hidden"] = np.flatnonzero(is_hidden)
-            batch["n_scored"] = np.array(is_hidden.any(1).sum())
+            batch["n_scored"], batch["n_hidden"] = np.array(is_hidden.any(1).sum()), np.array(is_hidden.sum())
         batches.append({name: torch.from_numpy(array) for name, array in batch.items()})
     return batches
 

@@ -24,7 +24,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-from model import DirectionFinder, ModelConfig, angular_error, parameter_groups, unit_vector
+from model import DirectionFinder, ModelConfig, angular_error, from_published, parameter_groups, unit_vector
 
 
 @dataclass
@@ -35,7 +35,7 @@ class FinetuneConfig(ModelConfig):
     train_events: int = 0  # use the first N events of train_split, so that sets are nested; 0 = all
     val_events: int = 0  # use the first N events of val_split; 0 = all
     out_dir: str = ""  # where the run is kept; "" = out/<stems of the config files joined by +>
-    pretrained: str = "out/base/ckpt.pt"  # checkpoint whose encoder to begin with; "" = from scratch
+    pretrained: str = "out/base/ckpt.pt"  # checkpoint whose encoder to begin with, ours or a published one; "" = from scratch
     task: str = "direction"  # what to reconstruct
     direction_loss: str = "angular"  # mean angle between predicted and true direction
     freeze_backbone: bool = False  # train the head alone
@@ -105,6 +105,18 @@ def take_architecture(config, saved, path, keys):
         if key in config.sources and getattr(config, key) != saved["config"][key]:
             common.fail(f"{key} = {getattr(config, key)!r}, but {path} has {saved['config'][key]!r}")
         setattr(config, key, saved["config"][key])
+
+
+def load_pretrained(path, config, geometry):
+    """A checkpoint of train.py or finetune.py, or one of the published PolarBERT code (.pth, or Lightning's .ckpt)."""
+    saved = common.read_checkpoint(path)
+    state = saved.get("state_dict", saved) if isinstance(saved, dict) else {}
+    if not any(name.endswith("transformer_blocks.0.attention.wq.weight") for name in state):
+        return common.load_checkpoint(path)
+    knobs, state = from_published(state)
+    # what the shapes do not tell: the number of heads is the config's, the detector is IceCube
+    return {"model": {**state, "encoder.embedding.geometry": torch.from_numpy(geometry)},
+            "config": {**dataclasses.asdict(ModelConfig()), **knobs, "num_heads": config.num_heads}}
 
 
 def load_encoder(model, saved, path):
@@ -230,7 +242,7 @@ def main():
     # ---- model, optimizer, resume, compile, DDP ----------------------------------------------------------------------
     pretrained = None
     if config.pretrained:
-        pretrained = common.load_checkpoint(config.pretrained)
+        pretrained = load_pretrained(config.pretrained, config, geometry)
         take_architecture(config, pretrained, config.pretrained, architecture)
         check_geometry(pretrained, geometry, config.pretrained, config.data_dir)
     saved = common.find_run(config, checkpoint_path, MAY_CHANGE)
@@ -300,7 +312,7 @@ def main():
 
         row["lr"] = common.learning_rate(step, config)
         for group in optimizer.param_groups:
-            group["lr"] = row["lr"]
+            group["lr"] = row["lr"] * group["lr_scale"]  # 1 without muP
         batches = next(loader)
         step_loss = 0.0
         for i, batch in enumerate(batches):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-N_DOMS = 5160  # IceCube-86, row = sensor_id
+N_DOMS, DOMS_PER_STRING = 5160, 60  # IceCube-86, row = sensor_id
 MASK, PAD = N_DOMS, N_DOMS + 1  # the two extra rows of the DOM table
 POSITION_SCALE = 500.0  # [m] half the detector's height: scaled positions lie in about -1..1
 
@@ -27,23 +27,39 @@ class ModelConfig:
     dom_embed_dim: int = 128  # E, part of D that tells which DOM; the other D - E hold time, charge and aux
     num_heads: int = 8  # H, of D / H = 32 dimensions each
     hidden_size: int = 1024  # width of the MLP, 4 D
-    num_layers: int = 8  # transformer blocks
+    num_layers: int = 8  # blocks
     use_dom_positions: bool = True  # DOM part from x, y, z; False: a learned table of the 5160 DOMs
-    final_norm: bool = True  # LayerNorm before the heads; upstream has none up to v0.2
-    backbone: str = "transformer"  # what mixes the pulses
+    use_dom_table: bool = False  # with positions: add the learned table to them
+    backbone: str = "transformer"  # what mixes the pulses; or "gru", "mamba", both in two directions, of about equal size
+    mlp: str = "relu"  # or "gelu", "swiglu"; of equal parameter count
+    norm: str = "layernorm"  # or "rmsnorm"
+    qk_norm: bool = False  # transformer: normalise queries and keys, which bounds the attention logits
+    final_norm: bool = True  # norm before the heads; upstream has none up to v0.2
+    dom_loss: str = "ce"  # cross-entropy; or "emd", mean distance of the predicted DOM in 100 m; or "ce+emd"
+    emd_weight: float = 1.0  # of emd in "ce+emd"
+    loss_weighting: str = "per_event"  # events count alike; or "per_pulse", hidden pulses do (paper v0.1)
+    cls_target: str = "charge"  # what [CLS] predicts: log10 of the total charge; or "center" of charge; or "both"
+    mup_base_width: int = 0  # muP: keep what was tuned at this embedding_dim when embedding_dim changes; 0 = off
 
     def check(self):
         """Yield one line for each value that makes no sense."""
-        for key in ("embedding_dim", "dom_embed_dim", "num_heads", "hidden_size", "num_layers"):
-            if getattr(self, key) < 1:
+        for key in ("embedding_dim", "dom_embed_dim", "num_heads", "hidden_size", "num_layers", "emd_weight"):
+            if getattr(self, key) <= 0:
                 yield f"{key} = {getattr(self, key)}: must be greater than 0"
+        for key, choices in CHOICES.items():
+            if getattr(self, key) not in choices:
+                yield f"{key} = {getattr(self, key)!r}: choose one of {', '.join(map(repr, choices))}"
         if self.embedding_dim % max(self.num_heads, 1):
             yield f"embedding_dim = {self.embedding_dim} cannot be shared among num_heads = {self.num_heads}"
         if self.dom_embed_dim >= self.embedding_dim:
             yield (f"dom_embed_dim = {self.dom_embed_dim} must be smaller than embedding_dim = {self.embedding_dim}: "
                    "the rest holds time, charge and aux")
-        if self.backbone not in BACKBONES:
-            yield f"backbone = {self.backbone!r}: choose one of {', '.join(map(repr, BACKBONES))}"
+        if self.backbone != "transformer" and self.embedding_dim % (2 * self.num_heads):
+            yield f"backbone = {self.backbone!r} needs an embedding_dim that 2 num_heads = {2 * self.num_heads} divides"
+        if self.backbone != "transformer" and (self.mup_base_width or self.qk_norm):
+            yield f"mup_base_width and qk_norm are for the transformer, not for backbone = {self.backbone!r}"
+        if self.mup_base_width < 0:
+            yield f"mup_base_width = {self.mup_base_width}: must not be negative"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -59,13 +75,13 @@ class PulseEmbedding(nn.Module):
     def __init__(self, config, geometry):
         super().__init__()
         D, E = config.embedding_dim, config.dom_embed_dim
-        self.use_dom_positions = config.use_dom_positions
+        # kept in the checkpoint: a model of one detector must not be used on another
+        self.register_buffer("geometry", torch.as_tensor(geometry, dtype=torch.float32))  # (V, 3) [m]
+        self.position = nn.Linear(3, E) if config.use_dom_positions else None
         if config.use_dom_positions:
-            self.register_buffer("geometry", torch.as_tensor(geometry, dtype=torch.float32))  # (V, 3) [m]
-            self.position = nn.Linear(3, E)
             self.special = nn.Parameter(torch.empty(2, E))  # MASK and PAD have no position
-        else:
-            self.dom_table = nn.Embedding(N_DOMS + 2, E)
+        has_table = config.use_dom_table or not config.use_dom_positions
+        self.dom_table = nn.Embedding(N_DOMS + 2, E) if has_table else None
         self.features = nn.Linear(3, D - E)
         self.cls = nn.Parameter(torch.empty(D))
 
@@ -82,23 +98,24 @@ class PulseEmbedding(nn.Module):
 
     def dom_vectors(self):
         """One vector for each DOM, MASK and PAD, (V+2, E)."""
-        if self.use_dom_positions:
-            return torch.cat([self.position(self.geometry / POSITION_SCALE), self.special])
-        return self.dom_table.weight
+        if self.position is None:
+            return self.dom_table.weight
+        vectors = torch.cat([self.position(self.geometry / POSITION_SCALE), self.special])
+        return vectors if self.dom_table is None else vectors + self.dom_table.weight
 
 
 def scale_pulses(batch):
     """Physical units -> numbers of order one, (B, L, 3): the only place where pulses are scaled (upstream's factors)."""
     time = (batch["time"] - 1e4) / 3e4  # the trigger is near 10,000 ns
     charge = torch.log10(batch["charge"].clamp(min=1e-3)) / 3  # the smallest real charge is 0.025 p.e.
-    return torch.stack([time, charge, batch["aux"].float() - 0.5], dim=-1)
+    return torch.stack([time, charge, batch["aux"].to(time.dtype) - 0.5], dim=-1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# backbone: (x, valid) -> x, both (B, L, ...)
+# backbone: (x, valid) -> x
 # ----------------------------------------------------------------------------------------------------------------------
 
-class Transformer(nn.Module):
+class Backbone(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
@@ -110,37 +127,142 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Pre-norm: x + mixer(norm(x)), then x + mlp(norm(x)). Only the mixer lets pulses see each other."""
 
     def __init__(self, config):
         super().__init__()
-        D = config.embedding_dim
-        self.num_heads = config.num_heads
-        self.norm1 = nn.LayerNorm(D)
-        self.qkv = nn.Linear(D, 3 * D, bias=False)
-        self.out = nn.Linear(D, D, bias=False)
-        self.norm2 = nn.LayerNorm(D)
-        self.mlp = nn.Sequential(nn.Linear(D, config.hidden_size), nn.ReLU(), nn.Linear(config.hidden_size, D))
+        self.norm1 = NORMS[config.norm](config.embedding_dim)
+        self.mixer = MIXERS[config.backbone](config)
+        self.norm2 = NORMS[config.norm](config.embedding_dim)
+        self.mlp = MLP(config)
 
     def forward(self, x, valid):
-        B, L, D = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(B, L, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, L, D/H)
-        x = x + self.out(attention(q, k, v, valid).transpose(1, 2).reshape(B, L, D))
+        x = x + self.mixer(self.norm1(x), valid)
         return x + self.mlp(self.norm2(x))
 
 
-def attention(q, k, v, valid):
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        D, width = config.embedding_dim, config.hidden_size
+        self.is_gated = config.mlp == "swiglu"
+        if self.is_gated:
+            width = round(width * 2 / 3 / 8) * 8  # three matrices instead of two: as many parameters
+        self.up = nn.Linear(D, 2 * width if self.is_gated else width)
+        self.activation = {"relu": F.relu, "gelu": F.gelu, "swiglu": F.silu}[config.mlp]
+        self.down = nn.Linear(width, D)
+
+    def forward(self, x):
+        x = self.up(x)
+        if self.is_gated:
+            gate, x = x.chunk(2, dim=-1)
+            return self.down(self.activation(gate) * x)
+        return self.down(self.activation(x))
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        D, self.num_heads = config.embedding_dim, config.num_heads
+        self.qkv = nn.Linear(D, 3 * D, bias=False)
+        self.out = nn.Linear(D, D, bias=False)
+        self.qk_norm = nn.RMSNorm(D // config.num_heads) if config.qk_norm else None
+        self.scale = (D // config.num_heads * width_ratio(config)) ** -0.5  # muP: 1/d instead of 1/sqrt(d)
+
+    def forward(self, x, valid):
+        B, L, D = x.shape
+        q, k, v = self.qkv(x).view(B, L, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, L, D/H)
+        if self.qk_norm is not None:
+            q, k = self.qk_norm(q).to(v.dtype), self.qk_norm(k).to(v.dtype)
+        return self.out(attention(q, k, v, valid, self.scale).transpose(1, 2).reshape(B, L, D))
+
+
+def attention(q, k, v, valid, scale):
     """Every pulse looks at every real pulse of its event. q, k, v (B, H, L, d), valid (B, L) -> (B, H, L, d)."""
     seen = valid[:, None, None, :]  # (B, 1, 1, L)
     if q.device.type == "cpu" and q.dtype != torch.float32:
         # torch's fused CPU kernel has a very slow bfloat16 backward: 185 ms against 45 ms at (64, 8, 128, 32), torch 2.13
-        scores = (q @ k.transpose(-2, -1)).float() * q.shape[-1] ** -0.5
+        scores = (q @ k.transpose(-2, -1)).to(torch.promote_types(q.dtype, torch.float32)) * scale
         return scores.masked_fill(~seen, float("-inf")).softmax(-1).to(v.dtype) @ v
     # DIFF(upstream): it calls this flash attention, but flash takes no mask; CUDA runs its memory-efficient kernel here
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
 
 
-BACKBONES = {"transformer": Transformer}
+class TwoWays(nn.Module):
+    """A recurrent mixer forwards and another backwards, D/2 outputs each: so [CLS], which comes first, sees all pulses."""
+
+    def __init__(self, config, mixer):
+        super().__init__()
+        self.there, self.back = mixer(config), mixer(config)
+
+    def forward(self, x, valid):
+        n, place = valid.sum(1, keepdim=True), torch.arange(x.shape[1], device=x.device)
+        # real pulses in reverse, padding stays behind them, where neither direction sees it before the last pulse
+        reverse = torch.where(place < n, n - 1 - place, place)[..., None]  # (B, L, 1)
+        back = self.back(x.gather(1, reverse.expand_as(x)), valid)
+        return torch.cat([self.there(x, valid), back.gather(1, reverse.expand_as(back))], dim=-1)
+
+
+class GRU(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gru = nn.GRU(config.embedding_dim, config.embedding_dim // 2, batch_first=True)  # one cuDNN call, no packing
+
+    def forward(self, x, valid):
+        return self.gru(x)[0]
+
+
+class Mamba(nn.Module):
+    """Mamba-2 (Dao & Gu 2024, arXiv:2405.21060), one direction, D -> D/2: convolution, selective state space, gate."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, H = config.embedding_dim, config.num_heads
+        self.sizes = [D // 2, D // 2, D // 4, D // 4, H]  # gate, x, b, c, dt; the state is D/4 wide
+        self.project = nn.Linear(D, sum(self.sizes), bias=False)
+        self.conv = nn.Conv1d(D, D, 4, groups=D, padding=3)  # x, b and c see 3 pulses back
+        self.log_a, self.dt_bias, self.skip = (nn.Parameter(torch.empty(H)) for _ in range(3))
+        self.norm = nn.RMSNorm(D // 2)
+        self.out = nn.Linear(D // 2, D // 2, bias=False)
+
+    def forward(self, x, valid):
+        L, H = x.shape[1], self.sizes[-1]
+        gate, xbc, dt = self.project(x).split([self.sizes[0], sum(self.sizes[1:4]), H], dim=-1)
+        xbc = F.silu(self.conv(xbc.transpose(1, 2))[..., :L].transpose(1, 2))
+        with torch.autocast(x.device.type, enabled=False):  # products of up to L decay factors
+            x, b, c = (part.to(self.log_a.dtype) for part in xbc.split(self.sizes[1:4], dim=-1))
+            x = x.unflatten(-1, (H, -1))  # (B, L, H, P)
+            dt = F.softplus(dt.to(self.log_a.dtype) + self.dt_bias) * valid[..., None]  # 0: padding leaves no trace
+            y = state_space(x * dt[..., None], -self.log_a.exp() * dt, b, c) + self.skip[:, None] * x
+        return self.out(self.norm(y.flatten(2) * F.silu(gate)))
+
+
+def state_space(x, log_decay, b, c, chunk=128):
+    """y_t = c_t . s_t with the state s_t = exp(log_decay_t) s_(t-1) + b_t x_t, as matrix products instead of a loop over t.
+
+    x (B, L, H, P), log_decay (B, L, H) <= 0, b and c (B, L, N) -> y (B, L, H, P). Within a chunk y = (decays * c b^T) x,
+    a masked L x L product; the state is handed from chunk to chunk, so memory grows with L * chunk only.
+    """
+    state, ys = 0.0, []
+    for x, log_decay, b, c in zip(*(part.split(chunk, dim=1) for part in (x, log_decay, b, c))):
+        total = log_decay.cumsum(1)  # (B, Q, H), decay since the chunk began
+        between = total[:, :, None] - total[:, None]  # (B, Q, Q, H)
+        past = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()[..., None]
+        weight = (c @ b.transpose(1, 2))[..., None] * between.masked_fill(~past, float("-inf")).exp()
+        y = torch.einsum("btsh,bshp->bthp", weight, x)
+        if ys:
+            y = y + torch.einsum("btn,bhnp,bth->bthp", c, state, total.exp())
+            state = state * total[:, -1, :, None, None].exp()
+        state = state + torch.einsum("bsn,bshp,bsh->bhnp", b, x, (total[:, -1:] - total).exp())
+        ys.append(y)
+    return torch.cat(ys, dim=1)
+
+
+NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
+MIXERS = {"transformer": Attention, "gru": lambda config: TwoWays(config, GRU), "mamba": lambda config: TwoWays(config, Mamba)}
+METRICS = ("dom_loss", "cls_loss", "top1", "top5", "right_string", "distance", "cross_entropy", "charge_error2", "center_error2")
+CHOICES = {"backbone": MIXERS, "mlp": ("relu", "gelu", "swiglu"), "norm": NORMS, "dom_loss": ("ce", "emd", "ce+emd"),
+           "loss_weighting": ("per_event", "per_pulse"), "cls_target": ("charge", "center", "both")}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -153,49 +275,92 @@ class Encoder(nn.Module):
     def __init__(self, config, geometry):
         super().__init__()
         self.embedding = PulseEmbedding(config, geometry)
-        self.backbone = BACKBONES[config.backbone](config)
-        self.final_norm = nn.LayerNorm(config.embedding_dim) if config.final_norm else nn.Identity()
+        self.backbone = Backbone(config)
+        self.final_norm = NORMS[config.norm](config.embedding_dim) if config.final_norm else nn.Identity()
+        self.readout = 1 / width_ratio(config)  # muP: heads shrink with the width; 1 without muP
 
     def forward(self, batch):
         x, valid = self.embedding(batch)
-        return self.final_norm(self.backbone(x, valid))
+        return self.final_norm(self.backbone(x, valid)) * self.readout
 
 
 class Pretrainer(nn.Module):
-    """Encoder with the two heads of pretraining; forward gives the two losses of each event."""
+    """Encoder with the heads of pretraining; forward gives the two losses of each event."""
 
     def __init__(self, config, geometry):
         super().__init__()
+        self.config = config
         self.encoder = Encoder(config, geometry)
         self.dom_head = nn.Linear(config.embedding_dim, N_DOMS)  # DIFF(upstream): no logit for padding
-        self.charge_head = nn.Linear(config.embedding_dim, 1)
-        self.apply(init_weights)
+        self.charge_head = nn.Linear(config.embedding_dim, 1) if config.cls_target != "center" else None
+        self.center_head = nn.Linear(config.embedding_dim, 3) if config.cls_target != "charge" else None
+        init_weights(self, config)
 
     def forward(self, batch):
-        """-> dom_loss [nats] (B,), 0 for an event without a hidden pulse, and charge_loss [dex^2] (B,), both float32."""
+        """-> dom_loss (B,) and cls_loss (B,), float32, shares of the batch's means: see dom_losses and cls_losses."""
+        logits, log_charge, center = self.predict(batch)
+        return self.dom_losses(logits, batch), self.cls_losses(log_charge, center, batch)
+
+    def predict(self, batch):
+        """-> logits of the hidden pulses (M, V), log10 of the charge [p.e.] (B,) or None, centre [m] (B, 3) or None."""
         x = self.encoder(batch)
-        hidden = batch["hidden"]
         # DIFF(upstream): logits at the hidden pulses only, 8 % of the positions that upstream computes
-        logits = self.dom_head(x[:, 1:].flatten(0, 1)[hidden])  # (M, V)
-        dom = batch["dom"].flatten()[hidden]  # (M,)
-        log_charge = self.charge_head(x[:, 0]).squeeze(-1)  # (B,)
-        return (dom_losses(logits, dom, event=hidden // batch["dom"].shape[1], n_events=len(x)),
-                charge_losses(log_charge, batch["total_charge"]))
+        logits = self.dom_head(x[:, 1:].flatten(0, 1)[batch["hidden"]])
+        return (logits.to(self.dom_head.weight.dtype),
+                self.charge_head(x[:, 0]).squeeze(-1).float() if self.charge_head is not None else None,
+                self.center_head(x[:, 0]).float() * POSITION_SCALE if self.center_head is not None else None)
+
+    def dom_losses(self, logits, batch):
+        """Loss of the hidden pulses of each event: their mean ("per_event"), or their sum ("per_pulse") -> (B,).
+
+        Loss per event first: otherwise bright events dominate (upstream since v0.2).
+        """
+        B, L = batch["dom"].shape
+        dom, event = batch["dom"].flatten()[batch["hidden"]], batch["hidden"] // L  # (M,)
+        loss = 0.0
+        if "ce" in self.config.dom_loss:
+            loss = F.cross_entropy(logits, dom, reduction="none")  # (M,)
+        if "emd" in self.config.dom_loss:
+            emd = earth_movers_distance(logits, dom, self.encoder.embedding.geometry)
+            loss = emd if self.config.dom_loss == "emd" else loss + self.config.emd_weight * emd
+        total = loss.new_zeros(B).index_add(0, event, loss)
+        if self.config.loss_weighting == "per_pulse":
+            return total
+        return total / loss.new_zeros(B).index_add(0, event, torch.ones_like(loss)).clamp(min=1)
+
+    def cls_losses(self, log_charge, center, batch):
+        """Squared error of log10(charge) [dex^2], of the centre of charge [(500 m)^2], or their sum -> (B,)."""
+        losses = []
+        if log_charge is not None:
+            losses.append((log_charge - torch.log10(batch["total_charge"].clamp(min=1e-3))).square())
+        if center is not None:
+            losses.append(((center - batch["center"]) / POSITION_SCALE).square().mean(-1))
+        return sum(losses)
+
+    def metrics(self, batch):
+        """Sums over a batch, in the order of METRICS, that make the losses readable."""
+        logits, log_charge, center = self.predict(batch)
+        dom, geometry = batch["dom"].flatten()[batch["hidden"]], self.encoder.embedding.geometry
+        best = logits.topk(5, dim=-1).indices  # (M, 5)
+        log_target = torch.log10(batch["total_charge"].clamp(min=1e-3))
+        zero = log_target.new_zeros(())
+        return torch.stack([
+            self.dom_losses(logits, batch).sum(), self.cls_losses(log_charge, center, batch).sum(),
+            (best[:, 0] == dom).float().sum(), (best == dom[:, None]).float().sum(),
+            (best[:, 0] // DOMS_PER_STRING == dom // DOMS_PER_STRING).float().sum(),
+            (geometry[best[:, 0]] - geometry[dom]).norm(dim=-1).sum(),
+            F.cross_entropy(logits, dom, reduction="sum"),
+            zero if log_charge is None else (log_charge - log_target).square().sum(),
+            zero if center is None else (center - batch["center"]).square().sum()])
 
 
-def dom_losses(logits, dom, event, n_events):
-    """Cross-entropy of the logits (M, V) of pulses in DOMs dom (M,), mean over the hidden pulses of each event -> (B,).
+def earth_movers_distance(logits, dom, geometry):
+    """How far the predicted distribution has to be carried to the true DOM: sum_j p_j |x_j - x_true| [100 m], (M,).
 
-    event (M,) is the row of a pulse's event. Loss per event first: otherwise bright events dominate (upstream since v0.2).
+    With a single true DOM every bit of probability goes there, so no solver is needed.
     """
-    loss = F.cross_entropy(logits.float(), dom, reduction="none")  # (M,)
-    n_hidden = loss.new_zeros(n_events).index_add(0, event, torch.ones_like(loss))
-    return loss.new_zeros(n_events).index_add(0, event, loss) / n_hidden.clamp(min=1)
-
-
-def charge_losses(log_charge, total_charge):
-    """Squared error of the predicted log10 of the full event's charge [p.e.], (B,) -> (B,)."""
-    return (log_charge.float() - torch.log10(total_charge.clamp(min=1e-3))).square()
+    distance = torch.cdist(geometry[dom], geometry, compute_mode="donot_use_mm_for_euclid_dist") / 100  # (M, V)
+    return (logits.softmax(-1) * distance).sum(-1)
 
 
 class DirectionFinder(nn.Module):
@@ -206,7 +371,7 @@ class DirectionFinder(nn.Module):
         self.encoder = Encoder(config, geometry)
         self.direction_head = nn.Sequential(nn.Linear(config.embedding_dim, config.head_hidden_size), nn.ReLU(),
                                             nn.Linear(config.head_hidden_size, 3))
-        self.apply(init_weights)
+        init_weights(self, config)
 
     def forward(self, batch):
         return F.normalize(self.direction_head(self.encoder(batch)[:, 0]).float(), dim=-1)
@@ -230,37 +395,96 @@ def angular_error(direction, truth):
 # initial weights and parameter groups
 # ----------------------------------------------------------------------------------------------------------------------
 
-def init_weights(module):
+def width_ratio(config):
+    """muP: how much wider than the model whose learning rate was tuned; 1 without muP."""
+    return config.embedding_dim / config.mup_base_width if config.mup_base_width else 1.0
+
+
+def init_weights(model, config):
     """All initial values:
 
-    Linear weight      normal, std 1/sqrt(3 fan_in)    the variance of torch's (and upstream's) uniform default
-    Linear bias        0                               # DIFF(upstream): uniform
+    Linear, Conv1d     normal, std 1/sqrt(3 fan_in)    the variance of torch's (and upstream's) uniform default
+    their biases       0                               # DIFF(upstream): uniform
     features, time     10 times that                   # DIFF(upstream): light crosses the detector in 0.1 of the scaled
                                                        # time, but in 2 of the scaled positions; else it stays unseen long
+    heads              1/sqrt(3 D); with muP 1/sqrt(3 mup_base_width), whatever the width
     dom_table, MASK, PAD, [CLS]   normal, std 1        upstream's
-    LayerNorm          weight 1, bias 0                torch's default
+    norms              weight 1, bias 0                torch's default; GRU likewise torch's
+    Mamba              decay rates 1..16, time steps 0.001..0.1, spread over the heads: its paper's ranges
     """
-    if isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=(3 * module.in_features) ** -0.5)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Embedding):
-        nn.init.normal_(module.weight)
-    elif isinstance(module, PulseEmbedding):
-        nn.init.normal_(module.cls)
-        module.features.weight.data[:, 0] *= 10
-        if module.use_dom_positions:
-            nn.init.normal_(module.special)
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv1d)):
+            nn.init.normal_(module.weight, std=(3 * module.weight[0].numel()) ** -0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight)
+        elif isinstance(module, Mamba):
+            H = len(module.skip)
+            steps = torch.logspace(-3, -1, H)
+            module.log_a.data = torch.linspace(1, 16, H).log()
+            module.dt_bias.data = steps + torch.log(-torch.expm1(-steps))  # softplus of it is the step
+            nn.init.ones_(module.skip)
+    with torch.no_grad():
+        embedding = model.encoder.embedding
+        embedding.features.weight[:, 0] *= 10
+        nn.init.normal_(embedding.cls)
+        if config.use_dom_positions:
+            nn.init.normal_(embedding.special)
+        for head in model.children():
+            if head is not model.encoder:
+                first = head[0] if isinstance(head, nn.Sequential) else head
+                first.weight *= width_ratio(config) ** 0.5
 
 
 def parameter_groups(model, weight_decay):
-    """Two groups for AdamW: matrices of Linear layers decay; biases, norms, embeddings and [CLS] do not.
+    """Groups for AdamW: matrices decay; biases, norms, embeddings and [CLS] do not.
 
+    Each group has an lr_scale: 1, but 1 / width_ratio for the matrices of the backbone (muP, Yang et al. 2022,
+    arXiv:2203.03466, table 8: Adam), whose decay grows by as much, so that lr * weight_decay stays what it was.
     # DIFF(upstream): it decays the DOM table and [CLS] too, which pulls rarely hit DOMs to zero
     """
-    decayed, kept = [], []
+    hidden, decayed, kept = [], [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_matrix = parameter.ndim == 2 and not name.endswith(("dom_table.weight", "special"))
-            (decayed if is_matrix else kept).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+            is_kept = parameter.ndim < 2 or name.endswith(("dom_table.weight", "special"))
+            (kept if is_kept else hidden if ".backbone." in name else decayed).append(parameter)
+    scale = model.encoder.readout
+    return [{"params": hidden, "weight_decay": weight_decay / scale, "lr_scale": scale},
+            {"params": decayed, "weight_decay": weight_decay, "lr_scale": 1.0},
+            {"params": kept, "weight_decay": 0.0, "lr_scale": 1.0}]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# checkpoints of the published code
+# ----------------------------------------------------------------------------------------------------------------------
+
+def from_published(state):
+    """A state dict of timinar/PolarBERT (flash variant) -> our ModelConfig knobs as read off the shapes, our state dict.
+
+    Its ids: 0 is padding, sensor_id + 1 the DOM, 5161 the mask. Its logit for padding is dropped.
+    """
+    state = {name.removeprefix("model."): value.float() for name, value in state.items()}
+    n_layers = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("transformer_blocks."))
+    table, features = state["embedding.dom_embedding.weight"], state["embedding.features_embedding.weight"]
+    D, E = table.shape[1] + len(features), table.shape[1]
+    has_final_norm = "final_layer_norm.weight" in state
+    knobs = {"embedding_dim": D, "dom_embed_dim": E, "num_layers": n_layers, "use_dom_positions": False,
+             "hidden_size": len(state["transformer_blocks.0.feed_forward.0.weight"]), "final_norm": has_final_norm}
+    ours = {"embedding.dom_table.weight": torch.cat([table[1:], table[:1]]),  # DOMs, mask, padding
+            "embedding.cls": state["embedding.cls_embedding"].flatten()}
+    renamed = {"embedding.features_embedding": "embedding.features", "final_layer_norm": "final_norm"}
+    for i in range(n_layers):
+        theirs, block = f"transformer_blocks.{i}", f"backbone.blocks.{i}"
+        ours[f"{block}.mixer.qkv.weight"] = torch.cat([state[f"{theirs}.attention.w{x}.weight"] for x in "qkv"])
+        renamed |= {f"{theirs}.attention.wo": f"{block}.mixer.out", f"{theirs}.feed_forward.0": f"{block}.mlp.up",
+                    f"{theirs}.feed_forward.2": f"{block}.mlp.down", f"{theirs}.layer_norm1": f"{block}.norm1",
+                    f"{theirs}.layer_norm2": f"{block}.norm2"}
+    for name, value in state.items():
+        module, _, kind = name.rpartition(".")
+        if module in renamed:
+            ours[f"{renamed[module]}.{kind}"] = value
+    ours = {f"encoder.{name}": value for name, value in ours.items()}
+    ours |= {f"dom_head.{kind}": state[f"unembedding.{kind}"][1:] for kind in ("weight", "bias")}
+    ours |= {f"charge_head.{kind}": state[f"charge_prediction.{kind}"] for kind in ("weight", "bias")}
+    return knobs, ours

@@ -19,7 +19,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-from model import ModelConfig, Pretrainer, parameter_groups
+from model import METRICS, ModelConfig, Pretrainer, parameter_groups
 
 
 @dataclass
@@ -60,8 +60,11 @@ class TrainConfig(ModelConfig):
         yield from common.check_not_negative(self, "lambda_charge")
 
 
+# charge_loss is that of cls_target; perplexity, shares of right DOM (among the best 1 and 5) and right string, distance of
+# the best guess [m] are means over hidden pulses; rms of log10(charge) [dex] and of the centre of charge [m]
 LOG_COLUMNS = ["step", "events", "lr", "loss", "dom_loss", "charge_loss", "grad_norm", "events_per_s",
-               "val_loss", "val_dom_loss", "val_charge_loss"]
+               "val_loss", "val_dom_loss", "val_charge_loss", "val_perplexity", "val_top1", "val_top5", "val_string",
+               "val_distance", "val_charge_rms", "val_center_rms"]
 VAL_SEED = 0  # of the masks at evaluation: the same for every run, so that runs with other seeds compare
 # Knobs that may differ when a run goes on, because the steps already done would have been the same
 MAY_CHANGE = {"data_dir", "val_split", "val_events", "out_dir", "micro_batches", "max_steps", "cooldown_steps", "schedule",
@@ -98,22 +101,27 @@ def masked_batches(split, index, epoch, config, seed):
 
 @torch.no_grad()
 def evaluate(model, split, n_events, config, ranks, autocast):
-    """Mean losses over exactly the first n_events of the split, with the same masks each time -> dict of val_* floats."""
+    """Losses and metrics over exactly the first n_events of the split, with the same masks each time -> dict of val_*."""
     mine = np.array_split(np.arange(n_events), ranks.world_size)[ranks.rank]
     chunks = np.array_split(mine, -(-len(mine) * ranks.world_size // config.batch_size))  # a step's memory is enough
-    totals = np.zeros(4)  # DOM loss, events with a hidden pulse, charge loss, events
+    totals = np.zeros(len(METRICS) + 3)
     model.eval()
     for batches in data.prefetch(lambda i: masked_batches(split, chunks[i], np.zeros_like(chunks[i]), config, VAL_SEED),
                                  range(len(chunks)), ranks.device):
         for batch in batches:
             with autocast:
-                dom_loss, charge_loss = model(batch)
-            totals += [dom_loss.sum().item(), batch["n_scored"].item(), charge_loss.sum().item(), len(dom_loss)]
+                sums = model.metrics(batch)
+            totals += [*sums.tolist(), batch["n_scored"].item(), len(batch["hidden"]), len(batch["valid"])]
     model.train()
-    dom_sum, n_scored, charge_sum, n = common.sum_over_ranks(totals, ranks)
-    dom_loss, charge_loss = dom_sum / max(n_scored, 1), charge_sum / n
+    *sums, n_scored, n_hidden, n = common.sum_over_ranks(totals, ranks)
+    sums, n_hidden = dict(zip(METRICS, sums)), max(n_hidden, 1)
+    dom_loss = sums["dom_loss"] / (max(n_scored, 1) if config.loss_weighting == "per_event" else n_hidden)
+    charge_loss = sums["cls_loss"] / n
     return {"val_loss": dom_loss + config.lambda_charge * charge_loss, "val_dom_loss": dom_loss,
-            "val_charge_loss": charge_loss}
+            "val_charge_loss": charge_loss, "val_perplexity": float(np.exp(sums["cross_entropy"] / n_hidden)),
+            "val_top1": sums["top1"] / n_hidden, "val_top5": sums["top5"] / n_hidden,
+            "val_string": sums["right_string"] / n_hidden, "val_distance": sums["distance"] / n_hidden,
+            "val_charge_rms": (sums["charge_error2"] / n) ** 0.5, "val_center_rms": (sums["center_error2"] / n) ** 0.5}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -177,10 +185,11 @@ def main():
 
         if step % config.eval_interval == 0 or last_step:
             paused = time.perf_counter()
-            row |= evaluate(compiled_model, val_split, n_val, config, ranks, autocast)
+            row |= evaluate(raw_model, val_split, n_val, config, ranks, autocast)
             if ranks.main:
                 bar.write(f"eval {step:6d}/{config.max_steps} | val_loss {row['val_loss']:.4f} "
-                          f"dom {row['val_dom_loss']:.4f} charge {row['val_charge_loss']:.4f}")
+                          f"dom {row['val_dom_loss']:.4f} charge {row['val_charge_loss']:.4f} | top1 {row['val_top1']:.1%} "
+                          f"top5 {row['val_top5']:.1%} string {row['val_string']:.1%} off by {row['val_distance']:.0f} m")
             if row["val_loss"] < best_val and step > first_step:
                 best_val = row["val_loss"]
                 if ranks.main:
@@ -195,9 +204,10 @@ def main():
 
         row["lr"] = common.learning_rate(step, config)
         for group in optimizer.param_groups:
-            group["lr"] = row["lr"]
+            group["lr"] = row["lr"] * group["lr_scale"]  # 1 without muP
         batches = next(loader)
-        n_scored = sum(batch["n_scored"] for batch in batches).float()
+        # what the DOM loss is the mean over, on all ranks: events with a hidden pulse, or hidden pulses
+        n_scored = sum(batch["n_scored" if config.loss_weighting == "per_event" else "n_hidden"] for batch in batches).float()
         if ranks.world_size > 1:
             torch.distributed.all_reduce(n_scored)
         dom_loss = charge_loss = 0.0

@@ -11,8 +11,10 @@ num_heads = 8
 hidden_size = 1024
 num_layers = 8
 use_dom_positions = True
-final_norm = True
 backbone = "transformer"
+mlp = "relu"
+norm = "layernorm"
+final_norm = True
 
 batch_size = 4096
 max_steps = 127_000  # 4 epochs of 130 M events
@@ -28,3 +30,6 @@ grad_clip = 1.0
 
 mask_prob = 0.25
 lambda_charge = 1.0
+dom_loss = "ce"
+loss_weighting = "per_event"
+cls_target = "charge"

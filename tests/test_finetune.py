@@ -84,7 +84,7 @@ def test_a_frozen_encoder_stays_and_the_head_moves(demo_data, pretrained, tmp_pa
 def test_it_learns_direction(demo_data, tmp_path):
     """On 150 events, learned by heart: the labels, the loss and the head belong together."""
     run_ok("finetune.py", f"--data_dir={demo_data}", *KNOBS, *TINY_MODEL, f"--out_dir={tmp_path}", "--pretrained=",
-           "--batch_size=50", "--max_steps=100", "--eval_interval=100", "--log_interval=50", "--save_interval=100",
+           "--batch_size=50", "--max_steps=150", "--eval_interval=150", "--log_interval=50", "--save_interval=150",
            "--learning_rate=5e-3", "--val_split=finetune", "--val_events=0")
     before, after = column(tmp_path, "val_angle_mean")
     assert abs(before - np.pi / 2) < 0.25 and after < 1.0
@@ -146,3 +146,16 @@ def test_another_detector_is_refused(tuned, demo_data, pretrained, tmp_path):
     line = user_error("finetune.py", f"--data_dir={tmp_path}/moved", f"--out_dir={tmp_path}/run", *KNOBS,
                       f"--pretrained={pretrained[0]}/ckpt.pt")
     assert "another detector" in line and "DOM 77" in line
+
+
+@pytest.mark.parametrize("name", ["weights.pth", "lightning.ckpt"])
+def test_a_published_checkpoint_can_be_tuned(demo_data, tmp_path, name):
+    from test_model import published_state
+    published = published_state(torch.Generator().manual_seed(0))
+    torch.save(published if name.endswith("pth") else {"state_dict": published, "epoch": 3}, tmp_path / name)
+    run_ok("finetune.py", f"--data_dir={demo_data}", *KNOBS, f"--out_dir={tmp_path}/run", f"--pretrained={tmp_path}/{name}",
+           "--num_heads=4", "--max_steps=1", "--learning_rate=1e-12")
+    tuned = weights(tmp_path / "run")
+    assert torch.allclose(tuned["encoder.embedding.dom_table.weight"][:5160], published["embedding.dom_embedding.weight"][1:5161],
+                          atol=1e-6)
+    assert "encoder.final_norm.weight" not in tuned and tuned["encoder.backbone.blocks.1.mlp.up.weight"].shape == (64, 32)

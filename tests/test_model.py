@@ -34,10 +34,15 @@ def test_base_has_the_papers_size():
     assert count_parameters(m.DirectionFinder(FinetuneConfig(), GEOMETRY)) == 6_578_179
 
 
-@pytest.mark.parametrize("use_dom_positions", [True, False])
+VARIANTS = [{}, {"backbone": "gru"}, {"backbone": "mamba"}, {"use_dom_positions": False}, {"use_dom_table": True},
+            {"mlp": "swiglu", "norm": "rmsnorm", "qk_norm": True, "final_norm": False}, {"mup_base_width": 16}]
+BACKBONES = [{}, {"backbone": "gru"}, {"backbone": "mamba"}]
+
+
+@pytest.mark.parametrize("knobs", VARIANTS, ids=str)
 @pytest.mark.parametrize("kind", [m.Pretrainer, m.DirectionFinder])
-def test_padding_never_changes_an_output(kind, use_dom_positions):
-    net = make(kind, use_dom_positions=use_dom_positions)
+def test_padding_never_changes_an_output(kind, knobs):
+    net = make(kind, **knobs)
     padded, = one_batch([3, 50, 17, 120, 1])
     alone = one_batch([3, 50, 17, 120, 1], n=5)
     with torch.no_grad():
@@ -57,22 +62,24 @@ def test_padding_never_changes_an_output(kind, use_dom_positions):
     assert torch.allclose(together, again, atol=1e-6)
 
 
-def test_swapping_events_swaps_outputs():
-    net, (batch,) = make(m.DirectionFinder), one_batch([20, 30, 25])
+@pytest.mark.parametrize("knobs", BACKBONES, ids=str)
+def test_swapping_events_swaps_outputs(knobs):
+    net, (batch,) = make(m.DirectionFinder, **knobs), one_batch([20, 30, 25])
     del batch["hidden"]
     order = torch.tensor([2, 0, 1])
     swapped = {name: value[order] for name, value in batch.items() if value.ndim}
     assert torch.allclose(net(batch)[order], net(swapped), atol=1e-5)
 
 
-def test_the_last_pulse_reaches_cls():
-    net, (batch,) = make(m.DirectionFinder), one_batch([20])
+@pytest.mark.parametrize("knobs", BACKBONES, ids=str)
+def test_the_last_pulse_reaches_cls(knobs):
+    net, (batch,) = make(m.DirectionFinder, **knobs), one_batch([20])
     before = net(batch)
     for name, value in (("time", 15000.0), ("charge", 4.0), ("dom", 7), ("aux", ~batch["aux"][0, -1])):
         changed = {**batch, name: batch[name].clone()}
         changed[name][0, -1] = value
         changed.pop("hidden")
-        assert not torch.allclose(before, net(changed), atol=1e-6), name
+        assert not torch.allclose(before, net(changed), atol=1e-7), name
 
 
 def test_a_hidden_dom_cannot_be_seen_and_other_pulses_can():
@@ -86,9 +93,9 @@ def test_a_hidden_dom_cannot_be_seen_and_other_pulses_can():
     assert not torch.allclose(x, net.encoder(changed), atol=1e-5)
 
 
-@pytest.mark.parametrize("use_dom_positions", [True, False])
-def test_every_dom_mask_and_padding_have_vectors_of_their_own(use_dom_positions):
-    vectors = make(use_dom_positions=use_dom_positions).encoder.embedding.dom_vectors()
+@pytest.mark.parametrize("knobs", [{}, {"use_dom_positions": False}, {"use_dom_table": True}], ids=str)
+def test_every_dom_mask_and_padding_have_vectors_of_their_own(knobs):
+    vectors = make(**knobs).encoder.embedding.dom_vectors()
     assert vectors.shape == (5162, 16) and len(torch.unique(vectors, dim=0)) == 5162
 
 
@@ -121,17 +128,18 @@ def test_the_transformer_is_the_plain_formula():
     for b in range(2):
         n = valid[b].sum()
         h = F.layer_norm(x[b, :n], (32,), block.norm1.weight, block.norm1.bias)
-        q, k, v = (h @ block.qkv.weight.T).split(32, dim=1)
+        q, k, v = (h @ block.mixer.qkv.weight.T).split(32, dim=1)
         heads = [((q[:, s] @ k[:, s].T) / 8 ** 0.5).softmax(1) @ v[:, s] for s in (slice(8 * i, 8 * i + 8) for i in range(4))]
-        y = x[b, :n] + torch.cat(heads, 1) @ block.out.weight.T
+        y = x[b, :n] + torch.cat(heads, 1) @ block.mixer.out.weight.T
         h = F.layer_norm(y, (32,), block.norm2.weight, block.norm2.bias)
-        y = y + F.relu(h @ block.mlp[0].weight.T + block.mlp[0].bias) @ block.mlp[2].weight.T + block.mlp[2].bias
+        y = y + F.relu(h @ block.mlp.up.weight.T + block.mlp.up.bias) @ block.mlp.down.weight.T + block.mlp.down.bias
         assert torch.allclose(out[b, :n], y, atol=1e-10)
 
 
+@pytest.mark.parametrize("knobs", BACKBONES, ids=str)
 @pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 0.03), (torch.float16, 0.005)])
-def test_autocast_stays_near_float32(dtype, bound):
-    net, (batch,) = make(), one_batch([30, 60, 90])
+def test_autocast_stays_near_float32(dtype, bound, knobs):
+    net, (batch,) = make(**knobs), one_batch([30, 60, 90])
     exact = net(batch)
     with torch.autocast("cpu", dtype):
         rough = net(batch)
@@ -141,9 +149,10 @@ def test_autocast_stays_near_float32(dtype, bound):
     assert all(torch.isfinite(p.grad).all() for p in net.parameters())
 
 
-def test_extreme_events_stay_finite():
+@pytest.mark.parametrize("knobs", [*BACKBONES, {"dom_loss": "ce+emd", "cls_target": "both"}], ids=str)
+def test_extreme_events_stay_finite(knobs):
     for kind in (m.Pretrainer, m.DirectionFinder):
-        net, (batch,) = make(kind), one_batch([1, 1, 2, 5], hidden_share=0)
+        net, (batch,) = make(kind, **knobs), one_batch([1, 1, 2, 5], hidden_share=0)
         assert len(batch["hidden"]) == 0
         batch["charge"][:2, 0] = torch.tensor([0.0, 1e5])
         batch["time"][:2, 0] = torch.tensor([0.0, 2e5])
@@ -171,11 +180,11 @@ def test_angles_and_angular_error():
 def test_weight_decay_spares_biases_norms_and_embeddings():
     for use_dom_positions in (True, False):
         net = make(use_dom_positions=use_dom_positions)
-        decayed, kept = m.parameter_groups(net, 0.1)
+        hidden, decayed, kept = m.parameter_groups(net, 0.1)
         names = {id(p): name for name, p in net.named_parameters()}
-        assert len(decayed["params"]) + len(kept["params"]) == len(names)
-        assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
-        for p in decayed["params"]:
+        assert len(hidden["params"]) + len(decayed["params"]) + len(kept["params"]) == len(names)
+        assert [group["weight_decay"] for group in (hidden, decayed, kept)] == [0.1, 0.1, 0.0]
+        for p in hidden["params"] + decayed["params"]:
             assert names[id(p)].endswith("weight") and "norm" not in names[id(p)] and "dom_table" not in names[id(p)]
         assert {"encoder.embedding.cls", "encoder.final_norm.weight", "dom_head.bias"} <= {names[id(p)] for p in kept["params"]}
 
@@ -184,3 +193,190 @@ def test_same_seed_same_weights_and_no_randomness_in_forward():
     a, b, (batch,) = make(seed=5), make(seed=5), one_batch([10, 20])
     assert all(torch.equal(x, y) for x, y in zip(a(batch), b(batch)))
     assert not torch.equal(a(batch)[0], make(seed=6)(batch)[0])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# backbones
+# ----------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("chunk", [5, 16, 64])
+def test_mambas_matrix_form_is_the_recurrence(chunk):
+    rng = torch.Generator().manual_seed(0)
+    B, L, H, P, N = 2, 37, 3, 4, 5
+    x, b, c = (torch.randn(*shape, generator=rng, dtype=torch.float64) for shape in ((B, L, H, P), (B, L, N), (B, L, N)))
+    log_decay = -torch.rand(B, L, H, generator=rng, dtype=torch.float64) * 3
+    state, ys = torch.zeros(B, H, N, P, dtype=torch.float64), []
+    for t in range(L):
+        state = log_decay[:, t].exp()[..., None, None] * state + b[:, t, None, :, None] * x[:, t, :, None, :]
+        ys.append((c[:, t, None, :, None] * state).sum(2))
+    assert torch.allclose(m.state_space(x, log_decay, b, c, chunk), torch.stack(ys, 1), atol=1e-12)
+
+
+def test_both_ways_read_the_real_pulses_in_reverse():
+    net, x = make(backbone="gru").encoder.backbone.blocks[0].mixer, torch.randn(1, 9, 32)
+    valid = torch.arange(9)[None] < 6
+    y = net(x, valid)
+    assert torch.allclose(y[0, :6, :16], net.there(x[:, :6], valid[:, :6])[0], atol=1e-6)
+    assert torch.allclose(y[0, :6, 16:], net.back(x[:, :6].flip(1), valid[:, :6])[0].flip(0), atol=1e-6)
+
+
+def test_backbones_and_mlps_are_of_about_equal_size():
+    sizes = [count_parameters(m.Pretrainer(TrainConfig(**knobs), GEOMETRY))
+             for knobs in (*BACKBONES, {"mlp": "swiglu"}, {"mlp": "gelu"})]
+    assert max(sizes) < 1.07 * min(sizes)
+
+
+@pytest.mark.parametrize("knobs", [{}, {"backbone": "mamba"}, {"mlp": "swiglu", "norm": "rmsnorm", "qk_norm": True,
+                                                               "dom_loss": "ce+emd", "cls_target": "both"}], ids=str)
+def test_it_compiles_in_one_piece_for_all_lengths(knobs):
+    """Not so the GRU: torch traces no nn.GRU, each stays one opaque call."""
+    from torch._dynamo.testing import CompileCounter
+    net = make(**knobs)
+    torch._dynamo.reset()
+    assert torch._dynamo.explain(net)(one_batch([5, 9, 30])[0]).graph_break_count == 0
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(net, backend=counter, dynamic=True)
+    for seed, lengths in enumerate(([5, 9, 30], [7, 40, 12, 8], [3, 100], [8, 126, 50, 20, 9], [11, 2, 3], [90, 77])):
+        compiled(one_batch(lengths, seed=seed)[0])
+    assert counter.frame_count <= 3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# losses and metrics
+# ----------------------------------------------------------------------------------------------------------------------
+
+def test_other_losses_agree_with_the_plain_formulas():
+    (batch,) = one_batch([3, 50, 17, 9], seed=4)
+    batch["center"] = torch.randn(4, 3) * 200
+    ce, emd, both = (make(dom_loss=kind, emd_weight=0.5, loss_weighting="per_pulse", cls_target="both")
+                     for kind in ("ce", "emd", "ce+emd"))
+    with torch.no_grad():
+        logits, log_charge, center = ce.predict(batch)
+        dom, event = batch["dom"].flatten()[batch["hidden"]], batch["hidden"] // batch["dom"].shape[1]
+        p = logits.double().softmax(1)
+        true = torch.tensor(GEOMETRY)[dom].double()
+        distance = (true[:, None] - torch.tensor(GEOMETRY).double()).norm(dim=-1) / 100
+        plain_emd, plain_ce = (p * distance).sum(1), -p[torch.arange(len(dom)), dom].log()
+        for net, per_pulse in ((ce, plain_ce), (emd, plain_emd), (both, plain_ce + 0.5 * plain_emd)):
+            sums = torch.stack([per_pulse[event == i].sum() for i in range(4)])
+            assert torch.allclose(net(batch)[0].double(), sums, rtol=1e-4)
+        cls = (log_charge - batch["total_charge"].log10()) ** 2 + (((center - batch["center"]) / 500) ** 2).mean(1)
+        assert torch.allclose(ce(batch)[1], cls, rtol=1e-4)
+
+
+def test_metrics_by_hand():
+    (batch,) = one_batch([30, 50, 17], seed=4)
+    batch["dom"] %= 70  # many on the first string
+    net = make(cls_target="both")
+    dom = batch["dom"].flatten()[batch["hidden"]]
+    with torch.no_grad():
+        net.dom_head.weight.zero_()
+        net.dom_head.bias.copy_(torch.arange(5160) * -1e-3)  # always guesses 0, 1, 2, ...
+        found = dict(zip(m.METRICS, net.metrics(batch).tolist()))
+        _, log_charge, center = net.predict(batch)
+        logits = net.dom_head.bias.expand(len(dom), -1)
+    assert found["top1"] == (dom == 0).sum() and found["top5"] == (dom < 5).sum()
+    assert found["right_string"] == (dom < 60).sum() > 0
+    assert found["distance"] == pytest.approx(np.linalg.norm(GEOMETRY[dom] - GEOMETRY[0], axis=1).sum(), rel=1e-5)
+    assert found["cross_entropy"] == pytest.approx(F.cross_entropy(logits, dom, reduction="sum").item(), rel=1e-5)
+    assert found["charge_error2"] == pytest.approx(((log_charge - batch["total_charge"].log10()) ** 2).sum().item(), rel=1e-4)
+    assert found["center_error2"] == pytest.approx(((center - batch["center"]) ** 2).sum().item(), rel=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# muP
+# ----------------------------------------------------------------------------------------------------------------------
+
+def test_mup_at_its_base_width_changes_nothing():
+    plain, mup, (batch,) = make(), make(mup_base_width=32), one_batch([10, 20])
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), mup.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(plain(batch), mup(batch)))
+    for a, b in zip(m.parameter_groups(plain, 0.1), m.parameter_groups(mup, 0.1)):
+        assert (a["weight_decay"], a["lr_scale"]) == (b["weight_decay"], b["lr_scale"])
+
+
+def growth_over_width(mup):
+    """How much more 4 Adam steps move the backbone's outputs at width 512 than at width 64 (coordinate check)."""
+    sizes = []
+    batches = [one_batch([20, 40, 30], seed=seed)[0] for seed in range(2)]
+    for width in (64, 512):
+        torch.manual_seed(0)
+        net = m.Pretrainer(TrainConfig(embedding_dim=width, dom_embed_dim=width // 2, num_heads=4, hidden_size=2 * width,
+                                       num_layers=2, mup_base_width=64 * mup), GEOMETRY)
+        groups = m.parameter_groups(net, 0.0)
+        optimizer = torch.optim.AdamW([{**g, "lr": 1e-3 * g["lr_scale"]} for g in groups], betas=(0.9, 0.95))
+        with torch.no_grad():
+            x, valid = net.encoder.embedding(batches[0])
+            before = net.encoder.backbone(x, valid)[valid]
+        for step in range(4):
+            sum(loss.mean() for loss in net(batches[step % 2])).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            sizes.append((net.encoder.backbone(x, valid)[valid] - before).std().item())
+    return sizes[1] / sizes[0]
+
+
+def test_mup_keeps_the_size_of_an_update_over_width():
+    assert 0.6 < growth_over_width(mup=True) < 1.5 and growth_over_width(mup=False) > 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# checkpoints of the published code
+# ----------------------------------------------------------------------------------------------------------------------
+
+def published_state(rng, D=32, E=16, width=64, n_layers=2):
+    """A state dict with the names and shapes of timinar/PolarBERT's flash variant."""
+    shapes = {"embedding.dom_embedding.weight": (5162, E), "embedding.features_embedding.weight": (D - E, 3),
+              "embedding.features_embedding.bias": (D - E,), "embedding.cls_embedding": (1, 1, D),
+              "unembedding.weight": (5161, D), "unembedding.bias": (5161,),
+              "charge_prediction.weight": (1, D), "charge_prediction.bias": (1,)}
+    for i in range(n_layers):
+        block = f"transformer_blocks.{i}"
+        shapes |= {f"{block}.attention.w{x}.weight": (D, D) for x in "qkvo"}
+        shapes |= {f"{block}.feed_forward.0.weight": (width, D), f"{block}.feed_forward.0.bias": (width,),
+                   f"{block}.feed_forward.2.weight": (D, width), f"{block}.feed_forward.2.bias": (D,)}
+        shapes |= {f"{block}.layer_norm{j}.{kind}": (D,) for j in (1, 2) for kind in ("weight", "bias")}
+    return {name: torch.randn(*shape, generator=rng) * 0.3 for name, shape in shapes.items()}
+
+
+def published_outputs(w, dom, features, hidden, n_heads=4):
+    """Logits and charge of one event as the published code computes them, written out in float64."""
+    w = {name: value.double() for name, value in w.items()}
+    ids = torch.where(hidden, 5161, dom + 1)  # 0 is padding, 5161 the mask
+    linear = lambda x, name: x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+    norm = lambda x, name: F.layer_norm(x, (x.shape[1],), w[f"{name}.weight"], w[f"{name}.bias"])
+    x = torch.cat([w["embedding.dom_embedding.weight"][ids], linear(features, "embedding.features_embedding")], 1)
+    x = torch.cat([w["embedding.cls_embedding"][0], x])
+    D = x.shape[1]
+    for i in range(2):
+        block = f"transformer_blocks.{i}"
+        h = norm(x, f"{block}.layer_norm1")
+        q, k, v = (h @ w[f"{block}.attention.w{name}.weight"].T for name in "qkv")
+        heads = [((q[:, s] @ k[:, s].T) / (D / n_heads) ** 0.5).softmax(1) @ v[:, s]
+                 for s in torch.arange(D).chunk(n_heads)]
+        x = x + torch.cat(heads, 1) @ w[f"{block}.attention.wo.weight"].T
+        h = linear(norm(x, f"{block}.layer_norm2"), f"{block}.feed_forward.0").relu()
+        x = x + linear(h, f"{block}.feed_forward.2")
+    return linear(x[1:], "unembedding"), linear(x[:1], "charge_prediction")[0, 0]
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_a_published_checkpoint_gives_its_own_outputs(prefix):
+    published = published_state(torch.Generator().manual_seed(0))
+    knobs, ours = m.from_published({prefix + name: value for name, value in published.items()})
+    assert knobs == {"embedding_dim": 32, "dom_embed_dim": 16, "num_layers": 2, "hidden_size": 64,
+                     "use_dom_positions": False, "final_norm": False}
+    net = m.Pretrainer(TrainConfig(num_heads=4, **knobs), GEOMETRY)
+    missing, unexpected = net.load_state_dict(ours, strict=False)
+    assert missing == ["encoder.embedding.geometry"] and not unexpected
+    batch, = one_batch([40])
+    hidden = torch.zeros(40, dtype=torch.bool).index_fill(0, batch["hidden"], True)
+    time, charge, aux = (batch[name][0].double() for name in ("time", "charge", "aux"))
+    features = torch.stack([(time - 1e4) / 3e4, charge.log10() / 3, aux - 0.5], 1)
+    logits, log_charge = published_outputs(published, batch["dom"][0], features, hidden)
+    with torch.no_grad():
+        found, found_charge, _ = net.predict(batch)
+    assert torch.allclose(found.double(), logits[hidden][:, 1:], atol=1e-3)
+    assert found_charge.item() == pytest.approx(log_charge.item(), abs=1e-3)

@@ -1,0 +1,2 @@
+# RMSNorm instead of LayerNorm. Behind a pretraining config.
+norm = "rmsnorm"
