@@ -10,7 +10,6 @@ with the spread) and the ratio; absolute numbers depend on the machine and on wh
 """
 import common  # first: it sets how torch's threads wait
 
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -46,6 +45,8 @@ class BenchConfig(ModelConfig):
         yield from super().check()
         yield from common.check_positive(self, "batch_size", "micro_batches", "rounds", "steps", "n_events")
         yield from common.check_choice(self, "what", ("train", "prepare"))
+        yield from common.check_choice(self, "device", ("auto", "cuda", "mps", "cpu"))
+        yield from common.check_choice(self, "dtype", ("auto", "float32", "bfloat16", "float16"))
 
 
 def print_rates(rates):
@@ -209,9 +210,8 @@ def seconds_of(function, *args):
     return time.perf_counter() - start, result
 
 
-def bench_prepare(config):
+def bench_prepare(config, folder):
     """Whole runs of prepare.py over full-size batches, against the plain loop and against the decoding of four columns."""
-    folder = Path(tempfile.mkdtemp(prefix="bench_prepare"))
     geometry, start, end = write_kaggle_batch(folder / "raw", config.n_events)
     print(f"{N_BATCHES} batch files of {config.n_events:,} events, {end[-1]:,} pulses")
     n_loop = min(5000, config.n_events)
@@ -252,12 +252,15 @@ def bench_prepare(config):
                    for _ in range(200)]
         seconds, _ = seconds_of(lambda: [data.read_events(split, index) for index in indices])
         print(f"loader, random runs of {run_length}: {200 * 4096 / seconds / 1e6:.2f} M events/s from a warm page cache")
-    shutil.rmtree(folder)
 
 
 def main():
     config = common.load_config(BenchConfig, __doc__)
-    {"train": bench_train, "prepare": bench_prepare}[config.what](config)
+    if config.what == "train":
+        bench_train(config)
+    else:
+        with tempfile.TemporaryDirectory(prefix="bench_prepare") as folder:
+            bench_prepare(config, Path(folder))
 
 
 if __name__ == "__main__":

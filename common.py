@@ -25,11 +25,13 @@ import numpy as np
 from tqdm import tqdm
 
 CHECKPOINT_FORMAT = 1
+open_bars = []  # those that may stand half-drawn on the last line
 
 
 def fail(message):
     """End the program with one clear line on stderr and exit status 1."""
-    raise SystemExit(f"error: {message}")
+    end_of_bar = "\n" if any(not bar.disable for bar in open_bars) else ""
+    raise SystemExit(f"{end_of_bar}error: {message}")
 
 
 def is_main_process():
@@ -94,7 +96,7 @@ def read_config_file(path):
         fail(f"{path}: no such config file; {hint}")
     names = {}
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
         tree = ast.parse(text)
         for node in tree.body:
             is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
@@ -122,10 +124,10 @@ def to_type(value, kind, where):
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is float and is_number and math.isfinite(value):
         return float(value)
-    if kind is int and is_number and math.isfinite(value) and value == int(value):
+    if kind is int and is_number and abs(value) < 2**53 and value == int(value):
         return int(value)
     if type(value) is not kind or kind in (int, float):
-        wanted = {int: "an integer", float: "a finite number", bool: "True or False", str: "a string (in quotes)",
+        wanted = {int: "an integer below 2^53", float: "a finite number", bool: "True or False", str: "a string (in quotes)",
                   dict: "a dict"}[kind]
         fail(f"{where} = {value!r} is not {wanted}")
     return value
@@ -221,8 +223,9 @@ def first_line(error):
 
 def progress_bar(total, desc, unit, initial=0):
     """A tqdm bar on stderr; redrawn twice a second on a terminal, every 10 s in a log file; rank 0 only."""
-    return tqdm(total=total, desc=desc, unit=unit, initial=initial, disable=not is_main_process(), unit_scale=total > 9999,
-                mininterval=0.5 if sys.stderr.isatty() else 10, dynamic_ncols=True)
+    open_bars[:] = [tqdm(total=total, desc=desc, unit=unit, initial=initial, disable=not is_main_process(),
+                         unit_scale=total > 9999, mininterval=0.5 if sys.stderr.isatty() else 10, dynamic_ncols=True)]
+    return open_bars[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -245,7 +248,7 @@ def start_device(config):
         if local_rank >= torch.cuda.device_count():
             fail(f"rank {rank} has no GPU of its own: {torch.cuda.device_count()} on this machine, lower --nproc_per_node")
         torch.cuda.set_device(local_rank)
-        torch.backends.cuda.matmul.allow_tf32 = True  # only float32 runs are touched; the noise is far below SGD's
+        torch.backends.cuda.matmul.allow_tf32 = True  # for float32 runs; in the embedding it rounds times by 1 ns
         name = f"cuda:{local_rank}"
     if world_size > 1:
         torch.distributed.init_process_group("nccl" if name.startswith("cuda") else "gloo")
@@ -308,22 +311,39 @@ def print_run_header(config, ranks, model, n_train):
           f"{ranks.world_size} x {ranks.device.type} ({where}) {str(ranks.dtype).removeprefix('torch.')}")
     print(f"run {count_parameters(model) / 1e6:.2f} M parameters | {n_train:,} training events | "
           f"{config.batch_size} events a step | {config.max_steps * config.batch_size / n_train:.2f} epochs")
+    if warmup_steps(config) > config.max_steps:
+        print(f"note: the warm-up of {warmup_steps(config)} steps is longer than the run, which never reaches its learning rate; "
+              "set warmup_steps, or a smaller beta2")
 
 
 def count_parameters(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def run_stage(main):
+    """Call a stage's main(); Ctrl-C and a full GPU end it in one line."""
+    import torch
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        raise SystemExit(130) from None
+    except torch.OutOfMemoryError as error:
+        fail(f"out of GPU memory ({first_line(error)}); raise micro_batches or lower batch_size")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # learning rate
 # ----------------------------------------------------------------------------------------------------------------------
 
-def learning_rate(step, config):
-    """The learning rate of update `step` (from 0): linear warm-up, then the schedule; both decays reach 0 at max_steps.
+def warmup_steps(config):
+    """The knob; 0 stands for the memory of Adam's second moment, 1 / (1 - beta2) steps (5000 for 0.9998)."""
+    return config.warmup_steps or round(1 / (1 - config.beta2))
 
-    warmup_steps = 0 stands for the memory of Adam's second moment, 1 / (1 - beta2) steps (5000 for 0.9998).
-    """
-    warmup = config.warmup_steps or round(1 / (1 - config.beta2))
+
+def learning_rate(step, config):
+    """The learning rate of update `step` (from 0): linear warm-up, then the schedule; both decays reach 0 at max_steps."""
+    warmup = warmup_steps(config)
     rise = min(1.0, (step + 1) / warmup)
     if config.schedule == "trapezoidal":
         return config.learning_rate * min(rise, (config.max_steps - step) / max(config.cooldown_steps, 1))
@@ -337,15 +357,23 @@ def learning_rate(step, config):
 # ----------------------------------------------------------------------------------------------------------------------
 
 def save_checkpoint(path, **content):
+    """Write a checkpoint of ours; one that holds a NaN is refused, so that the last good one stays."""
     import torch
-    write_atomic(path, lambda part: torch.save({"format": CHECKPOINT_FORMAT, **content}, part))
+    if not all(bool(value.isfinite().all()) for value in content["model"].values()):
+        fail(f"{path} is left as it was: after {content['step']} steps the model holds NaN or infinite numbers; go on with a "
+             "smaller learning_rate or grad_clip, or with dtype = 'float32'")
+
+    def write(part):
+        with open(part, "wb") as file:  # given a path, torch reports a full disk as something else
+            torch.save({"format": CHECKPOINT_FORMAT, **content}, file)
+    write_atomic(path, write)
 
 
 def read_checkpoint(path):
     """Whatever torch.save wrote to a file, on the CPU; one line and exit 1 if there is none or it is damaged."""
     import torch
     if not os.path.isfile(path):
-        fail(f"{path}: no such checkpoint; train.py writes ckpt.pt and best.pt into its out_dir")
+        fail(f"{path}: no such checkpoint; train.py and finetune.py write ckpt.pt and best.pt into their out_dir")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever torch's unpickler makes of a damaged file
@@ -358,23 +386,34 @@ def load_checkpoint(path):
     found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
     if found != CHECKPOINT_FORMAT:
         fail(f"{path}: checkpoint format {found}, need {CHECKPOINT_FORMAT}; it was written by another version or program")
+    if not {"model", "config", "step"} <= checkpoint.keys():
+        fail(f"{path}: holds only {', '.join(checkpoint)}; it is damaged, remove it")
     return checkpoint
 
 
 def find_run(config, path, may_change):
-    """The checkpoint at `path` to go on from, or None to start. Exits if that is refused, or the knobs do not fit it.
-
-    Going on is allowed only where the steps already done would have been the same under the present knobs.
-    """
-    if not os.path.exists(path):
+    """The checkpoint at `path` to go on from, or None to start. Exits if that is refused, or the knobs do not fit it."""
+    saved, record = None, f"{config.out_dir}/config.json"
+    if os.path.exists(path):
+        saved = load_checkpoint(path)
+    if saved is None and not os.path.exists(record):
         return None
     if not config.resume:
-        fail(f"{path}: this folder holds a run; go on with --resume=True, or choose another out_dir")
-    saved = load_checkpoint(path)
+        fail(f"{config.out_dir} holds a run; go on with --resume=True, or choose another out_dir")
+    known = saved["config"] if saved else read_json(record)  # without a checkpoint it starts anew, but as the same run
     for key, now in dataclasses.asdict(config).items():
         if key not in may_change:
-            check_same(path, key, saved["config"].get(key), now)
+            check_same(path if saved else record, key, known.get(key), now)
     return saved
+
+
+def check_geometry(saved, geometry, path, data_dir):
+    """A model of one detector on the events of another would give numbers, but no meaning."""
+    known = saved["model"]["encoder.embedding.geometry"].numpy()  # (V, 3) [m]
+    if not np.array_equal(known, geometry):
+        dom = int(np.flatnonzero((known != geometry).any(1))[0])
+        fail(f"{path} was trained on another detector than {data_dir}: DOM {dom} is at {known[dom].tolist()} m there, "
+             f"at {geometry[dom].tolist()} m here; choose the data_dir it belongs to")
 
 
 def check_same(path, what, before, now):

@@ -124,22 +124,28 @@ class Split:
 
 def read_meta(data_dir):
     """The meta.json of a finished data folder, checked for its version and dtypes."""
-    path = Path(data_dir) / "meta.json"
+    path, settings = Path(data_dir) / "meta.json", Path(data_dir) / UNFINISHED / "settings.json"
+    anew = f"remove the folder (rm -r '{data_dir}') and run prepare.py again"
     if not Path(data_dir).is_dir():
         raise SystemExit(f"error: {data_dir}: no such data folder; make it with prepare.py, for example "
                          "python prepare.py sample_config/demo_prepare.py")
-    if not path.is_file():
-        settings = Path(data_dir) / UNFINISHED / "settings.json"
-        command = json.loads(settings.read_text())["command"] if settings.is_file() else "the same prepare.py command"
+    if settings.is_file() and not path.is_file():
+        try:
+            command = json.loads(settings.read_text())["command"]
+        except (ValueError, KeyError):
+            raise SystemExit(f"error: {settings}: damaged; {anew}") from None
         raise SystemExit(f"error: {path} is missing: preparing this folder never finished; to go on, run: {command}")
+    if not path.is_file():
+        raise SystemExit(f"error: {path} is missing: this is no folder that prepare.py made; check data_dir")
     try:
         meta = json.loads(path.read_text())
     except ValueError:
-        raise SystemExit(f"error: {path}: not valid JSON; prepare the folder anew") from None
-    if meta.get("format") != FORMAT_VERSION:
-        raise SystemExit(f"error: {path}: format {meta.get('format')}, need {FORMAT_VERSION}; prepare the folder anew")
+        raise SystemExit(f"error: {path}: not valid JSON; {anew}") from None
+    found = meta.get("format") if isinstance(meta, dict) and "splits" in meta else None
+    if found != FORMAT_VERSION:
+        raise SystemExit(f"error: {path}: format {found}, need {FORMAT_VERSION}; {anew}")
     if meta.get("dtypes") != describe_dtypes():
-        raise SystemExit(f"error: {path}: the records are laid out differently from data.py; prepare the folder anew")
+        raise SystemExit(f"error: {path}: the records are laid out differently from data.py; {anew}")
     return meta
 
 
@@ -157,8 +163,12 @@ def open_split(data_dir, name):
         size = path.stat().st_size if path.is_file() else 0
         if size != n * dtype.itemsize:
             raise SystemExit(f"error: {path}: {size} bytes, meta.json says {n * dtype.itemsize}; the file was cut or "
-                             "replaced, prepare the folder anew")
+                             f"replaced: remove the folder (rm -r '{data_dir}') and run prepare.py again")
         files.append(np.asarray(np.memmap(path, dtype, mode="r")))  # a plain view: memmap's own slicing is slower
+    first, last = files[0][0], files[0][-1]
+    if first["start"] != 0 or last["start"] + last["length"] != count["n_pulses"]:
+        raise SystemExit(f"error: {data_dir}/{name}_events.bin: its first or last event does not fit {name}_pulses.bin; the file "
+                         f"is damaged: remove the folder (rm -r '{data_dir}') and run prepare.py again")
     return Split(f"{data_dir}/{name}", *files)
 
 
@@ -166,16 +176,19 @@ def open_first_events(data_dir, name, n_events):
     """open_split, and how many of its events to use: the first n_events, 0 = all. -> Split, int"""
     split = open_split(data_dir, name)
     if n_events > len(split):
-        raise SystemExit(f"error: {split.path} holds {len(split):,} events, the config asks for {n_events:,}")
+        raise SystemExit(f"error: {split.path} holds {len(split):,} events, the config asks for {n_events:,}; lower "
+                         "train_events or val_events, 0 = all")
     return split, n_events or len(split)
 
 
 def read_geometry(data_dir):
     """DOM positions, float32 (5160, 3) [m], row = sensor_id."""
+    read_meta(data_dir)  # is it a finished data folder?
     path = Path(data_dir) / "geometry.bin"
     geometry = np.fromfile(path, "<f4") if path.is_file() else np.empty(0)
     if geometry.size != N_DOMS * 3:
-        raise SystemExit(f"error: {path}: {geometry.size} numbers, need {N_DOMS} x 3; prepare the folder anew")
+        raise SystemExit(f"error: {path}: {geometry.size} numbers, need {N_DOMS} x 3; remove the folder "
+                         f"(rm -r '{data_dir}') and run prepare.py again")
     return geometry.reshape(N_DOMS, 3)
 
 
@@ -196,7 +209,7 @@ def step_events(step, batch_size, n_events, seed):
         runs, shift = epoch_order(n_events, seed, e)
         here = place[epoch == e]
         run, within = np.divmod(here, RUN_LENGTH)
-        index[epoch == e] = (runs[run] * RUN_LENGTH + within + shift) % n_events
+        index[epoch == e] = (runs[run].astype(np.int64) * RUN_LENGTH + within + shift) % n_events
     return index, epoch
 
 
@@ -206,7 +219,7 @@ def epoch_order(n_events, seed, epoch):
     rng = np.random.default_rng([seed, epoch])
     shift = int(rng.integers(n_events))
     runs = rng.permutation(n_events // RUN_LENGTH)
-    return np.append(runs, n_events // RUN_LENGTH).astype(np.uint32).astype(np.int64), shift  # a short run comes last
+    return np.append(runs, n_events // RUN_LENGTH).astype(np.uint32), shift  # a short run comes last
 
 
 def read_events(split, index):

@@ -1,8 +1,9 @@
 """Stage 3: from few labels to the neutrino's direction. Train a small head on [CLS], with or without the encoder.
 
-    python finetune.py sample_config/demo_finetune.py                             from out/demo/best.pt
+    python finetune.py sample_config/demo_finetune.py                             from out/demo/ckpt.pt
     python finetune.py sample_config/demo_finetune.py sample_config/scratch.py    the same labels, no pretraining
-    python finetune.py sample_config/demo_finetune.py --eval_only=True --val_split=test --predictions=out/test.csv
+    python finetune.py sample_config/demo_finetune.py --eval_only=True --val_split=test --val_events=0 \\
+        --predictions=out/test.csv
 
 Prints one line every log_interval steps and writes log.csv, ckpt.pt (last), best.pt (lowest val_loss), config.json and
 result.txt (the error of best.pt) into out_dir. Guessing at random gives a mean angular error of pi/2 = 1.571 rad.
@@ -75,6 +76,8 @@ class FinetuneConfig(ModelConfig):
         above = nearest_parent(self.predictions)
         if self.predictions and not (above.is_dir() and os.access(above, os.W_OK)):
             yield f"predictions = {self.predictions!r}: {above} is not a folder to write in"
+        if self.checkpoint and not self.eval_only:
+            yield f"checkpoint = {self.checkpoint!r} is what --eval_only=True evaluates; to begin from it, use --pretrained="
         if self.freeze_backbone and not self.pretrained:
             yield "freeze_backbone = True needs a pretrained checkpoint: a frozen random encoder learns nothing"
 
@@ -82,10 +85,10 @@ class FinetuneConfig(ModelConfig):
 TASKS = {"direction": DirectionFinder}
 DIRECTION_LOSSES = {"angular": angular_error}  # (direction, truth), unit vectors (B, 3) each -> (B,)
 LOG_COLUMNS = ["step", "events", "lr", "loss", "grad_norm", "events_per_s", "val_loss", "val_angle_mean", "val_angle_median"]
-# Knobs that may differ when a run goes on, because the steps already done would have been the same
-MAY_CHANGE = {"data_dir", "val_split", "val_events", "out_dir", "micro_batches", "max_steps", "cooldown_steps", "schedule",
-              "eval_interval", "log_interval", "save_interval", "eval_only", "checkpoint", "predictions", "resume", "device",
-              "dtype", "compile"}
+# Knobs that may differ when a run goes on: the steps already done would have been the same but for rounding, and for the
+# learning rate's end, which max_steps and cooldown_steps move
+MAY_CHANGE = {"data_dir", "out_dir", "micro_batches", "max_steps", "cooldown_steps", "eval_interval", "log_interval",
+              "save_interval", "resume", "eval_only", "checkpoint", "predictions", "device", "dtype", "compile"}
 
 
 def nearest_parent(path):
@@ -103,7 +106,8 @@ def take_architecture(config, saved, path, keys):
         if key not in saved["config"]:
             common.fail(f"{path} is no fine-tuned checkpoint (it knows no {key}); pretrained ones go to --pretrained=")
         if key in config.sources and getattr(config, key) != saved["config"][key]:
-            common.fail(f"{key} = {getattr(config, key)!r}, but {path} has {saved['config'][key]!r}")
+            common.fail(f"{key} = {getattr(config, key)!r}, but {path} has {saved['config'][key]!r}; leave "
+                        f"{key} out, the checkpoint tells it")
         setattr(config, key, saved["config"][key])
 
 
@@ -128,15 +132,6 @@ def load_encoder(model, saved, path):
     assert missing == new_head and not unexpected, f"{path}: missing {missing}, unexpected {unexpected}"
 
 
-def check_geometry(saved, geometry, path, data_dir):
-    """A model of one detector on the events of another would give numbers, but no meaning."""
-    known = saved["model"].get("encoder.embedding.geometry")
-    if known is not None and not np.array_equal(known.numpy(), geometry):
-        dom = int(np.flatnonzero((known.numpy() != geometry).any(1))[0])
-        common.fail(f"{path} was trained on another detector than {data_dir}: DOM {dom} is at {known[dom].tolist()} m there, "
-                    f"at {geometry[dom].tolist()} m here")
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # evaluation and predictions
 # ----------------------------------------------------------------------------------------------------------------------
@@ -149,7 +144,8 @@ def event_batches(split, index, n):
 def predict(model, split, n_events, config, ranks, autocast):
     """Directions of the first n_events of the split, in their order, float32 (n_events, 3), on every rank."""
     mine = np.array_split(np.arange(n_events), ranks.world_size)[ranks.rank]
-    chunks = np.array_split(mine, -(-len(mine) * ranks.world_size // config.batch_size))
+    n_chunks = -(-len(mine) * ranks.world_size // config.batch_size)
+    chunks = np.array_split(mine, n_chunks) if n_chunks else []  # a rank may have none
     directions = np.empty((len(mine), 3), np.float32)
     model.eval()
     with common.progress_bar(len(mine), f"predict {split.path}", "event") as bar:
@@ -172,7 +168,7 @@ def score(directions, split):
     truth = unit_vector(*(torch.from_numpy(events[angle].copy()) for angle in ("azimuth", "zenith")))
     error = angular_error(torch.from_numpy(directions), truth)
     return {"val_loss": error.mean().item(), "val_angle_mean": error.mean().item(), "val_angle_median": error.median().item(),
-            "standard_error": error.std().item() / len(error) ** 0.5}  # of the mean, by the choice of events
+            "standard_error": error.std(correction=0).item() / len(error) ** 0.5}  # of the mean, by the choice of events
 
 
 def write_predictions(path, directions, split):
@@ -202,7 +198,7 @@ def main():
 
     def evaluate_best(path, saved):
         """Evaluate a fine-tuned checkpoint, print and keep the result, write the predictions."""
-        check_geometry(saved, geometry, path, config.data_dir)
+        common.check_geometry(saved, geometry, path, config.data_dir)
         model = TASKS[config.task](config, geometry).to(ranks.device)
         model.load_state_dict(saved["model"])
         directions = predict(model, val_split, n_val, config, ranks, autocast)
@@ -211,8 +207,8 @@ def main():
         metrics = score(directions, val_split)
         start = f"pretrained {saved['config']['pretrained']}" if saved["config"]["pretrained"] else "from scratch"
         result = f"{path} | {start} | {saved['n_train']:,} labels | {n_val:,} events of {config.val_split} | " + (
-            f"angular error mean {metrics['val_angle_mean']:.4f} +- {metrics['standard_error']:.4f} rad, median {metrics['val_angle_median']:.4f} rad"
-            if metrics else "no labels, no angular error")
+            f"angular error mean {metrics['val_angle_mean']:.4f} +- {metrics['standard_error']:.4f} rad, median "
+            f"{metrics['val_angle_median']:.4f} rad" if metrics else "no labels, no angular error")
         print(result)
         if not config.eval_only:
             common.write_atomic(f"{config.out_dir}/result.txt", lambda part: part.write_text(result + "\n"))
@@ -240,23 +236,25 @@ def main():
         return event_batches(train_split, np.array_split(index, ranks.world_size)[ranks.rank], config.micro_batches)
 
     # ---- model, optimizer, resume, compile, DDP ----------------------------------------------------------------------
-    pretrained = None
+    pretrained, is_started = None, os.path.exists(checkpoint_path)
     if config.pretrained:
-        pretrained = load_pretrained(config.pretrained, config, geometry)
-        take_architecture(config, pretrained, config.pretrained, architecture)
-        check_geometry(pretrained, geometry, config.pretrained, config.data_dir)
+        begin = checkpoint_path if is_started else config.pretrained  # a run that goes on has all that it needs
+        pretrained = common.load_checkpoint(begin) if is_started else load_pretrained(begin, config, geometry)
+        take_architecture(config, pretrained, begin, architecture)
+        common.check_geometry(pretrained, geometry, begin, config.data_dir)
     saved = common.find_run(config, checkpoint_path, MAY_CHANGE)
     if saved:
         common.check_same(checkpoint_path, "labels in train_split", saved["n_train"], n_train)
         if saved["step"] >= config.max_steps:
-            print(f"{config.out_dir} is complete at step {saved['step']}; raise max_steps to go on, or choose another out_dir")
+            if ranks.main:
+                print(f"{config.out_dir} is complete at step {saved['step']}; raise max_steps to go on, or choose another out_dir")
             evaluate_best(best_path, common.load_checkpoint(best_path))
             common.stop_device(ranks)
             return
 
     torch.manual_seed(config.seed)
     raw_model = TASKS[config.task](config, geometry)
-    if pretrained:
+    if pretrained and not saved:
         load_encoder(raw_model, pretrained, config.pretrained)
     raw_model.encoder.requires_grad_(not config.freeze_backbone)
     raw_model.to(ranks.device)
@@ -267,10 +265,11 @@ def main():
     if saved:
         raw_model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"] and scaler.is_enabled():
+            scaler.load_state_dict(saved["scaler"])
         first_step, best_val = saved["step"], saved["best_val"]
     compiled_model = torch.compile(raw_model, dynamic=True) if config.compile else raw_model
-    model = DistributedDataParallel(compiled_model, broadcast_buffers=False) if ranks.world_size > 1 else compiled_model
+    model = DistributedDataParallel(compiled_model) if ranks.world_size > 1 else compiled_model
 
     def save(path, step):
         common.save_checkpoint(path, model=raw_model.state_dict(), optimizer=optimizer.state_dict(),
@@ -298,6 +297,9 @@ def main():
             if ranks.main:
                 bar.write(f"eval {step:6d}/{config.max_steps} | angular error mean {row['val_angle_mean']:.4f} rad "
                           f"median {row['val_angle_median']:.4f} rad")
+            if not np.isfinite(row["val_loss"]):
+                common.fail(f"step {step}: val_loss is {row['val_loss']}; {config.out_dir} keeps the last good checkpoint, go on "
+                            "with a smaller learning_rate")
             if row["val_loss"] < best_val and step > first_step:
                 best_val = row["val_loss"]
                 if ranks.main:
@@ -351,4 +353,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    common.run_stage(main)

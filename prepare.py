@@ -744,6 +744,9 @@ def prepare(config):
         print(f"{data_dir} is complete, nothing to do")
         return
 
+    if data_dir.is_dir() and not unfinished.is_dir() and any(data_dir.iterdir()):
+        fail(f"{data_dir} holds files that prepare.py did not write; choose another data_dir")
+
     # what there is to do: all that can be known before the first pulse is read is checked here
     geometry = read_geometry_csv(Path(config.input_dir) / "sensor_geometry.csv")
     batches = plan_prometheus(config) if is_prometheus else plan_kaggle(config)

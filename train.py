@@ -32,7 +32,7 @@ class TrainConfig(ModelConfig):
     out_dir: str = ""  # where the run is kept; "" = out/<stems of the config files joined by +>
     batch_size: int = 4096  # events a step, over all ranks
     micro_batches: int = 8  # pieces a rank's share is cut into, sorted by length; more pieces need less memory
-    max_steps: int = 127_000  # updates; 127,000 x 4096 events = 4 epochs of 130 M
+    max_steps: int = 127_000  # updates; 127,000 x 4096 = 520 M events: 4 epochs of all 130 M, 5.2 of batches 1-500
     learning_rate: float = 1e-3  # at the top of the schedule
     warmup_steps: int = 0  # linear rise from 0; 0 = 1 / (1 - beta2)
     cooldown_steps: int = 1000  # trapezoidal only: linear fall to 0 at the end
@@ -66,9 +66,10 @@ LOG_COLUMNS = ["step", "events", "lr", "loss", "dom_loss", "charge_loss", "grad_
                "val_loss", "val_dom_loss", "val_charge_loss", "val_perplexity", "val_top1", "val_top5", "val_string",
                "val_distance", "val_charge_rms", "val_center_rms"]
 VAL_SEED = 0  # of the masks at evaluation: the same for every run, so that runs with other seeds compare
-# Knobs that may differ when a run goes on, because the steps already done would have been the same
-MAY_CHANGE = {"data_dir", "val_split", "val_events", "out_dir", "micro_batches", "max_steps", "cooldown_steps", "schedule",
-              "eval_interval", "log_interval", "save_interval", "resume", "device", "dtype", "compile"}
+# Knobs that may differ when a run goes on: the steps already done would have been the same but for rounding, and for the
+# learning rate's end, which max_steps and cooldown_steps move
+MAY_CHANGE = {"data_dir", "out_dir", "micro_batches", "max_steps", "cooldown_steps", "eval_interval", "log_interval",
+              "save_interval", "resume", "device", "dtype", "compile"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -103,7 +104,8 @@ def masked_batches(split, index, epoch, config, seed):
 def evaluate(model, split, n_events, config, ranks, autocast):
     """Losses and metrics over exactly the first n_events of the split, with the same masks each time -> dict of val_*."""
     mine = np.array_split(np.arange(n_events), ranks.world_size)[ranks.rank]
-    chunks = np.array_split(mine, -(-len(mine) * ranks.world_size // config.batch_size))  # a step's memory is enough
+    n_chunks = -(-len(mine) * ranks.world_size // config.batch_size)  # a step's memory is enough
+    chunks = np.array_split(mine, n_chunks) if n_chunks else []  # a rank may have none
     totals = np.zeros(len(METRICS) + 3)
     model.eval()
     for batches in data.prefetch(lambda i: masked_batches(split, chunks[i], np.zeros_like(chunks[i]), config, VAL_SEED),
@@ -132,7 +134,9 @@ def main():
     checkpoint_path, log_path = f"{config.out_dir}/ckpt.pt", f"{config.out_dir}/log.csv"
     saved = common.find_run(config, checkpoint_path, MAY_CHANGE)
     if saved and saved["step"] >= config.max_steps:
-        print(f"{config.out_dir} is complete at step {saved['step']}; raise max_steps to go on, or choose another out_dir")
+        if ranks.main:
+            print(f"{config.out_dir} is complete at step {saved['step']}; raise max_steps to go on, or choose another out_dir")
+        common.stop_device(ranks)
         return
 
     # ---- data --------------------------------------------------------------------------------------------------------
@@ -156,12 +160,14 @@ def main():
     first_step, best_val = 0, float("inf")
     if saved:
         common.check_same(checkpoint_path, "events in train_split", saved["n_train"], n_train)
+        common.check_geometry(saved, geometry, checkpoint_path, config.data_dir)
         raw_model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"] and scaler.is_enabled():
+            scaler.load_state_dict(saved["scaler"])
         first_step, best_val = saved["step"], saved["best_val"]
     compiled_model = torch.compile(raw_model, dynamic=True) if config.compile else raw_model
-    model = DistributedDataParallel(compiled_model, broadcast_buffers=False) if ranks.world_size > 1 else compiled_model
+    model = DistributedDataParallel(compiled_model) if ranks.world_size > 1 else compiled_model
 
     def save(path, step):
         common.save_checkpoint(path, model=raw_model.state_dict(), optimizer=optimizer.state_dict(),
@@ -190,6 +196,9 @@ def main():
                 bar.write(f"eval {step:6d}/{config.max_steps} | val_loss {row['val_loss']:.4f} "
                           f"dom {row['val_dom_loss']:.4f} charge {row['val_charge_loss']:.4f} | top1 {row['val_top1']:.1%} "
                           f"top5 {row['val_top5']:.1%} string {row['val_string']:.1%} off by {row['val_distance']:.0f} m")
+            if not np.isfinite(row["val_loss"]):
+                common.fail(f"step {step}: val_loss is {row['val_loss']}; {config.out_dir} keeps the last good checkpoint, go on "
+                            "with a smaller learning_rate")
             if row["val_loss"] < best_val and step > first_step:
                 best_val = row["val_loss"]
                 if ranks.main:
@@ -250,4 +259,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    common.run_stage(main)

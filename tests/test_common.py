@@ -141,14 +141,16 @@ def test_warmup_follows_beta2_and_both_ends_are_finite():
 
 def test_checkpoints_survive_a_failed_save_and_refuse_damage(tmp_path, monkeypatch):
     path = tmp_path / "ckpt.pt"
-    common.save_checkpoint(path, step=3, model={"w": torch.ones(2)})
+    common.save_checkpoint(path, step=3, config={}, model={"w": torch.ones(2)})
     assert torch.equal(common.load_checkpoint(path)["model"]["w"], torch.ones(2))
 
     class Unpicklable:
         def __reduce__(self):
             raise OSError(28, "No space left on device")
     with pytest.raises(SystemExit, match="No space left"):
-        common.save_checkpoint(path, step=4, model=Unpicklable())
+        common.save_checkpoint(path, step=4, config=Unpicklable(), model={})
+    with pytest.raises(SystemExit, match="holds NaN"):
+        common.save_checkpoint(path, step=5, config={}, model={"w": torch.tensor([1.0, float("nan")])})
     assert common.load_checkpoint(path)["step"] == 3 and [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
 
     whole = path.read_bytes()

@@ -116,9 +116,13 @@ def damage(folder, name, text):
 
 @pytest.mark.parametrize("harm, split, words", [
     (lambda f: shutil.rmtree(f), "val", "no such data folder"),
-    (lambda f: (f / "meta.json").unlink(), "val", "never finished"),
+    (lambda f: (f / "meta.json").unlink(), "val", "no folder that prepare.py made"),
+    (lambda f: (f / "unfinished").mkdir() or damage(f, "unfinished/settings.json", '{"command": "python prepare.py x.py"}')
+     or (f / "meta.json").unlink(), "val", "to go on, run: python prepare.py x.py"),
+    (lambda f: damage(f, "meta.json", "[]"), "val", "format None, need"),
+    (lambda f: (f / "val_events.bin").write_bytes(bytes((f / "val_events.bin").stat().st_size)), "val", "does not fit"),
     (lambda f: damage(f, "meta.json", "{"), "val", "not valid JSON"),
-    (lambda f: damage(f, "meta.json", '{"format": 99}'), "val", "format 99, need"),
+    (lambda f: damage(f, "meta.json", '{"format": 99, "splits": {}}'), "val", "format 99, need"),
     (lambda f: damage(f, "val_pulses.bin", "short"), "val", "5 bytes, meta.json says"),
     (lambda f: (f / "val_events.bin").unlink(), "val", "0 bytes, meta.json says"),
     (lambda f: None, "vla", "no split 'vla', it has: pretrain, finetune, val, test"),

@@ -128,6 +128,37 @@ def test_what_may_not_change_when_a_run_goes_on(pretrained, demo_data):
     assert (out_dir / "ckpt.pt").read_bytes() == before
 
 
+def test_a_run_that_explodes_ends_in_one_line_and_keeps_its_last_good_checkpoint(demo_data, tmp_path):
+    line = user_error("train.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}", *TINY_RUN, "--learning_rate=1e30",
+                      "--warmup_steps=1")
+    assert "smaller learning_rate" in line and str(tmp_path) in line
+    for file in tmp_path.glob("*.pt"):
+        assert all(value.isfinite().all() for value in common.load_checkpoint(file)["model"].values())
+
+
+def test_precision_may_change_when_a_run_goes_on(demo_data, tmp_path):
+    args = [f"--data_dir={demo_data}", f"--out_dir={tmp_path}", *TINY_RUN]
+    run_ok("train.py", *args, "--max_steps=2")
+    run_ok("train.py", *args, "--max_steps=4", "--dtype=float16")
+    run_ok("train.py", *args, "--max_steps=6")
+    assert column(tmp_path, "step") == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_killed_before_its_first_checkpoint_is_not_taken_for_another(demo_data, tmp_path):
+    args = [f"--data_dir={demo_data}", f"--out_dir={tmp_path}", *TINY_RUN]
+    run_ok("train.py", *args, "--max_steps=2")
+    (tmp_path / "ckpt.pt").unlink()
+    assert "seed = 0, now it is 3" in user_error("train.py", *args, "--seed=3")
+    assert "holds a run" in user_error("train.py", *args, "--resume=False")
+    run_ok("train.py", *args, "--max_steps=2")
+
+
+def test_fewer_validation_events_than_ranks(demo_data, tmp_path):
+    run_ok("train.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}", *TINY_RUN, "--val_events=1", "--max_steps=1",
+           launcher=torchrun(2))
+    assert len(column(tmp_path, "val_loss")) == 2
+
+
 def test_bad_data_is_one_line(demo_data, tmp_path):
     args = [*TINY_RUN, f"--out_dir={tmp_path}/run"]
     assert "no such data folder" in user_error("train.py", "--data_dir=nowhere", *args)
