@@ -28,7 +28,7 @@ class TrainConfig(ModelConfig):
     train_split: str = "pretrain"  # split to learn from; needs no labels
     val_split: str = "val"  # split to evaluate on
     train_events: int = 0  # use the first N events of train_split; 0 = all
-    val_events: int = 100_000  # evaluate on the first N events of val_split; 0 = all; 1e5 give dom_loss to 0.005
+    val_events: int = 100_000  # evaluate on the first N events of val_split; 0 = all
     out_dir: str = ""  # where the run is kept; "" = out/<stems of the config files joined by +>
     batch_size: int = 4096  # events a step, over all ranks
     micro_batches: int = 8  # pieces a rank's share is cut into, sorted by length; more pieces need less memory
