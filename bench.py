@@ -10,11 +10,13 @@ with the spread) and the ratio; absolute numbers depend on the machine and on wh
 """
 import common  # first: it sets how torch's threads wait
 
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+import prepare
 from model import ModelConfig, Pretrainer, parameter_groups
 
 
@@ -159,7 +162,7 @@ def bench_train(config):
 # ----------------------------------------------------------------------------------------------------------------------
 
 COLUMNS = ["time", "charge", "sensor_id", "auxiliary"]
-N_BATCHES = 4  # links to one and the same file
+N_BATCHES = 8  # links to one and the same file; Kaggle has 660, so the start of the processes must not count
 
 
 def write_kaggle_batch(folder, n_events):
@@ -185,12 +188,11 @@ def write_kaggle_batch(folder, n_events):
     position = rng.uniform(-500, 500, (data.N_DOMS, 3)).round(2).tolist()
     rows = "".join(f"{dom},{x},{y},{z}\n" for dom, (x, y, z) in enumerate(position))
     (folder / "sensor_geometry.csv").write_text("sensor_id,x,y,z\n" + rows)
-    return np.array(position), end - n, end
 
 
-def plain_loop(columns, geometry, start, end, max_pulses=127):
+def plain_loop(columns, geometry, start, end, max_pulses):
     """The baseline: one event after another, as the published code does it."""
-    rng = np.random.default_rng(0)
+    rng, done = np.random.default_rng(0), []
     for a, b in zip(start, end):
         time_, charge, dom, aux = (column[a:b] for column in columns)
         total, center = charge.sum(), (charge[:, None] * geometry[dom]).sum(axis=0) / charge.sum()
@@ -202,6 +204,8 @@ def plain_loop(columns, geometry, start, end, max_pulses=127):
             time_, charge, dom, aux = time_[keep], charge[keep], dom[keep], aux[keep]
         pulses = np.empty(len(time_), data.PULSE)
         pulses["time"], pulses["charge"], pulses["dom"], pulses["aux"] = time_, charge, dom, aux
+        done.append((total, center, pulses))
+    return done
 
 
 def seconds_of(function, *args):
@@ -211,14 +215,31 @@ def seconds_of(function, *args):
 
 
 def bench_prepare(config, folder):
-    """Whole runs of prepare.py over full-size batches, against the plain loop and against the decoding of four columns."""
-    geometry, start, end = write_kaggle_batch(folder / "raw", config.n_events)
-    print(f"{N_BATCHES} batch files of {config.n_events:,} events, {end[-1]:,} pulses")
-    n_loop = min(5000, config.n_events)
+    """The rule for events in memory, and whole runs of prepare.py over full-size batches, against a plain loop over events.
+
+    The floor of a whole run is the decoding of the four columns, which the plain loop with reading is charged with as well.
+    """
+    write_kaggle_batch(folder / "raw", config.n_events)
+    knobs = prepare.PrepareConfig(input_dir=f"{folder}/raw", data_dir=f"{folder}/0", splits={"all": (1, N_BATCHES)})
+    geometry = prepare.read_geometry_csv(folder / "raw/sensor_geometry.csv")
+    batch, events = next(prepare.kaggle_jobs(knobs, prepare.plan_kaggle(knobs)))
+    chunks = list(islice(prepare.kaggle_chunks(batch.path, events), 16))
+    n_chunk_events = sum(len(part) for part, *_ in chunks)
+    n_pulses = events["n_pulses"].sum(dtype=np.int64)
+    print(f"{N_BATCHES} batch files of {config.n_events:,} events, {n_pulses:,} pulses")
     memory = []
 
+    def loop():
+        for part, *columns in chunks:
+            end = np.cumsum(part["n_pulses"], dtype=np.int64)
+            plain_loop(columns, geometry.T, end - part["n_pulses"], end, knobs.max_pulses)
+
+    def pack():
+        for part, *columns in chunks:
+            prepare.pack(part, *columns, geometry, knobs)
+
     def decode():
-        table = pq.read_table(folder / "raw/train/batch_1.parquet", columns=COLUMNS, use_threads=False)
+        table = pq.read_table(batch.path, columns=COLUMNS, use_threads=False)
         return [table[name].to_numpy() for name in COLUMNS]
 
     def script(workers):
@@ -230,20 +251,22 @@ def bench_prepare(config, folder):
         done = subprocess.run([sys.executable, "-c", code, *command], check=True, capture_output=True, text=True,
                               cwd=Path(__file__).parent)
         memory.append(float(done.stdout))
+        if len(memory) > 1:
+            shutil.rmtree(folder / f"{len(memory) - 1}")
 
-    rates = {name: [] for name in ("plain loop with reading (baseline)", "decoding four columns, the floor",
+    rates = {name: [] for name in ("plain loop, events in memory (baseline)", "prepare.pack, the same events")}
+    whole = {name: [] for name in ("plain loop and decoding (baseline)", "decoding four columns, the floor",
                                    "prepare.py, 1 worker", "prepare.py, 2 workers")}
     with common.progress_bar(config.rounds, "bench", "round") as bar:
         for _ in range(config.rounds):
-            read, columns = seconds_of(decode)
-            loop, _ = seconds_of(plain_loop, columns, geometry, start[:n_loop], end[:n_loop])
-            del columns
-            per_event = [loop / n_loop + read / config.n_events, read / config.n_events]
-            per_event += [seconds_of(script, workers)[0] / (config.n_events * N_BATCHES) for workers in (1, 2)]
-            for rate, seconds in zip(rates.values(), per_event):
+            looped, packed = (seconds_of(arm)[0] / n_chunk_events for arm in (loop, pack))
+            read = seconds_of(decode)[0] / config.n_events
+            scripts = [seconds_of(script, workers)[0] / (config.n_events * N_BATCHES) for workers in (1, 2)]
+            for rate, seconds in zip((*rates.values(), *whole.values()), (looped, packed, looped + read, read, *scripts)):
                 rate.append(1 / seconds)
             bar.update()
     print_rates(rates)
+    print_rates(whole)
     print(f"peak memory of the largest process {max(memory):.2f} GB")
 
     split, rng = data.open_split(folder / "0", "all"), np.random.default_rng(0)

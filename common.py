@@ -10,10 +10,17 @@ import difflib
 import inspect
 import json
 import math
+import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,6 +43,19 @@ def fail(message):
 
 def is_main_process():
     return int(os.environ.get("RANK", 0)) == 0  # set by torchrun
+
+
+def run_stage(main):
+    """Call a stage's main(); Ctrl-C and a full GPU end it in one line."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on where this one was", file=sys.stderr)
+        raise SystemExit(130) from None
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which prepare.py does not import
+            raise
+        fail(f"out of GPU memory ({first_line(error)}); raise micro_batches or lower batch_size")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -229,6 +249,61 @@ def progress_bar(total, desc, unit, initial=0):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# worker processes
+# ----------------------------------------------------------------------------------------------------------------------
+
+def run_in_workers(function, jobs, workers, bar, done):
+    """Call function(*job) for each job in `workers` processes, and done(job, result) in this one as they finish.
+
+    jobs may be a generator: it is asked for one job more than there are workers. The bar moves as the function calls
+    count_events. The first error, or Ctrl-C, ends all processes.
+    """
+    context = multiprocessing.get_context("spawn")  # fork is not safe once pyarrow has threads
+    counter, before = context.Value("q", 0), bar.n
+    jobs, running = iter(jobs), {}
+    with ProcessPoolExecutor(workers, context, start_worker, (counter,)) as pool:
+        try:
+            while True:
+                for job in islice(jobs, workers + 1 - len(running)):  # one waits, so that no worker has to
+                    with holding_back_ctrl_c():
+                        running[pool.submit(function, *job)] = job
+                if not running:
+                    return
+                for future in wait(running, timeout=0.5, return_when=FIRST_COMPLETED).done:
+                    done(running.pop(future), future.result())
+                bar.update(before + counter.value - bar.n)
+        except BaseException as error:
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            if isinstance(error, BrokenProcessPool):
+                fail("a worker was killed, perhaps for lack of memory; the same command goes on, try fewer --workers")
+            raise
+
+
+@contextmanager
+def holding_back_ctrl_c():
+    """Processes started in here never see Ctrl-C, which a terminal sends to all: it is for this one, which gets it after."""
+    if hasattr(signal, "pthread_sigmask"):  # not on Windows
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    yield
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def start_worker(counter):
+    """Count events where the main process sees it, and end when that does, even if it was killed."""
+    global n_counted
+    n_counted = counter
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def count_events(n):
+    with n_counted.get_lock():
+        n_counted.value += n
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # devices and ranks
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -318,18 +393,6 @@ def print_run_header(config, ranks, model, n_train):
 
 def count_parameters(model):
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def run_stage(main):
-    """Call a stage's main(); Ctrl-C and a full GPU end it in one line."""
-    import torch
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        raise SystemExit(130) from None
-    except torch.OutOfMemoryError as error:
-        fail(f"out of GPU memory ({first_line(error)}); raise micro_batches or lower batch_size")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

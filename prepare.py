@@ -16,19 +16,14 @@ place of every event before the first pulse is read, the files get their final s
 slice. Prometheus files have no such table: there each file is written aside first, then put in its place.
 """
 import math
-import multiprocessing
 import os
 import shlex
 import shutil
-import signal
 import sys
-import threading
 from collections import Counter
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import combinations, islice
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +31,8 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from common import check_choice, check_not_negative, fail, load_config, progress_bar, read_json, write_atomic, write_json
+from common import (check_choice, check_not_negative, count_events, fail, load_config, progress_bar, read_json, run_in_workers,
+                    run_stage, write_atomic, write_json)
 from data import (DOMS_PER_STRING, EVENT, FORMAT_VERSION, N_DOMS, PULSE, UNFINISHED, describe_dtypes, local_coincidence,
                   open_split, read_meta, reserve, uniform_runs, write_records)
 
@@ -125,12 +121,15 @@ def pack(events, time, charge, dom, aux, geometry, config):
     if is_long.any():
         # a draw for each pulse, good ones before all others; an event keeps its max_pulses smallest
         # DIFF(upstream): a hash of event and pulse, so that no order of batches or workers can change it
-        draw = uniform_runs(config.seed, events["event_id"], n)
-        draw += aux
-        largest = np.full(len(n), 2.0)
-        largest[is_long] = [np.partition(draw[a:b], config.max_pulses - 1)[config.max_pulses - 1]
-                            for a, b in zip(offset[is_long], (offset + n)[is_long])]
-        keep = np.flatnonzero(draw <= np.repeat(largest, n))
+        in_long, n_long = np.repeat(is_long, n), n[is_long]
+        draw = uniform_runs(config.seed, events["event_id"][is_long], n_long)
+        draw += aux[in_long]
+        begin, ordered = np.cumsum(n_long) - n_long, draw.copy()
+        for a, b in zip(begin.tolist(), (begin + n_long).tolist()):
+            ordered[a:b].partition(config.max_pulses - 1)
+        keep = ~in_long
+        keep[in_long] = draw <= np.repeat(ordered[begin + config.max_pulses - 1], n_long)
+        keep = np.flatnonzero(keep)  # once, for four columns
 
     pulses = np.empty(events["length"].sum(dtype=np.int64), PULSE)  # two equal draws would not fit: once in 10^9 batches
     pulses["time"], pulses["charge"], pulses["dom"], pulses["aux"] = time[keep], charge[keep], dom[keep], aux[keep]
@@ -534,22 +533,8 @@ def flight_signs(batch, geometry, config):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# worker processes
+# what a worker does with one file
 # ----------------------------------------------------------------------------------------------------------------------
-
-def start_worker(counter):
-    """Count the events where the main process sees it, and end when that does, even if it was killed."""
-    global n_events_done
-    n_events_done = counter
-    pa.set_cpu_count(1)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def count_events(n):
-    with n_events_done.get_lock():
-        n_events_done.value += n
-
 
 @contextmanager
 def writing(path):
@@ -568,6 +553,7 @@ def make_durable(*paths):
 
 def write_batch(config, geometry, batch, events):
     """Write the slice of one batch -> what meta.json and the table at the end need to know of it."""
+    pa.set_cpu_count(1)
     azimuth_sign = zenith_sign = flight_by = None
     chunks = kaggle_chunks(batch.path, events)
     if config.source == "prometheus":
@@ -604,33 +590,6 @@ def write_batch(config, geometry, batch, events):
     return {"n_events": len(events), "n_pulses": place - batch.first_pulse, "n_aux": n_aux,
             "n_cut": int((events["n_pulses"] > events["length"]).sum()), "n_without_light": batch.n_events - len(events),
             "time": time, "charge": charge, "flight_by": flight_by}
-
-
-def run_batches(config, geometry, jobs, n_jobs, bar, note):
-    """Run write_batch on each job (batch, events) in worker processes; note(batch, result) as they finish."""
-    context = multiprocessing.get_context("spawn")  # fork is not safe once pyarrow has threads
-    counter, before = context.Value("q", 0), bar.n
-    workers = max(1, min(config.workers or os.cpu_count(), n_jobs))
-    with ProcessPoolExecutor(workers, context, start_worker, (counter,)) as pool:
-        batches = {}
-        try:
-            while True:
-                for batch, events in islice(jobs, workers + 1 - len(batches)):  # one waits, so that no worker has to
-                    # workers inherit that Ctrl-C is held back: it is for this process, which gets it right after
-                    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-                    batches[pool.submit(write_batch, config, geometry, batch, events)] = batch
-                    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-                if not batches:
-                    return
-                for future in wait(batches, timeout=0.5, return_when=FIRST_COMPLETED).done:
-                    note(batches.pop(future), future.result())
-                bar.update(before + counter.value - bar.n)
-        except BaseException as error:
-            for worker in multiprocessing.active_children():
-                worker.terminate()
-            if isinstance(error, BrokenProcessPool):
-                fail("a worker was killed, perhaps for lack of memory; the same command goes on, try fewer --workers")
-            raise
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -727,7 +686,8 @@ def size_of(n_bytes):
 # main
 # ----------------------------------------------------------------------------------------------------------------------
 
-def prepare(config):
+def main():
+    config = load_config(PrepareConfig, __doc__)
     data_dir, is_prometheus = Path(config.data_dir), config.source == "prometheus"
     unfinished = data_dir / UNFINISHED
     # the settings that the bytes depend on, as they will be read back
@@ -777,8 +737,10 @@ def prepare(config):
     left = [batch for batch in batches if batch.path in todo]
     n_events, n_left = sum(batch.n_events for batch in batches), sum(batch.n_events for batch in left)
     jobs = ((batch, None) for batch in left) if is_prometheus else kaggle_jobs(config, left)
+    workers = max(1, min(config.workers or os.cpu_count(), len(left)))
     with progress_bar(n_events, "prepare", "event", initial=n_events - n_left) as bar:
-        run_batches(config, geometry, jobs, len(left), bar, lambda batch, result: write_json(todo[batch.path], result))
+        run_in_workers(write_batch, ((config, geometry, *job) for job in jobs), workers, bar,
+                       lambda job, result: write_json(todo[job[2].path], result))
 
     # meta.json makes it a finished folder
     splits = {}
@@ -793,14 +755,5 @@ def prepare(config):
     print_table(meta)
 
 
-def main():
-    config = load_config(PrepareConfig, __doc__)
-    try:
-        prepare(config)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on where this one was", file=sys.stderr)
-        raise SystemExit(130) from None
-
-
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -13,14 +13,9 @@ What it is not: a simulation of IceCube. No photon is tracked, the ice is one cu
 mixed so that events look right; no cosmic-ray muons, no broken DOMs, no afterpulses. No physics result may rest on it.
 """
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
 import zlib
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,8 +24,8 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from common import (check_not_negative, check_positive, fail, load_config, progress_bar, read_json, write_atomic,
-                    write_json)
+from common import (check_not_negative, check_positive, count_events, fail, load_config, progress_bar, read_json,
+                    run_in_workers, run_stage, write_atomic, write_json)
 from data import DOMS_PER_STRING, N_DOMS, local_coincidence
 
 # Sources: [D] the detector, arXiv:1612.05093; [DC] DeepCore, arXiv:1109.6096; [A] AMANDA's track reconstruction,
@@ -376,7 +371,7 @@ def batch_paths(out_dir, split, batch):
 
 
 def simulate_batch(out_dir, split, batch, first_event, n_events, seed, doms):
-    """Write a batch file and its rows of the meta table -> n_events. Runs in a worker process."""
+    """Write a batch file and its rows of the meta table. Runs in a worker process."""
     rng = np.random.default_rng(np.random.SeedSequence([seed, batch]))
     meta = []
 
@@ -394,11 +389,11 @@ def simulate_batch(out_dir, split, batch, first_event, n_events, seed, doms):
                 columns = [np.full(n, batch), event_id, np.append(n_pulses, end[:-1]), end - 1]
                 meta.append(pa.table(columns + [truth[name] for name in META_SCHEMA.names[4:]], META_SCHEMA))
                 n_done, n_pulses = n_done + n, end[-1]
+                count_events(n)
 
     pulse_path, meta_path = batch_paths(out_dir, split, batch)
     write_atomic(pulse_path, write_pulses)
     write_atomic(meta_path, lambda path: pq.write_table(pa.concat_tables(meta), path))  # last: batch done
-    return n_events
 
 
 def join_meta(path, schema, parts):
@@ -418,31 +413,6 @@ def join_meta(path, schema, parts):
 # ----------------------------------------------------------------------------------------------------------------------
 # main
 # ----------------------------------------------------------------------------------------------------------------------
-
-def end_with_parent():
-    """Let a worker end with the main process, even if that was killed and could not tell it to."""
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def run_batches(tasks, workers, bar):
-    """Run simulate_batch on each task in worker processes; the first error or Ctrl-C ends them all."""
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=end_with_parent) as pool:
-        try:
-            on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: that is for this process
-            futures = [pool.submit(simulate_batch, *task) for task in tasks]
-            signal.signal(signal.SIGINT, on_ctrl_c)
-            for future in as_completed(futures):
-                bar.update(future.result())
-        except BaseException as error:
-            for worker in multiprocessing.active_children():
-                worker.terminate()
-            if isinstance(error, KeyboardInterrupt):
-                fail("stopped; finished batches are kept, the same command goes on from them")
-            if isinstance(error, BrokenProcessPool):
-                fail("a worker was killed, perhaps for lack of memory; the same command goes on, try fewer --workers")
-            raise
-
 
 def main():
     config = load_config(SimulateConfig, __doc__)
@@ -480,7 +450,7 @@ def main():
     todo = [task for task in tasks if not all(map(os.path.exists, batch_paths(*task[:3])))]
     n_all, n_todo = (sum(task[4] for task in some) for some in (tasks, todo))
     with progress_bar(n_all, "simulate", "event", initial=n_all - n_todo) as bar:
-        run_batches(todo, min(config.workers or os.cpu_count(), len(todo) or 1), bar)
+        run_in_workers(simulate_batch, todo, max(1, min(config.workers or os.cpu_count(), len(todo))), bar, lambda *_: None)
     for split, schema in splits.items():
         parts = [batch_paths(*task[:3])[1] for task in tasks if task[1] == split]
         lengths = join_meta(out_dir / f"{split}_meta.parquet", schema, parts)
@@ -491,4 +461,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)
