@@ -2,6 +2,7 @@
 
     python bench.py                                   # training step of the base model on data/demo, 4 minutes on 2 CPU cores
     python bench.py --device=cuda --batch_size=4096 --micro_batches=8 --compile=True
+    python bench.py --what=backbones                  # transformer, GRU and Mamba at base width
     python bench.py --what=prepare                    # full-size Kaggle batches, written for it (0.3 GB), 3 minutes
 
 The training baseline does what the published code does: every event padded to max_pulses, logits at every position,
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -27,12 +28,12 @@ import torch.nn.functional as F
 
 import data
 import prepare
-from model import ModelConfig, Pretrainer, parameter_groups
+from model import MIXERS, ModelConfig, Pretrainer, parameter_groups
 
 
 @dataclass
 class BenchConfig(ModelConfig):
-    what: str = "train"  # or "prepare"
+    what: str = "train"  # or "backbones", "prepare"
     data_dir: str = "data/demo"  # folder made by prepare.py
     split: str = "pretrain"  # whose events to use
     batch_size: int = 64  # events a step; 4096 on a GPU
@@ -47,7 +48,7 @@ class BenchConfig(ModelConfig):
     def check(self):
         yield from super().check()
         yield from common.check_positive(self, "batch_size", "micro_batches", "rounds", "steps", "n_events")
-        yield from common.check_choice(self, "what", ("train", "prepare"))
+        yield from common.check_choice(self, "what", ("train", "backbones", "prepare"))
         yield from common.check_choice(self, "device", ("auto", "cuda", "mps", "cpu"))
         yield from common.check_choice(self, "dtype", ("auto", "float32", "bfloat16", "float16"))
 
@@ -124,25 +125,29 @@ def make_arm(config, geometry, device, dtype, forward, steps, fused, compiled=Fa
 
 
 def bench_train(config):
+    """The step of train.py against the plain one, or the three backbones against each other."""
     ranks = common.start_device(config)
     geometry = data.read_geometry(config.data_dir)
     max_pulses = data.read_meta(config.data_dir)["max_pulses"]
     loaded = list(load_steps(config, config.steps))
-    padded = [[padded_batch(*step, max_pulses)] for step in loaded]
-    whole = [data.micro_batches(events, pulses, 1, hidden) for events, pulses, hidden in loaded]
     cut = [data.micro_batches(events, pulses, config.micro_batches, hidden) for events, pulses, hidden in loaded]
 
-    def arm(dtype, forward, steps, fused=True, compiled=False):
-        return make_arm(config, geometry, ranks.device, dtype, forward, steps, fused, compiled)
+    def arm(dtype, forward, steps, fused=True, compiled=False, backbone=config.backbone):
+        return make_arm(replace(config, backbone=backbone), geometry, ranks.device, dtype, forward, steps, fused, compiled)
 
     def call(model, batch):
         return model(batch)
 
-    arms = {"padded, all logits, float32 (baseline)": arm(torch.float32, plain_losses, padded, fused=False),
-            "padded, all logits, bfloat16": arm(torch.bfloat16, plain_losses, padded, fused=False),
-            "logits at hidden pulses, float32": arm(torch.float32, call, whole),
-            f"train.py: {config.micro_batches} cuts by length, {str(ranks.dtype).removeprefix('torch.')}":
-                arm(ranks.dtype, call, cut, compiled=config.compile)}
+    if config.what == "backbones":
+        arms = {backbone: arm(ranks.dtype, call, cut, compiled=config.compile, backbone=backbone) for backbone in MIXERS}
+    else:
+        padded = [[padded_batch(*step, max_pulses)] for step in loaded]
+        whole = [data.micro_batches(events, pulses, 1, hidden) for events, pulses, hidden in loaded]
+        arms = {"padded, all logits, float32 (baseline)": arm(torch.float32, plain_losses, padded, fused=False),
+                "padded, all logits, bfloat16": arm(torch.bfloat16, plain_losses, padded, fused=False),
+                "logits at hidden pulses, float32": arm(torch.float32, call, whole),
+                f"train.py: {config.micro_batches} cuts by length, {str(ranks.dtype).removeprefix('torch.')}":
+                    arm(ranks.dtype, call, cut, compiled=config.compile)}
     rates = {name: [] for name in arms}
     with common.progress_bar((config.rounds + 1) * len(arms), "bench", "measurement") as bar:
         for i in range(config.rounds + 1):  # round 0 warms up
@@ -273,13 +278,14 @@ def bench_prepare(config, folder):
     for run_length in (1, data.RUN_LENGTH):
         indices = [(rng.integers(0, len(split) - run_length, (4096 // run_length, 1)) + np.arange(run_length)).ravel()
                    for _ in range(200)]
-        seconds, _ = seconds_of(lambda: [data.read_events(split, index) for index in indices])
-        print(f"loader, random runs of {run_length}: {200 * 4096 / seconds / 1e6:.2f} M events/s from a warm page cache")
+        for _ in range(2):  # the first time maps the pages
+            seconds, _ = seconds_of(lambda: [data.read_events(split, index) for index in indices])
+        print(f"loader, random runs of {run_length}: {200 * 4096 / seconds / 1e6:.2f} M events/s from mapped pages")
 
 
 def main():
     config = common.load_config(BenchConfig, __doc__)
-    if config.what == "train":
+    if config.what != "prepare":
         bench_train(config)
     else:
         with tempfile.TemporaryDirectory(prefix="bench_prepare") as folder:

@@ -25,7 +25,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-from model import DirectionFinder, ModelConfig, angular_error, from_published, parameter_groups, unit_vector
+from model import N_DOMS, POSITION_SCALE, DirectionFinder, ModelConfig, angular_error, parameter_groups, unit_vector
 
 
 @dataclass
@@ -111,16 +111,63 @@ def take_architecture(config, saved, path, keys):
         setattr(config, key, saved["config"][key])
 
 
-def load_pretrained(path, config, geometry):
+def load_pretrained(path, config, geometry, data_dir):
     """A checkpoint of train.py or finetune.py, or one of the published PolarBERT code (.pth, or Lightning's .ckpt)."""
     saved = common.read_checkpoint(path)
     state = saved.get("state_dict", saved) if isinstance(saved, dict) else {}
     if not any(name.endswith("transformer_blocks.0.attention.wq.weight") for name in state):
-        return common.load_checkpoint(path)
-    knobs, state = from_published(state)
-    # what the shapes do not tell: the number of heads is the config's, the detector is IceCube
-    return {"model": {**state, "encoder.embedding.geometry": torch.from_numpy(geometry)},
-            "config": {**dataclasses.asdict(ModelConfig()), **knobs, "num_heads": config.num_heads}}
+        saved = common.load_checkpoint(path)
+    else:
+        try:
+            knobs, state = from_published(state)
+        except KeyError as error:
+            common.fail(f"{path}: published PolarBERT weights, but not of the plain flash variant: {error.args[0]}; not supported")
+        # without positions it does not tell the detector: it is IceCube; its file has scaled positions, rounded to float32
+        known = state.setdefault("encoder.embedding.geometry", torch.from_numpy(geometry))
+        if (known - torch.from_numpy(geometry)).abs().max() < 0.01:
+            state["encoder.embedding.geometry"] = torch.from_numpy(geometry)
+        # nor do shapes tell the number of heads and the activation: those are the config's
+        saved = {"model": state, "config": {**dataclasses.asdict(ModelConfig()), **knobs, "num_heads": config.num_heads,
+                                            "mlp": config.mlp}}
+    common.check_geometry(saved, geometry, path, data_dir)
+    return saved
+
+
+def from_published(state):
+    """A state dict of timinar/PolarBERT (flash variant) -> our ModelConfig knobs as read off the shapes, our state dict.
+
+    Its ids: 0 is padding, sensor_id + 1 the DOM, and 5161, or later a vector of its own, the mask. Positions are scaled as ours
+    are. Its logit for padding is dropped. KeyError if a name is missing or left over. Source: its src/polarbert/embedding.py,
+    flash_model.py, base_model.py.
+    """
+    state = {name.removeprefix("model."): value.float() for name, value in state.items()}
+    n_layers = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("transformer_blocks."))
+    cls = state.pop("embedding.cls_embedding").flatten()
+    D, E = len(cls), len(cls) - len(state["embedding.features_embedding.weight"])
+    knobs = {"embedding_dim": D, "dom_embed_dim": E, "num_layers": n_layers,
+             "hidden_size": len(state["transformer_blocks.0.feed_forward.0.weight"]),
+             "use_dom_positions": "embedding.position_embedding.weight" in state,
+             "final_norm": "final_layer_norm.weight" in state}
+    ours, mask = {"encoder.embedding.cls": cls}, state.pop("embedding.mask_token_embedding", torch.zeros(1, E))
+    if knobs["use_dom_positions"]:
+        ours["encoder.embedding.geometry"] = state.pop("embedding.dom_positions")[1:] * POSITION_SCALE
+        ours["encoder.embedding.special"] = torch.cat([mask, mask])  # padding is seen by nobody
+    else:
+        table = torch.cat([state.pop("embedding.dom_embedding.weight"), mask])[:N_DOMS + 2]
+        ours["encoder.embedding.dom_table.weight"] = torch.cat([table[1:], table[:1]])  # DOMs, mask, padding
+    renamed = {"embedding.features_embedding": "encoder.embedding.features", "final_layer_norm": "encoder.final_norm",
+               "embedding.position_embedding": "encoder.embedding.position", "charge_prediction": "charge_head",
+               "unembedding": "dom_head"}
+    for i in range(n_layers):
+        theirs, block = f"transformer_blocks.{i}", f"encoder.backbone.blocks.{i}"
+        ours[f"{block}.mixer.qkv.weight"] = torch.cat([state.pop(f"{theirs}.attention.w{x}.weight") for x in "qkv"])
+        renamed |= {f"{theirs}.attention.wo": f"{block}.mixer.out", f"{theirs}.feed_forward.0": f"{block}.mlp.up",
+                    f"{theirs}.feed_forward.2": f"{block}.mlp.down", f"{theirs}.layer_norm1": f"{block}.norm1",
+                    f"{theirs}.layer_norm2": f"{block}.norm2"}
+    for name, value in state.items():
+        module, _, kind = name.rpartition(".")
+        ours[f"{renamed[module]}.{kind}"] = value[1:] if module == "unembedding" else value
+    return knobs, ours
 
 
 def load_encoder(model, saved, path):
@@ -129,7 +176,8 @@ def load_encoder(model, saved, path):
     missing, unexpected = model.load_state_dict(encoder, strict=False)
     new_head = [name for name in model.state_dict() if not name.startswith("encoder.")]
     # DIFF(upstream): strict=False there, whatever is missing stays random without a word
-    assert missing == new_head and not unexpected, f"{path}: missing {missing}, unexpected {unexpected}"
+    if missing != new_head or unexpected:
+        common.fail(f"{path}: its encoder is not complete: missing {sorted(set(missing) - set(new_head))}, not known {unexpected}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -239,9 +287,8 @@ def main():
     pretrained, is_started = None, os.path.exists(checkpoint_path)
     if config.pretrained:
         begin = checkpoint_path if is_started else config.pretrained  # a run that goes on has all that it needs
-        pretrained = common.load_checkpoint(begin) if is_started else load_pretrained(begin, config, geometry)
+        pretrained = common.load_checkpoint(begin) if is_started else load_pretrained(begin, config, geometry, config.data_dir)
         take_architecture(config, pretrained, begin, architecture)
-        common.check_geometry(pretrained, geometry, begin, config.data_dir)
     saved = common.find_run(config, checkpoint_path, MAY_CHANGE)
     if saved:
         common.check_same(checkpoint_path, "labels in train_split", saved["n_train"], n_train)

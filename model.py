@@ -40,6 +40,7 @@ class ModelConfig:
     loss_weighting: str = "per_event"  # events count alike; or "per_pulse", hidden pulses do (paper v0.1)
     cls_target: str = "charge"  # what [CLS] predicts: log10 of the total charge; or "center" of charge; or "both"
     mup_base_width: int = 0  # muP: keep what was tuned at this embedding_dim when embedding_dim changes; 0 = off
+    mup_base_layers: int = 0  # CompleteP: the same for num_layers; 0 = off
 
     def check(self):
         """Yield one line for each value that makes no sense."""
@@ -58,8 +59,9 @@ class ModelConfig:
             yield f"backbone = {self.backbone!r} needs an embedding_dim that 2 num_heads = {2 * self.num_heads} divides"
         if self.backbone != "transformer" and (self.mup_base_width or self.qk_norm):
             yield f"mup_base_width and qk_norm are for the transformer, not for backbone = {self.backbone!r}"
-        if self.mup_base_width < 0:
-            yield f"mup_base_width = {self.mup_base_width}: must not be negative"
+        for key in ("mup_base_width", "mup_base_layers"):
+            if getattr(self, key) < 0:
+                yield f"{key} = {getattr(self, key)}: must not be negative"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -127,7 +129,10 @@ class Backbone(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm: x + mixer(norm(x)), then x + mlp(norm(x)). Only the mixer lets pulses see each other."""
+    """Pre-norm: x + mixer(norm(x)), then x + mlp(norm(x)). Only the mixer lets pulses see each other.
+
+    CompleteP (Dey et al. 2025, arXiv:2505.01618, alpha = 1) weighs both branches by base layers / layers.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -135,10 +140,11 @@ class Block(nn.Module):
         self.mixer = MIXERS[config.backbone](config)
         self.norm2 = NORMS[config.norm](config.embedding_dim)
         self.mlp = MLP(config)
+        self.weight = config.mup_base_layers / config.num_layers if config.mup_base_layers else 1.0
 
     def forward(self, x, valid):
-        x = x + self.mixer(self.norm1(x), valid)
-        return x + self.mlp(self.norm2(x))
+        x = x.add(self.mixer(self.norm1(x), valid), alpha=self.weight)
+        return x.add(self.mlp(self.norm2(x)), alpha=self.weight)
 
 
 class MLP(nn.Module):
@@ -453,38 +459,3 @@ def parameter_groups(model, weight_decay):
     return [{"params": hidden, "weight_decay": weight_decay / scale, "lr_scale": scale},
             {"params": decayed, "weight_decay": weight_decay, "lr_scale": 1.0},
             {"params": kept, "weight_decay": 0.0, "lr_scale": 1.0}]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# checkpoints of the published code
-# ----------------------------------------------------------------------------------------------------------------------
-
-def from_published(state):
-    """A state dict of timinar/PolarBERT (flash variant) -> our ModelConfig knobs as read off the shapes, our state dict.
-
-    Its ids: 0 is padding, sensor_id + 1 the DOM, 5161 the mask. Its logit for padding is dropped.
-    """
-    state = {name.removeprefix("model."): value.float() for name, value in state.items()}
-    n_layers = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("transformer_blocks."))
-    table, features = state["embedding.dom_embedding.weight"], state["embedding.features_embedding.weight"]
-    D, E = table.shape[1] + len(features), table.shape[1]
-    has_final_norm = "final_layer_norm.weight" in state
-    knobs = {"embedding_dim": D, "dom_embed_dim": E, "num_layers": n_layers, "use_dom_positions": False,
-             "hidden_size": len(state["transformer_blocks.0.feed_forward.0.weight"]), "final_norm": has_final_norm}
-    ours = {"embedding.dom_table.weight": torch.cat([table[1:], table[:1]]),  # DOMs, mask, padding
-            "embedding.cls": state["embedding.cls_embedding"].flatten()}
-    renamed = {"embedding.features_embedding": "embedding.features", "final_layer_norm": "final_norm"}
-    for i in range(n_layers):
-        theirs, block = f"transformer_blocks.{i}", f"backbone.blocks.{i}"
-        ours[f"{block}.mixer.qkv.weight"] = torch.cat([state[f"{theirs}.attention.w{x}.weight"] for x in "qkv"])
-        renamed |= {f"{theirs}.attention.wo": f"{block}.mixer.out", f"{theirs}.feed_forward.0": f"{block}.mlp.up",
-                    f"{theirs}.feed_forward.2": f"{block}.mlp.down", f"{theirs}.layer_norm1": f"{block}.norm1",
-                    f"{theirs}.layer_norm2": f"{block}.norm2"}
-    for name, value in state.items():
-        module, _, kind = name.rpartition(".")
-        if module in renamed:
-            ours[f"{renamed[module]}.{kind}"] = value
-    ours = {f"encoder.{name}": value for name, value in ours.items()}
-    ours |= {f"dom_head.{kind}": state[f"unembedding.{kind}"][1:] for kind in ("weight", "bias")}
-    ours |= {f"charge_head.{kind}": state[f"charge_prediction.{kind}"] for kind in ("weight", "bias")}
-    return knobs, ours

@@ -151,11 +151,34 @@ def test_another_detector_is_refused(tuned, demo_data, pretrained, tmp_path):
 @pytest.mark.parametrize("name", ["weights.pth", "lightning.ckpt"])
 def test_a_published_checkpoint_can_be_tuned(demo_data, tmp_path, name):
     from test_model import published_state
-    published = published_state(torch.Generator().manual_seed(0))
-    torch.save(published if name.endswith("pth") else {"state_dict": published, "epoch": 3}, tmp_path / name)
-    run_ok("finetune.py", f"--data_dir={demo_data}", *KNOBS, f"--out_dir={tmp_path}/run", f"--pretrained={tmp_path}/{name}",
-           "--num_heads=4", "--max_steps=1", "--learning_rate=1e-12")
+    has_positions = name == "lightning.ckpt"
+    published = published_state(torch.Generator().manual_seed(0), "positions" if has_positions else "table")
+    if has_positions:  # its file has them scaled, and rounded
+        published["embedding.dom_positions"][1:] = torch.from_numpy(data.read_geometry(demo_data) / 500)
+    torch.save({"state_dict": published, "epoch": 3} if has_positions else published, tmp_path / name)
+    arguments = [f"--data_dir={demo_data}", *KNOBS, f"--out_dir={tmp_path}/run", f"--pretrained={tmp_path}/{name}",
+                 "--num_heads=4", "--max_steps=1", "--learning_rate=1e-12"]
+    run_ok("finetune.py", *arguments)
     tuned = weights(tmp_path / "run")
-    assert torch.allclose(tuned["encoder.embedding.dom_table.weight"][:5160], published["embedding.dom_embedding.weight"][1:5161],
-                          atol=1e-6)
-    assert "encoder.final_norm.weight" not in tuned and tuned["encoder.backbone.blocks.1.mlp.up.weight"].shape == (64, 32)
+    if has_positions:
+        assert torch.allclose(tuned["encoder.embedding.position.weight"], published["embedding.position_embedding.weight"], atol=1e-6)
+    else:
+        assert torch.allclose(tuned["encoder.embedding.dom_table.weight"][:5160],
+                              published["embedding.dom_embedding.weight"][1:5161], atol=1e-6)
+    assert ("encoder.final_norm.weight" in tuned) == has_positions
+    assert tuned["encoder.backbone.blocks.1.mlp.up.weight"].shape == (64, 32)
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda state: state.update({"transformer_blocks.0.attention.q_norm.weight": torch.ones(8)}), "q_norm"),
+    (lambda state: state.pop("transformer_blocks.1.feed_forward.0.weight"), "mlp.up"),
+    (lambda state: state["embedding.dom_positions"][78].add_(0.1), "another detector")])
+def test_a_published_checkpoint_that_does_not_fit_is_refused(demo_data, tmp_path, spoil, words):
+    from test_model import published_state
+    published = published_state(torch.Generator().manual_seed(0), "positions")
+    published["embedding.dom_positions"][1:] = torch.from_numpy(data.read_geometry(demo_data) / 500)
+    spoil(published)
+    torch.save(published, tmp_path / "weights.pth")
+    line = user_error("finetune.py", f"--data_dir={demo_data}", *KNOBS, f"--out_dir={tmp_path}/run",
+                      f"--pretrained={tmp_path}/weights.pth", "--num_heads=4")
+    assert words in line and "weights.pth" in line

@@ -10,7 +10,7 @@ import data
 import model as m
 from common import count_parameters
 from conftest import random_events
-from finetune import FinetuneConfig
+from finetune import FinetuneConfig, from_published
 from train import TrainConfig
 
 SMALL = {"embedding_dim": 32, "dom_embed_dim": 16, "num_heads": 4, "hidden_size": 64, "num_layers": 2}
@@ -35,7 +35,7 @@ def test_base_has_the_papers_size():
 
 
 VARIANTS = [{}, {"backbone": "gru"}, {"backbone": "mamba"}, {"use_dom_positions": False}, {"use_dom_table": True},
-            {"mlp": "swiglu", "norm": "rmsnorm", "qk_norm": True, "final_norm": False}, {"mup_base_width": 16}]
+            {"mlp": "swiglu", "norm": "rmsnorm", "qk_norm": True, "final_norm": False}, {"mup_base_width": 16, "mup_base_layers": 1}]
 BACKBONES = [{}, {"backbone": "gru"}, {"backbone": "mamba"}]
 
 
@@ -296,39 +296,48 @@ def test_mup_at_its_base_width_changes_nothing():
         assert (a["weight_decay"], a["lr_scale"]) == (b["weight_decay"], b["lr_scale"])
 
 
-def growth_over_width(mup):
-    """How much more 4 Adam steps move the backbone's outputs at width 512 than at width 64 (coordinate check)."""
-    sizes = []
+def update_size(width=64, layers=2, **knobs):
+    """How much 4 Adam steps move the backbone's outputs (a coordinate check compares it over width or depth)."""
     batches = [one_batch([20, 40, 30], seed=seed)[0] for seed in range(2)]
-    for width in (64, 512):
-        torch.manual_seed(0)
-        net = m.Pretrainer(TrainConfig(embedding_dim=width, dom_embed_dim=width // 2, num_heads=4, hidden_size=2 * width,
-                                       num_layers=2, mup_base_width=64 * mup), GEOMETRY)
-        groups = m.parameter_groups(net, 0.0)
-        optimizer = torch.optim.AdamW([{**g, "lr": 1e-3 * g["lr_scale"]} for g in groups], betas=(0.9, 0.95))
-        with torch.no_grad():
-            x, valid = net.encoder.embedding(batches[0])
-            before = net.encoder.backbone(x, valid)[valid]
-        for step in range(4):
-            sum(loss.mean() for loss in net(batches[step % 2])).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        with torch.no_grad():
-            sizes.append((net.encoder.backbone(x, valid)[valid] - before).std().item())
-    return sizes[1] / sizes[0]
+    torch.manual_seed(0)
+    net = m.Pretrainer(TrainConfig(embedding_dim=width, dom_embed_dim=width // 2, num_heads=4, hidden_size=2 * width,
+                                   num_layers=layers, **knobs), GEOMETRY)
+    groups = m.parameter_groups(net, 0.0)
+    optimizer = torch.optim.AdamW([{**g, "lr": 1e-3 * g["lr_scale"]} for g in groups], betas=(0.9, 0.95))
+    with torch.no_grad():
+        x, valid = net.encoder.embedding(batches[0])
+        before = net.encoder.backbone(x, valid)[valid]
+    for step in range(4):
+        sum(loss.mean() for loss in net(batches[step % 2])).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        return (net.encoder.backbone(x, valid)[valid] - before).std().item()
 
 
 def test_mup_keeps_the_size_of_an_update_over_width():
-    assert 0.6 < growth_over_width(mup=True) < 1.5 and growth_over_width(mup=False) > 2
+    assert 0.6 < update_size(width=512, mup_base_width=64) / update_size(width=64) < 1.5
+    assert update_size(width=512) / update_size(width=64) > 2
+
+
+def test_completep_keeps_the_size_of_an_update_over_depth():
+    assert 0.6 < update_size(layers=16, mup_base_layers=2) / update_size(layers=2) < 1.5
+    assert update_size(layers=16) / update_size(layers=2) > 2
+    assert update_size(layers=2, mup_base_layers=2) == update_size(layers=2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # checkpoints of the published code
 # ----------------------------------------------------------------------------------------------------------------------
 
-def published_state(rng, D=32, E=16, width=64, n_layers=2):
-    """A state dict with the names and shapes of timinar/PolarBERT's flash variant."""
-    shapes = {"embedding.dom_embedding.weight": (5162, E), "embedding.features_embedding.weight": (D - E, 3),
+def published_state(rng, variant="table", D=32, E=16, width=64, n_layers=2):
+    """A state dict with the names and shapes of timinar/PolarBERT's flash variant, in its three forms of DOM embedding."""
+    shapes = {"table": {"embedding.dom_embedding.weight": (5162, E)},
+              "table, own mask": {"embedding.dom_embedding.weight": (5161, E), "embedding.mask_token_embedding": (1, E)},
+              "positions": {"embedding.position_embedding.weight": (E, 3), "embedding.position_embedding.bias": (E,),
+                            "embedding.mask_token_embedding": (1, E),
+                            "final_layer_norm.weight": (D,), "final_layer_norm.bias": (D,)}}[variant]
+    shapes = {**shapes, "embedding.features_embedding.weight": (D - E, 3),
               "embedding.features_embedding.bias": (D - E,), "embedding.cls_embedding": (1, 1, D),
               "unembedding.weight": (5161, D), "unembedding.bias": (5161,),
               "charge_prediction.weight": (1, D), "charge_prediction.bias": (1,)}
@@ -338,7 +347,10 @@ def published_state(rng, D=32, E=16, width=64, n_layers=2):
         shapes |= {f"{block}.feed_forward.0.weight": (width, D), f"{block}.feed_forward.0.bias": (width,),
                    f"{block}.feed_forward.2.weight": (D, width), f"{block}.feed_forward.2.bias": (D,)}
         shapes |= {f"{block}.layer_norm{j}.{kind}": (D,) for j in (1, 2) for kind in ("weight", "bias")}
-    return {name: torch.randn(*shape, generator=rng) * 0.3 for name, shape in shapes.items()}
+    state = {name: torch.randn(*shape, generator=rng) * 0.3 for name, shape in shapes.items()}
+    if variant == "positions":
+        state["embedding.dom_positions"] = torch.cat([torch.zeros(1, 3), torch.as_tensor(GEOMETRY) / 500]).float()
+    return state
 
 
 def published_outputs(w, dom, features, hidden, n_heads=4):
@@ -347,7 +359,12 @@ def published_outputs(w, dom, features, hidden, n_heads=4):
     ids = torch.where(hidden, 5161, dom + 1)  # 0 is padding, 5161 the mask
     linear = lambda x, name: x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
     norm = lambda x, name: F.layer_norm(x, (x.shape[1],), w[f"{name}.weight"], w[f"{name}.bias"])
-    x = torch.cat([w["embedding.dom_embedding.weight"][ids], linear(features, "embedding.features_embedding")], 1)
+    if "embedding.position_embedding.weight" in w:
+        table = linear(w["embedding.dom_positions"], "embedding.position_embedding")
+    else:
+        table = w["embedding.dom_embedding.weight"]
+    table = torch.cat([table, w.get("embedding.mask_token_embedding", table[:0])])
+    x = torch.cat([table[ids], linear(features, "embedding.features_embedding")], 1)
     x = torch.cat([w["embedding.cls_embedding"][0], x])
     D = x.shape[1]
     for i in range(2):
@@ -359,18 +376,20 @@ def published_outputs(w, dom, features, hidden, n_heads=4):
         x = x + torch.cat(heads, 1) @ w[f"{block}.attention.wo.weight"].T
         h = linear(norm(x, f"{block}.layer_norm2"), f"{block}.feed_forward.0").relu()
         x = x + linear(h, f"{block}.feed_forward.2")
+    x = norm(x, "final_layer_norm") if "final_layer_norm.weight" in w else x
     return linear(x[1:], "unembedding"), linear(x[:1], "charge_prediction")[0, 0]
 
 
-@pytest.mark.parametrize("prefix", ["", "model."])
-def test_a_published_checkpoint_gives_its_own_outputs(prefix):
-    published = published_state(torch.Generator().manual_seed(0))
-    knobs, ours = m.from_published({prefix + name: value for name, value in published.items()})
+@pytest.mark.parametrize("prefix, variant", [("", "table"), ("model.", "table, own mask"), ("model.", "positions")])
+def test_a_published_checkpoint_gives_its_own_outputs(prefix, variant):
+    published = published_state(torch.Generator().manual_seed(0), variant)
+    knobs, ours = from_published({prefix + name: value for name, value in published.items()})
+    has_positions = variant == "positions"
     assert knobs == {"embedding_dim": 32, "dom_embed_dim": 16, "num_layers": 2, "hidden_size": 64,
-                     "use_dom_positions": False, "final_norm": False}
+                     "use_dom_positions": has_positions, "final_norm": has_positions}
     net = m.Pretrainer(TrainConfig(num_heads=4, **knobs), GEOMETRY)
     missing, unexpected = net.load_state_dict(ours, strict=False)
-    assert missing == ["encoder.embedding.geometry"] and not unexpected
+    assert missing == ([] if has_positions else ["encoder.embedding.geometry"]) and not unexpected
     batch, = one_batch([40])
     hidden = torch.zeros(40, dtype=torch.bool).index_fill(0, batch["hidden"], True)
     time, charge, aux = (batch[name][0].double() for name in ("time", "charge", "aux"))
