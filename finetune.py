@@ -56,6 +56,7 @@ class FinetuneConfig(ModelConfig):
     eval_interval: int = 1000  # steps between evaluations
     log_interval: int = 50  # steps between log lines
     save_interval: int = 1000  # steps between checkpoints
+    max_bad_steps: int = 20  # a step whose gradient is not finite is skipped; more than so many in a row end the run
     eval_only: bool = False  # no training: evaluate `checkpoint` on val_split and write predictions
     checkpoint: str = ""  # what eval_only evaluates; "" = out_dir/best.pt
     predictions: str = ""  # .csv or .parquet to write for val_split: event_id, azimuth, zenith [rad]; "" = none
@@ -64,6 +65,7 @@ class FinetuneConfig(ModelConfig):
     device: str = "auto"  # or "cuda", "mps", "cpu"
     dtype: str = "auto"  # autocast to "bfloat16", "float16" or not ("float32"); auto = bfloat16 where it is fast
     compile: bool = False  # torch.compile, 1 minute at the start; gains nothing on a CPU
+    wandb_project: str = ""  # also log to this project of Weights & Biases; "" = off
 
     def check(self):
         yield from super().check()
@@ -84,11 +86,13 @@ class FinetuneConfig(ModelConfig):
 
 TASKS = {"direction": DirectionFinder}
 DIRECTION_LOSSES = {"angular": angular_error}  # (direction, truth), unit vectors (B, 3) each -> (B,)
-LOG_COLUMNS = ["step", "events", "lr", "loss", "grad_norm", "events_per_s", "val_loss", "val_angle_mean", "val_angle_median"]
+LOG_COLUMNS = ["step", "events", "lr", "loss", "grad_norm", "events_per_s", "val_loss", "val_angle_mean", "val_angle_median",
+               "data_ms", "bad_steps"]  # time a step waits for its events; steps so far that were skipped
 # Knobs that may differ when a run goes on: the steps already done would have been the same but for rounding, and for the
 # learning rate's end, which max_steps and cooldown_steps move
 MAY_CHANGE = {"data_dir", "out_dir", "micro_batches", "max_steps", "cooldown_steps", "eval_interval", "log_interval",
-              "save_interval", "resume", "eval_only", "checkpoint", "predictions", "device", "dtype", "compile"}
+              "save_interval", "max_bad_steps", "resume", "eval_only", "checkpoint", "predictions", "device", "dtype", "compile",
+              "wandb_project"}
 
 
 def nearest_parent(path):
@@ -184,6 +188,11 @@ def load_encoder(model, saved, path):
 # evaluation and predictions
 # ----------------------------------------------------------------------------------------------------------------------
 
+def event_losses(model, batch, config):
+    """The loss of each event of a batch, (B,)."""
+    return DIRECTION_LOSSES[config.direction_loss](model(batch), unit_vector(batch["azimuth"], batch["zenith"]))
+
+
 def event_batches(split, index, n):
     return data.micro_batches(*data.read_events(split, index), n)
 
@@ -238,7 +247,7 @@ def main():
     ranks = common.start_device(config)
     autocast = torch.autocast(ranks.device.type, ranks.dtype, enabled=ranks.dtype != torch.float32)
     architecture = [field.name for field in dataclasses.fields(ModelConfig)]
-    checkpoint_path, best_path, log_path = (f"{config.out_dir}/{name}" for name in ("ckpt.pt", "best.pt", "log.csv"))
+    checkpoint_path, best_path = f"{config.out_dir}/ckpt.pt", f"{config.out_dir}/best.pt"
 
     # ---- data --------------------------------------------------------------------------------------------------------
     geometry = data.read_geometry(config.data_dir)
@@ -309,34 +318,41 @@ def main():
                                   betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
     scaler = torch.amp.GradScaler(ranks.device.type, init_scale=2.0**10, enabled=ranks.dtype == torch.float16)
     first_step, best_val = 0, float("inf")
+    bad_steps = bad_in_a_row = torch.zeros((), dtype=torch.int64, device=ranks.device)  # counted without waiting for the GPU
     if saved:
         raw_model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         if saved["scaler"] and scaler.is_enabled():
             scaler.load_state_dict(saved["scaler"])
-        first_step, best_val = saved["step"], saved["best_val"]
+        first_step, best_val, bad_steps = saved["step"], saved["best_val"], bad_steps + saved["bad_steps"]
     compiled_model = torch.compile(raw_model, dynamic=True) if config.compile else raw_model
     model = DistributedDataParallel(compiled_model) if ranks.world_size > 1 else compiled_model
 
     def save(path, step):
         common.save_checkpoint(path, model=raw_model.state_dict(), optimizer=optimizer.state_dict(),
-                               scaler=scaler.state_dict(), step=step, best_val=best_val, n_train=n_train,
-                               config=dataclasses.asdict(config))
+                               scaler=scaler.state_dict(), step=step, best_val=best_val, bad_steps=bad_steps.item(),
+                               n_train=n_train, config=dataclasses.asdict(config))
 
     if ranks.main:
         common.print_run_header(config, ranks, raw_model, n_train)
         common.write_json(f"{config.out_dir}/config.json", dataclasses.asdict(config))
-        common.start_log(log_path, LOG_COLUMNS, first_step)
-        if first_step:
+        log = common.start_log(config, LOG_COLUMNS, first_step)
+        if saved:
             print(f"resume from {checkpoint_path} at step {first_step}")
 
     # ---- training loop -----------------------------------------------------------------------------------------------
     bar = common.progress_bar(config.max_steps, "finetune", "step", initial=first_step)
     loader = data.prefetch(load_step, range(first_step, config.max_steps), ranks.device)
-    clock, clock_step = time.perf_counter(), first_step
+    clock, clock_step, waited = time.perf_counter(), first_step, 0.0
+    caught, asked_to_stop = common.catch_signals(), False
     for step in range(first_step, config.max_steps + 1):  # one extra turn to evaluate and save
         last_step = step == config.max_steps
         row = {"step": step, "events": step * config.batch_size}
+        if asked_to_stop and not last_step:
+            if ranks.main:
+                save(checkpoint_path, step)
+            bar.close()
+            common.end_stopped_run(config, caught, step, ranks)
 
         if step % config.eval_interval == 0 or last_step:
             paused = time.perf_counter()
@@ -347,7 +363,7 @@ def main():
             if not np.isfinite(row["val_loss"]):
                 common.fail(f"step {step}: val_loss is {row['val_loss']}; {config.out_dir} keeps the last good checkpoint, go on "
                             "with a smaller learning_rate")
-            if row["val_loss"] < best_val and step > first_step:
+            if row["val_loss"] < best_val and step > 0:
                 best_val = row["val_loss"]
                 if ranks.main:
                     save(best_path, step)
@@ -356,41 +372,54 @@ def main():
             save(checkpoint_path, step)
         if last_step:
             if ranks.main:
-                common.log_row(log_path, LOG_COLUMNS, row)
+                log(row)
             break
 
         row["lr"] = common.learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = row["lr"] * group["lr_scale"]  # 1 without muP
+        called = time.perf_counter()
         batches = next(loader)
+        waited += time.perf_counter() - called
+        asked_to_stop, = common.sum_on_cpu([bool(caught)], ranks)  # any rank: then all do, after this step
         step_loss = 0.0
         for i, batch in enumerate(batches):
             # gradients are summed over ranks only after the last micro-batch
             syncs = nullcontext() if ranks.world_size == 1 or i == len(batches) - 1 else model.no_sync()
             with syncs:
                 with autocast:
-                    direction = model(batch)
-                truth = unit_vector(batch["azimuth"], batch["zenith"])
-                losses = DIRECTION_LOSSES[config.direction_loss](direction, truth)  # (B,)
+                    losses = event_losses(model, batch, config)
                 loss = losses.sum() / config.batch_size  # a share of the whole step's mean
                 scaler.scale(loss * ranks.world_size).backward()  # DDP takes the mean over ranks, the sum is meant
             step_loss += loss.detach()
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip)
+        is_bad = ~grad_norm.isfinite()
+        optimizer.found_inf = is_bad.float()  # on the device: the fused kernel then changes nothing
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        bad_steps = bad_steps + is_bad
+        too_bad = bad_in_a_row > config.max_bad_steps  # stays so until the next log line looks at it
+        bad_in_a_row = torch.where(too_bad, bad_in_a_row, (bad_in_a_row + 1) * is_bad)
 
         if step % config.log_interval == 0:
             row["loss"], = common.sum_over_ranks(step_loss[None], ranks)  # waits for the GPU
             now, n_steps = time.perf_counter(), step + 1 - clock_step
-            row |= {"grad_norm": grad_norm.item(), "events_per_s": n_steps * config.batch_size / (now - clock)}
+            row |= {"grad_norm": grad_norm.item(), "events_per_s": n_steps * config.batch_size / (now - clock),
+                    "data_ms": waited / n_steps * 1e3, "bad_steps": bad_steps.item()}
             if ranks.main:
                 bar.write(f"step {step:6d}/{config.max_steps} | loss {row['loss']:.4f} | norm {row['grad_norm']:.2f} | "
-                          f"lr {row['lr']:.1e} | {(now - clock) / n_steps * 1e3:.1f} ms | {row['events_per_s']:,.0f} events/s")
-            clock, clock_step = now, step + 1
+                          f"lr {row['lr']:.1e} | {(now - clock) / n_steps * 1e3:.1f} ms, data {row['data_ms']:.1f} | "
+                          f"{row['events_per_s']:,.0f} events/s" + f" | {row['bad_steps']} steps skipped" * (row["bad_steps"] > 0))
+            if bad_in_a_row > config.max_bad_steps:
+                with torch.no_grad(), autocast:
+                    losses = np.concatenate([event_losses(raw_model, batch, config).float().cpu().numpy() for batch in batches])
+                event_ids = np.concatenate([batch["event_id"].cpu().numpy() for batch in batches])
+                common.stop_bad_run(config, step, losses, event_ids, ranks)
+            clock, clock_step, waited = now, step + 1, 0.0
         if ranks.main and (step % config.log_interval == 0 or "val_loss" in row):
-            common.log_row(log_path, LOG_COLUMNS, row)
+            log(row)
         bar.update()
 
     bar.close()

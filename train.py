@@ -3,9 +3,11 @@
     python train.py sample_config/demo.py                                  a small model on simulated events
     torchrun --nproc_per_node=8 train.py config/base.py                    the paper's run on 8 GPUs
     python train.py config/base.py --mask_prob=0.5 --out_dir=out/mask50    an ablation
+    python train.py config/base.py --branch_from=out/base/ckpt_20000.pt --out_dir=out/base20k    its learning rate to 0 from there
 
 Prints one line every log_interval steps and writes log.csv, ckpt.pt (last), best.pt (lowest val_loss) and config.json
-into out_dir. The same command again goes on where a run stopped. Expect dom_loss to fall from ln 5160 = 8.55.
+into out_dir. Ctrl-C or SIGTERM: it finishes the step and saves. The same command again goes on where a run stopped. Expect
+dom_loss to fall from ln 5160 = 8.55.
 """
 import common  # first: it sets how torch's threads wait
 
@@ -47,29 +49,36 @@ class TrainConfig(ModelConfig):
     eval_interval: int = 1000  # steps between evaluations
     log_interval: int = 50  # steps between log lines
     save_interval: int = 1000  # steps between checkpoints
+    keep_every: int = 0  # steps between checkpoints that stay, ckpt_<step>.pt, to branch from; 0 = none
+    branch_from: str = ""  # a checkpoint from the flat part of another run's schedule: only cool down, for cooldown_steps
+    max_bad_steps: int = 20  # a step whose gradient is not finite is skipped; more than so many in a row end the run
     resume: bool = True  # go on from out_dir/ckpt.pt if there is one; False refuses a folder that holds a run
     seed: int = 0  # of the weights, the order of events and the masks
     device: str = "auto"  # or "cuda", "mps", "cpu"
     dtype: str = "auto"  # autocast to "bfloat16", "float16" or not ("float32"); auto = bfloat16 where it is fast
     compile: bool = False  # torch.compile, 1 minute at the start; gains nothing on a CPU
+    wandb_project: str = ""  # also log to this project of Weights & Biases; "" = off
 
     def check(self):
         yield from super().check()
         yield from common.check_training(self)
         yield from common.check_share(self, "mask_prob")
-        yield from common.check_not_negative(self, "lambda_charge")
+        yield from common.check_not_negative(self, "lambda_charge", "keep_every")
+        if self.branch_from and (self.schedule != "trapezoidal" or self.cooldown_steps == 0):
+            yield "branch_from is a cooldown: it needs schedule = 'trapezoidal' and cooldown_steps > 0"
 
 
 # charge_loss is that of cls_target; perplexity, shares of right DOM (among the best 1 and 5) and right string, distance of
 # the best guess [m] are means over hidden pulses; rms of log10(charge) [dex] and of the centre of charge [m]
 LOG_COLUMNS = ["step", "events", "lr", "loss", "dom_loss", "charge_loss", "grad_norm", "events_per_s",
                "val_loss", "val_dom_loss", "val_charge_loss", "val_perplexity", "val_top1", "val_top5", "val_string",
-               "val_distance", "val_charge_rms", "val_center_rms"]
+               "val_distance", "val_charge_rms", "val_center_rms",
+               "data_ms", "bad_steps"]  # time a step waits for its events; steps so far that were skipped
 VAL_SEED = 0  # of the masks at evaluation: the same for every run, so that runs with other seeds compare
 # Knobs that may differ when a run goes on: the steps already done would have been the same but for rounding, and for the
 # learning rate's end, which max_steps and cooldown_steps move
 MAY_CHANGE = {"data_dir", "out_dir", "micro_batches", "max_steps", "cooldown_steps", "eval_interval", "log_interval",
-              "save_interval", "resume", "device", "dtype", "compile"}
+              "save_interval", "keep_every", "max_bad_steps", "resume", "device", "dtype", "compile", "wandb_project"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -113,7 +122,7 @@ def evaluate(model, split, n_events, config, ranks, autocast):
         for batch in batches:
             with autocast:
                 sums = model.metrics(batch)
-            totals += [*sums.tolist(), batch["n_scored"].item(), len(batch["hidden"]), len(batch["valid"])]
+            totals += [*sums.tolist(), batch["n_scored"], batch["n_hidden"], len(batch["valid"])]
     model.train()
     *sums, n_scored, n_hidden, n = common.sum_over_ranks(totals, ranks)
     sums, n_hidden = dict(zip(METRICS, sums)), max(n_hidden, 1)
@@ -131,8 +140,11 @@ def evaluate(model, split, n_events, config, ranks, autocast):
 def main():
     config = common.load_config(TrainConfig, __doc__)
     ranks = common.start_device(config)
-    checkpoint_path, log_path = f"{config.out_dir}/ckpt.pt", f"{config.out_dir}/log.csv"
+    checkpoint_path = f"{config.out_dir}/ckpt.pt"
     saved = common.find_run(config, checkpoint_path, MAY_CHANGE)
+    begins_from = checkpoint_path if saved else config.branch_from
+    if config.branch_from:
+        saved = common.find_branch(config, saved, MAY_CHANGE)
     if saved and saved["step"] >= config.max_steps:
         if ranks.main:
             print(f"{config.out_dir} is complete at step {saved['step']}; raise max_steps to go on, or choose another out_dir")
@@ -158,36 +170,43 @@ def main():
     scaler = torch.amp.GradScaler(ranks.device.type, init_scale=2.0**10, enabled=ranks.dtype == torch.float16)
     autocast = torch.autocast(ranks.device.type, ranks.dtype, enabled=ranks.dtype != torch.float32)
     first_step, best_val = 0, float("inf")
+    bad_steps = bad_in_a_row = torch.zeros((), dtype=torch.int64, device=ranks.device)  # counted without waiting for the GPU
     if saved:
-        common.check_same(checkpoint_path, "events in train_split", saved["n_train"], n_train)
-        common.check_geometry(saved, geometry, checkpoint_path, config.data_dir)
+        common.check_same(begins_from, "events in train_split", saved["n_train"], n_train)
+        common.check_geometry(saved, geometry, begins_from, config.data_dir)
         raw_model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         if saved["scaler"] and scaler.is_enabled():
             scaler.load_state_dict(saved["scaler"])
-        first_step, best_val = saved["step"], saved["best_val"]
+        first_step, best_val, bad_steps = saved["step"], saved["best_val"], bad_steps + saved["bad_steps"]
     compiled_model = torch.compile(raw_model, dynamic=True) if config.compile else raw_model
     model = DistributedDataParallel(compiled_model) if ranks.world_size > 1 else compiled_model
 
     def save(path, step):
         common.save_checkpoint(path, model=raw_model.state_dict(), optimizer=optimizer.state_dict(),
-                               scaler=scaler.state_dict(), step=step, best_val=best_val, n_train=n_train,
-                               config=dataclasses.asdict(config))
+                               scaler=scaler.state_dict(), step=step, best_val=best_val, bad_steps=bad_steps.item(),
+                               n_train=n_train, config=dataclasses.asdict(config))
 
     if ranks.main:
         common.print_run_header(config, ranks, raw_model, n_train)
         common.write_json(f"{config.out_dir}/config.json", dataclasses.asdict(config))
-        common.start_log(log_path, LOG_COLUMNS, first_step)
-        if first_step:
-            print(f"resume from {checkpoint_path} at step {first_step}")
+        log = common.start_log(config, LOG_COLUMNS, first_step)
+        if saved:
+            print(f"{'branch' if begins_from == config.branch_from else 'resume'} from {begins_from} at step {first_step}")
 
     # ---- training loop -----------------------------------------------------------------------------------------------
     bar = common.progress_bar(config.max_steps, "pretrain", "step", initial=first_step)
     loader = data.prefetch(load_step, range(first_step, config.max_steps), ranks.device)
-    clock, clock_step = time.perf_counter(), first_step
+    clock, clock_step, waited = time.perf_counter(), first_step, 0.0
+    caught, asked_to_stop = common.catch_signals(), False
     for step in range(first_step, config.max_steps + 1):  # one extra turn to evaluate and save
         last_step = step == config.max_steps
         row = {"step": step, "events": step * config.batch_size}
+        if asked_to_stop and not last_step:
+            if ranks.main:
+                save(checkpoint_path, step)
+            bar.close()
+            common.end_stopped_run(config, caught, step, ranks)
 
         if step % config.eval_interval == 0 or last_step:
             paused = time.perf_counter()
@@ -199,26 +218,30 @@ def main():
             if not np.isfinite(row["val_loss"]):
                 common.fail(f"step {step}: val_loss is {row['val_loss']}; {config.out_dir} keeps the last good checkpoint, go on "
                             "with a smaller learning_rate")
-            if row["val_loss"] < best_val and step > first_step:
+            if row["val_loss"] < best_val and step > 0:
                 best_val = row["val_loss"]
                 if ranks.main:
                     save(f"{config.out_dir}/best.pt", step)
             clock += time.perf_counter() - paused
         if ranks.main and step > first_step and (step % config.save_interval == 0 or last_step):
             save(checkpoint_path, step)
+        if ranks.main and step > first_step and config.keep_every and step % config.keep_every == 0:
+            save(f"{config.out_dir}/ckpt_{step}.pt", step)
         if last_step:
             if ranks.main:
-                common.log_row(log_path, LOG_COLUMNS, row)
+                log(row)
             break
 
         row["lr"] = common.learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = row["lr"] * group["lr_scale"]  # 1 without muP
+        called = time.perf_counter()
         batches = next(loader)
-        # what the DOM loss is the mean over, on all ranks: events with a hidden pulse, or hidden pulses
-        n_scored = sum(batch["n_scored" if config.loss_weighting == "per_event" else "n_hidden"] for batch in batches).float()
-        if ranks.world_size > 1:
-            torch.distributed.all_reduce(n_scored)
+        waited += time.perf_counter() - called
+        # what the DOM loss is the mean over, on all ranks; and whether any rank was asked to stop: then all do, after this step
+        n_scored, n_hidden = (sum(batch.pop(count) for batch in batches) for count in ("n_scored", "n_hidden"))
+        n_averaged, asked_to_stop = common.sum_on_cpu(
+            [n_scored if config.loss_weighting == "per_event" else n_hidden, bool(caught)], ranks)
         dom_loss = charge_loss = 0.0
         for i, batch in enumerate(batches):
             # gradients are summed over ranks only after the last micro-batch
@@ -227,34 +250,46 @@ def main():
                 with autocast:
                     dom_losses, charge_losses = model(batch)
                 # shares of the whole step's means: the update does not depend on how the step is cut
-                dom_part, charge_part = dom_losses.sum() / n_scored.clamp(min=1), charge_losses.sum() / config.batch_size
+                dom_part, charge_part = dom_losses.sum() / max(n_averaged, 1), charge_losses.sum() / config.batch_size
                 loss = dom_part + config.lambda_charge * charge_part
                 scaler.scale(loss * ranks.world_size).backward()  # DDP takes the mean over ranks, the sum is meant
             dom_loss += dom_part.detach()
             charge_loss += charge_part.detach()
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip)
+        is_bad = ~grad_norm.isfinite()
+        optimizer.found_inf = is_bad.float()  # on the device: the fused kernel then changes nothing
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        bad_steps = bad_steps + is_bad
+        too_bad = bad_in_a_row > config.max_bad_steps  # stays so until the next log line looks at it
+        bad_in_a_row = torch.where(too_bad, bad_in_a_row, (bad_in_a_row + 1) * is_bad)
 
         if step % config.log_interval == 0:
             dom_loss, charge_loss = common.sum_over_ranks(torch.stack([dom_loss, charge_loss]), ranks)  # waits for the GPU
             now, n_steps = time.perf_counter(), step + 1 - clock_step
             row |= {"loss": dom_loss + config.lambda_charge * charge_loss, "dom_loss": dom_loss, "charge_loss": charge_loss,
-                    "grad_norm": grad_norm.item(), "events_per_s": n_steps * config.batch_size / (now - clock)}
+                    "grad_norm": grad_norm.item(), "events_per_s": n_steps * config.batch_size / (now - clock),
+                    "data_ms": waited / n_steps * 1e3, "bad_steps": bad_steps.item()}
             if ranks.main:
                 bar.write(f"step {step:6d}/{config.max_steps} | loss {row['loss']:.4f} dom {dom_loss:.4f} charge "
                           f"{charge_loss:.4f} | norm {row['grad_norm']:.2f} | lr {row['lr']:.1e} | "
-                          f"{(now - clock) / n_steps * 1e3:.1f} ms | {row['events_per_s']:,.0f} events/s")
-            clock, clock_step = now, step + 1
+                          f"{(now - clock) / n_steps * 1e3:.1f} ms, data {row['data_ms']:.1f} | {row['events_per_s']:,.0f} events/s"
+                          + f" | {row['bad_steps']} steps skipped" * (row["bad_steps"] > 0))
+            if bad_in_a_row > config.max_bad_steps:
+                with torch.no_grad(), autocast:
+                    losses = np.concatenate([sum(raw_model(batch)).float().cpu().numpy() for batch in batches])
+                event_ids = np.concatenate([batch["event_id"].cpu().numpy() for batch in batches])
+                common.stop_bad_run(config, step, losses, event_ids, ranks)
+            clock, clock_step, waited = now, step + 1, 0.0
         if ranks.main and (step % config.log_interval == 0 or "val_loss" in row):
-            common.log_row(log_path, LOG_COLUMNS, row)
+            log(row)
         bar.update()
 
     bar.close()
     if ranks.main:
-        print(f"done: {checkpoint_path}, best val_loss {best_val:.4f} in {config.out_dir}/best.pt, curves in {log_path}")
+        print(f"done: {checkpoint_path}, best val_loss {best_val:.4f} in {config.out_dir}/best.pt, curves in log.csv")
     common.stop_device(ranks)
 
 

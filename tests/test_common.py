@@ -3,6 +3,7 @@ import dataclasses
 import math
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -166,13 +167,13 @@ def test_checkpoints_survive_a_failed_save_and_refuse_damage(tmp_path, monkeypat
 
 
 def test_log_is_cut_where_a_run_goes_on(tmp_path):
-    path, columns = tmp_path / "log.csv", ["step", "loss", "val_loss"]
-    common.start_log(path, columns, 0)
+    config, columns = SimpleNamespace(out_dir=str(tmp_path), wandb_project=""), ["step", "loss", "val_loss"]
+    log = common.start_log(config, columns, 0)
     for step in range(5):
-        common.log_row(path, columns, {"step": step, "loss": 1 / 3, **({"val_loss": math.pi} if step == 2 else {})})
-    common.start_log(path, columns, 3)
-    common.log_row(path, columns, {"step": 3, "loss": 2.0})
-    assert path.read_text().split() == ["step,loss,val_loss", "0,0.333333,", "1,0.333333,", "2,0.333333,3.14159", "3,2,"]
+        log({"step": step, "loss": 1 / 3, **({"val_loss": math.pi} if step == 2 else {})})
+    common.start_log(config, columns, 3)({"step": 3, "loss": 2.0})
+    assert (tmp_path / "log.csv").read_text().split() == ["step,loss,val_loss", "0,0.333333,", "1,0.333333,",
+                                                          "2,0.333333,3.14159", "3,2,"]
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(demo_data, tmp_path):

@@ -80,8 +80,11 @@ def test_how_a_step_is_computed_does_not_change_it(pretrained, demo_data, tmp_pa
     assert_same_weights(tmp_path, pretrained[0], atol=1e-4)
 
 
-def test_two_ranks_train_like_one(pretrained, demo_data, tmp_path):
-    run_ok("train.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}", *TINY_RUN, launcher=torchrun(2))
+@pytest.mark.parametrize("n_ranks", [2, 4])
+def test_ranks_train_like_one(pretrained, demo_data, tmp_path, n_ranks):
+    """Neither 16 events a step by 3 pieces nor 50 validation events can be shared evenly."""
+    run_ok("train.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}", *TINY_RUN, "--micro_batches=3",
+           launcher=torchrun(n_ranks))
     for name in ("loss", "dom_loss", "charge_loss", "grad_norm", "val_loss", "val_dom_loss"):
         assert column(tmp_path, name) == pytest.approx(column(pretrained[0], name), rel=2e-4), name
     assert_same_weights(tmp_path, pretrained[0], atol=1e-4)
@@ -95,27 +98,148 @@ def test_low_precision_runs_stay_close(pretrained, demo_data, tmp_path, dtype):
     assert all(value.dtype == torch.float32 for value in weights(tmp_path).values())
 
 
-def test_killed_and_resumed_equals_never_stopped(demo_data, tmp_path):
-    args = [f"--data_dir={demo_data}", *TINY_RUN, "--max_steps=40", "--eval_interval=7"]
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
-    run_ok("train.py", f"--out_dir={straight}", *args)
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", f"--out_dir={killed}", *args], stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while not (killed / "ckpt.pt").exists() or common.load_checkpoint(killed / "ckpt.pt")["step"] < 8:
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    step = common.load_checkpoint(killed / "ckpt.pt")["step"]
-    assert 8 <= step < 40
-    done = run_ok("train.py", f"--out_dir={killed}", *args)
-    assert f"resume from {killed}/ckpt.pt at step {step}" in done.stdout
-    assert_same_weights(straight, killed)
-    for a, b in zip(read_log(straight), read_log(killed), strict=True):
-        assert {**a, "events_per_s": ""} == {**b, "events_per_s": ""}
-    assert weights(straight, "best.pt").keys() == weights(killed, "best.pt").keys()
-    again = run_ok("train.py", f"--out_dir={killed}", *args)
+# ----------------------------------------------------------------------------------------------------------------------
+# stopping and going on
+# ----------------------------------------------------------------------------------------------------------------------
+
+LONG_RUN = [*TINY_RUN, "--max_steps=40", "--eval_interval=7"]
+
+
+@pytest.fixture(scope="module")
+def straight(demo_data, tmp_path_factory):
+    """A run of 40 steps that was never stopped, which keeps some checkpoints; tests only read it."""
+    out_dir = tmp_path_factory.mktemp("straight")
+    run_ok("train.py", f"--data_dir={demo_data}", f"--out_dir={out_dir}", *LONG_RUN, "--keep_every=20")
+    return out_dir
+
+
+def start(*args, launcher=(sys.executable,)):
+    """Start train.py in a process group of its own."""
+    return subprocess.Popen([*launcher, str(ROOT / "train.py"), *map(str, args)], cwd=ROOT, start_new_session=True, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def wait_for_step(process, out_dir, step):
+    while not (out_dir / "ckpt.pt").exists() or common.load_checkpoint(out_dir / "ckpt.pt")["step"] < step:
+        assert process.poll() is None, "the run ended before it could be stopped"
+        time.sleep(0.01)
+
+
+def assert_same_run(a, b):
+    assert_same_weights(a, b)
+    for x, y in zip(read_log(a), read_log(b), strict=True):
+        assert {**x, "events_per_s": "", "data_ms": ""} == {**y, "events_per_s": "", "data_ms": ""}
+    assert weights(a, "best.pt").keys() == weights(b, "best.pt").keys()
+
+
+def test_killed_and_resumed_equals_never_stopped(straight, demo_data, tmp_path):
+    args = [f"--data_dir={demo_data}", f"--out_dir={tmp_path}", *LONG_RUN, "--save_interval=1"]  # often killed while it writes
+    for step in (6, 18):
+        process = start(*args)
+        wait_for_step(process, tmp_path, step)
+        process.kill()
+        process.communicate()
+    step = common.load_checkpoint(tmp_path / "ckpt.pt")["step"]
+    assert 18 <= step < 40
+    done = run_ok("train.py", *args)
+    assert f"resume from {tmp_path}/ckpt.pt at step {step}" in done.stdout
+    assert_same_run(straight, tmp_path)
+    again = run_ok("train.py", *args)
     assert "is complete at step 40" in again.stdout and "step " not in again.stderr
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_asked_to_stop_it_saves_and_says_how_to_go_on(straight, demo_data, tmp_path, number, code):
+    args = [f"--data_dir={demo_data}", f"--out_dir={tmp_path}", *LONG_RUN, "--save_interval=4"]
+    process = start(*args)
+    wait_for_step(process, tmp_path, 8)
+    os.killpg(process.pid, number)  # Ctrl-C reaches the whole group
+    output, _ = process.communicate(timeout=60)
+    step = common.load_checkpoint(tmp_path / "ckpt.pt")["step"]
+    assert process.returncode == code and "Traceback" not in output, output
+    assert f"stopped at step {step}" in output and "the same command goes on" in output and 8 <= step < 40
+    run_ok("train.py", *args)
+    assert_same_run(straight, tmp_path)
+
+
+def ranks_of(process):
+    """The process ids of torchrun's ranks."""
+    tasks = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    return [int(pid) for pid in tasks.stdout.split()]
+
+
+def test_one_rank_asked_to_stop_stops_all(straight, demo_data, tmp_path):
+    args = [f"--data_dir={demo_data}", f"--out_dir={tmp_path}", *LONG_RUN]
+    process = start(*args, launcher=torchrun(2))
+    wait_for_step(process, tmp_path, 6)
+    os.kill(ranks_of(process)[1], signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and output.count("stopped at step") == 1, output
+    run_ok("train.py", *args)  # and now alone
+    assert column(tmp_path, "loss") == pytest.approx(column(straight, "loss"), rel=2e-4)
+    assert_same_weights(tmp_path, straight, atol=1e-4)
+
+
+def test_a_rank_that_dies_takes_the_others_down_and_torchrun_starts_them_again(straight, demo_data, tmp_path):
+    args = [f"--data_dir={demo_data}", f"--out_dir={tmp_path}", *LONG_RUN]
+    process = start(*args, launcher=(*torchrun(2), "--max_restarts=1"))
+    wait_for_step(process, tmp_path, 6)
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 0 and f"resume from {tmp_path}/ckpt.pt at step" in output, output
+    assert column(tmp_path, "loss") == pytest.approx(column(straight, "loss"), rel=2e-4)
+    assert_same_weights(tmp_path, straight, atol=1e-4)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(straight, demo_data, tmp_path):
+    import resource
+    import shutil
+    shutil.copytree(straight, tmp_path / "run")
+    (tmp_path / "run/ckpt_20.pt").rename(tmp_path / "run/ckpt.pt")
+    before = (tmp_path / "run/ckpt.pt").read_bytes()
+    line = user_error("train.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}/run", *LONG_RUN,
+                      preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2)))
+    assert f"{tmp_path}/run/" in line and ".pt: cannot be written" in line
+    assert (tmp_path / "run/ckpt.pt").read_bytes() == before and not list((tmp_path / "run").glob("*.part"))
+
+
+def test_a_branch_is_the_run_that_would_have_ended_there(straight, demo_data, tmp_path):
+    args = [f"--data_dir={demo_data}", *LONG_RUN, "--cooldown_steps=5"]
+    run_ok("train.py", *args, f"--out_dir={tmp_path}/short", "--max_steps=25")
+    branch = [*args, f"--out_dir={tmp_path}/branch", f"--branch_from={straight}/ckpt_20.pt"]
+    run_ok("train.py", *branch)
+    assert_same_weights(tmp_path / "short", tmp_path / "branch")
+    assert column(tmp_path / "branch", "lr") == column(tmp_path / "short", "lr")[20:]
+    assert "is complete at step 25" in run_ok("train.py", *branch).stdout
+    too_late = user_error("train.py", *args, f"--out_dir={tmp_path}/late", f"--branch_from={straight}/ckpt_40.pt")
+    assert "outside the flat part" in too_late and "10 to 38" in too_late
+    assert "mask_prob = 0.25" in user_error("train.py", *branch, f"--out_dir={tmp_path}/other", "--mask_prob=0.5")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_bad_steps_are_skipped_counted_and_end_the_run_if_they_go_on(demo_data, tmp_path, dtype):
+    """One event of the data holds a NaN: a step of 100 of the 300 events meets it once an epoch."""
+    import shutil
+    shutil.copytree(demo_data, tmp_path / "data")
+    split = data.open_split(tmp_path / "data", "pretrain")
+    pulses = split.pulses.copy()
+    pulses["charge"][split.events["start"][123]] = np.nan
+    pulses.tofile(tmp_path / "data/pretrain_pulses.bin")
+    event_id = split.events["event_id"][123]
+    args = [f"--data_dir={tmp_path}/data", f"--out_dir={tmp_path}/run", *TINY_RUN, "--batch_size=100", f"--dtype={dtype}",
+            "--max_steps=6", "--log_interval=1"]
+    run_ok("train.py", *args)
+    assert column(tmp_path / "run", "bad_steps")[-1] == 2 == np.isnan(column(tmp_path / "run", "loss")).sum()
+    assert common.load_checkpoint(tmp_path / "run/ckpt.pt")["bad_steps"] == 2
+    assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
+    if dtype == "float16":
+        return
+
+    whole = [*args, f"--out_dir={tmp_path}/whole", "--batch_size=300"]  # it is in every step
+    line = user_error("train.py", *whole, "--max_bad_steps=2", "--log_interval=1")
+    assert "more than max_bad_steps = 2" in line and "for 1 of its events" in line and f"event_id {event_id}" in line
+    ok = common.load_checkpoint(tmp_path / "whole/ckpt.pt")
+    assert ok["step"] == 2 and all(value.isfinite().all() for value in ok["model"].values())
 
 
 def test_what_may_not_change_when_a_run_goes_on(pretrained, demo_data):
