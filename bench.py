@@ -53,12 +53,15 @@ class BenchConfig(ModelConfig):
         yield from common.check_choice(self, "dtype", ("auto", "float32", "bfloat16", "float16"))
 
 
-def print_rates(rates):
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}  # bfloat16, dense, NVIDIA's data sheets (SXM)
+
+
+def print_rates(rates, more=lambda name, rate: ""):
     """rates: name -> events/s of each round; the first arm is the baseline. Ratios are taken within a round."""
     baseline = np.array(next(iter(rates.values())))
     for name, rate in rates.items():
         print(f"{name:<48} {np.median(rate):10,.1f} events/s ({min(rate):,.1f} to {max(rate):,.1f}) "
-              f"{np.median(rate / baseline):6.2f} x")
+              f"{np.median(rate / baseline):6.2f} x{more(name, np.median(rate))}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -100,6 +103,16 @@ def synchronize(device):
         torch.cuda.synchronize()
 
 
+def count_flops(config, steps, all_logits):
+    """Floating-point operations of the matrix products of all steps, forward and backward, from the shapes (transformer)."""
+    D, total = config.embedding_dim, 0
+    for batch in (batch for batches in steps for batch in batches):
+        B, L = batch["valid"].shape[0], batch["valid"].shape[1] + 1
+        block = B * L * (4 * D * D + 2 * D * config.hidden_size) + 2 * B * L * L * D  # products, each a multiply and an add
+        total += config.num_layers * block + (B * L if all_logits else len(batch["hidden"])) * D * data.N_DOMS
+    return 2 * 3 * total  # the backward pass costs twice the forward
+
+
 def make_arm(config, geometry, device, dtype, forward, steps, fused, compiled=False):
     """A function that runs all `steps` (each a list of batches) once, as a training loop would, and gives the seconds."""
     torch.manual_seed(0)
@@ -112,7 +125,7 @@ def make_arm(config, geometry, device, dtype, forward, steps, fused, compiled=Fa
         start = time.perf_counter()
         for batches in steps:
             for batch in batches:
-                batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+                batch = {name: value.to(device, non_blocking=True) for name, value in batch.items() if torch.is_tensor(value)}
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     dom_loss, charge_loss = forward(called, batch)
                 ((dom_loss.sum() + charge_loss.sum()) / config.batch_size).backward()
@@ -133,7 +146,8 @@ def bench_train(config):
     cut = [data.micro_batches(events, pulses, config.micro_batches, hidden) for events, pulses, hidden in loaded]
 
     def arm(dtype, forward, steps, fused=True, compiled=False, backbone=config.backbone):
-        return make_arm(replace(config, backbone=backbone), geometry, ranks.device, dtype, forward, steps, fused, compiled)
+        run = make_arm(replace(config, backbone=backbone), geometry, ranks.device, dtype, forward, steps, fused, compiled)
+        return run, count_flops(config, steps, all_logits=forward is plain_losses)
 
     def call(model, batch):
         return model(batch)
@@ -148,18 +162,30 @@ def bench_train(config):
                 "logits at hidden pulses, float32": arm(torch.float32, call, whole),
                 f"train.py: {config.micro_batches} cuts by length, {str(ranks.dtype).removeprefix('torch.')}":
                     arm(ranks.dtype, call, cut, compiled=config.compile)}
-    rates = {name: [] for name in arms}
+    rates, memory = {name: [] for name in arms}, {}
     with common.progress_bar((config.rounds + 1) * len(arms), "bench", "measurement") as bar:
         for i in range(config.rounds + 1):  # round 0 warms up
-            for name, run in arms.items():
+            for name, (run, _) in arms.items():
+                if ranks.device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
                 seconds = run()
                 if i:
                     rates[name].append(config.steps * config.batch_size / seconds)
+                if ranks.device.type == "cuda":
+                    memory[name] = torch.cuda.max_memory_allocated() / 1e9
                 bar.update()
     n_pulses = np.concatenate([events["length"] for events, _, _ in loaded])
     where = torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in where), None)
+
+    def more(name, rate):
+        text = f" | {rate * (n_pulses.mean() + 1):,.0f} pulses and [CLS]/s"
+        flops = arms[name][1] / (config.steps * config.batch_size) * rate
+        if config.what == "train":
+            text += f" | {flops / 1e12:.3g} TFLOP/s" + (f", {flops / peak:.1%} of the peak" if peak else "")
+        return text + (f" | {memory[name]:.1f} GB" if name in memory else "")
     print(f"torch {torch.__version__}, {where}, {config.batch_size} events a step, {n_pulses.mean():.0f} of {max_pulses} pulses")
-    print_rates(rates)
+    print_rates(rates, more)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,31 @@
+#!/bin/bash
+# Pretraining on several machines under SLURM: sbatch sample_config/slurm.sh. Edit the lines above "set", and the paths.
+# SLURM warns the processes 120 s before the time is up: the run saves and ends, and this script queues itself again. A
+# machine that fails costs at most save_interval steps: torchrun starts all ranks anew from the last checkpoint. Not tried on
+# a cluster yet.
+#SBATCH --job-name=polarbert
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=polarbert_%j.log
+set -eu
+. .venv/bin/activate
+export OMP_NUM_THREADS=4
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # ranks that are started again find no addresses of those that died
+
+head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+last_step() { tail -n 1 out/base/log.csv 2>/dev/null | cut -d, -f1; }
+before=$(last_step)
+
+# data/ and out/ must be on a disk that all machines share
+srun --kill-on-bad-exit=1 torchrun --nnodes="$SLURM_NNODES" --nproc_per_node=8 --max_restarts=3 \
+    --rdzv_id="$SLURM_JOB_ID" --rdzv_backend=c10d --rdzv_endpoint="$head_node:29500" \
+    train.py config/base.py "$@" || echo "torchrun ended with status $?"
+
+# queue it again as long as that brings it further: a complete run makes no step, nor does one with an error at its start
+if [ "$(last_step)" != "$before" ]; then scontrol requeue "$SLURM_JOB_ID"; fi
