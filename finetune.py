@@ -1,12 +1,13 @@
-"""Stage 3: from few labels to the neutrino's direction. Train a small head on [CLS], with or without the encoder.
+"""Stage 3: from few labels to the neutrino's direction or energy. Train a small head on [CLS], with or without the encoder.
 
     python finetune.py sample_config/demo_finetune.py                             from out/demo/ckpt.pt
     python finetune.py sample_config/demo_finetune.py sample_config/scratch.py    the same labels, no pretraining
     python finetune.py sample_config/demo_finetune.py --eval_only=True --val_split=test --val_events=0 \\
         --predictions=out/test.csv
 
-Prints one line every log_interval steps and writes log.csv, ckpt.pt (last), best.pt (lowest val_loss), config.json and
-result.txt (the error of best.pt) into out_dir. Guessing at random gives a mean angular error of pi/2 = 1.571 rad.
+Prints one line every log_interval steps and writes log.csv, ckpt.pt (last), best.pt (lowest val_loss), config.json,
+result.txt and evaluation_<val_split>.json (the errors of best.pt, in bins, beside those of a line fit) into out_dir.
+Guessing at random gives a mean angular error of pi/2 = 1.571 rad.
 """
 import common  # first: it sets how torch's threads wait
 
@@ -20,12 +21,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
-import pyarrow.parquet
+import pyarrow.parquet as pq
 import torch
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-from model import N_DOMS, POSITION_SCALE, DirectionFinder, ModelConfig, angular_error, parameter_groups, unit_vector
+from model import (DIRECTION_LOSSES, N_DOMS, POSITION_SCALE, TASKS, ModelConfig, Reconstructor, angular_error, one_minus_cosine,
+                   parameter_groups, unit_vector)
 
 
 @dataclass
@@ -37,13 +40,16 @@ class FinetuneConfig(ModelConfig):
     val_events: int = 0  # use the first N events of val_split; 0 = all
     out_dir: str = ""  # where the run is kept; "" = out/<stems of the config files joined by +>
     pretrained: str = "out/base/ckpt.pt"  # checkpoint whose encoder to begin with, ours or a published one; "" = from scratch
-    task: str = "direction"  # what to reconstruct
-    direction_loss: str = "angular"  # mean angle between predicted and true direction
+    task: str = "direction"  # what to reconstruct; or "energy", log10 of the neutrino's energy in GeV
+    direction_loss: str = "angular"  # mean angle; or "cosine", "vmf" (with an uncertainty for each event), or a sum: "angular+vmf"
     freeze_backbone: bool = False  # train the head alone
     head_hidden_size: int = 1024  # of the head Linear(D, 1024), ReLU, Linear(1024, 3)
+    head_lr_factor: float = 1.0  # learning rate of the head over that of the encoder
+    time_offset_std: float = 0.0  # [ns] shift each event in time at random while training, so that only differences count
     batch_size: int = 1024  # events a step, over all ranks
     micro_batches: int = 4  # pieces a rank's share is cut into, sorted by length; more pieces need less memory
     max_steps: int = 19_531  # updates; 19,531 x 1024 events = 20 epochs of 1 M labels
+    patience: int = 0  # end after so many evaluations without a lower val_loss; 0 = never
     learning_rate: float = 1.5e-5  # at the top of the schedule; the encoder is good already
     warmup_steps: int = 1000  # linear rise from 0; 0 = 1 / (1 - beta2)
     cooldown_steps: int = 1000  # trapezoidal only: linear fall to 0 at the end
@@ -59,7 +65,8 @@ class FinetuneConfig(ModelConfig):
     max_bad_steps: int = 20  # a step whose gradient is not finite is skipped; more than so many in a row end the run
     eval_only: bool = False  # no training: evaluate `checkpoint` on val_split and write predictions
     checkpoint: str = ""  # what eval_only evaluates; "" = out_dir/best.pt
-    predictions: str = ""  # .csv or .parquet to write for val_split: event_id, azimuth, zenith [rad]; "" = none
+    predictions: str = ""  # .csv (Kaggle's form) or .parquet (with all that is known) to write for val_split; "" = none
+    export: str = ""  # eval_only: .pt2 file to write, the model for use without this repository; "" = none
     resume: bool = True  # go on from out_dir/ckpt.pt if there is one; False refuses a folder that holds a run
     seed: int = 0  # of the weights and the order of events
     device: str = "auto"  # or "cuda", "mps", "cpu"
@@ -70,29 +77,35 @@ class FinetuneConfig(ModelConfig):
     def check(self):
         yield from super().check()
         yield from common.check_training(self)
-        yield from common.check_positive(self, "head_hidden_size")
+        yield from common.check_positive(self, "head_hidden_size", "head_lr_factor")
+        yield from common.check_not_negative(self, "time_offset_std", "patience")
         yield from common.check_choice(self, "task", TASKS)
-        yield from common.check_choice(self, "direction_loss", DIRECTION_LOSSES)
+        if not set(self.direction_loss.split("+")) <= DIRECTION_LOSSES.keys():
+            yield f"direction_loss = {self.direction_loss!r}: choose among {', '.join(DIRECTION_LOSSES)}, or join some by +"
         if self.predictions and Path(self.predictions).suffix not in (".csv", ".parquet"):
             yield f"predictions = {self.predictions!r}: the name must end in .csv or .parquet"
-        above = nearest_parent(self.predictions)
-        if self.predictions and not (above.is_dir() and os.access(above, os.W_OK)):
-            yield f"predictions = {self.predictions!r}: {above} is not a folder to write in"
+        if self.export and not (self.eval_only and self.export.endswith(".pt2")):
+            yield f"export = {self.export!r}: the name must end in .pt2, and it needs --eval_only=True"
+        for path in filter(None, (self.predictions, self.export)):
+            above = nearest_parent(path)
+            if not (above.is_dir() and os.access(above, os.W_OK)):
+                yield f"{path}: {above} is not a folder to write in"
         if self.checkpoint and not self.eval_only:
             yield f"checkpoint = {self.checkpoint!r} is what --eval_only=True evaluates; to begin from it, use --pretrained="
         if self.freeze_backbone and not self.pretrained:
             yield "freeze_backbone = True needs a pretrained checkpoint: a frozen random encoder learns nothing"
 
 
-TASKS = {"direction": DirectionFinder}
-DIRECTION_LOSSES = {"angular": angular_error}  # (direction, truth), unit vectors (B, 3) each -> (B,)
+LABELS = {"direction": ("azimuth", "zenith"), "energy": ("energy",)}  # of EVENT, by task
+# angles in rad; bias and resolution are mean and spread of log10(energy), predicted over true [dex]
 LOG_COLUMNS = ["step", "events", "lr", "loss", "grad_norm", "events_per_s", "val_loss", "val_angle_mean", "val_angle_median",
-               "data_ms", "bad_steps"]  # time a step waits for its events; steps so far that were skipped
+               "data_ms", "bad_steps",  # time a step waits for its events; steps so far that were skipped
+               "val_bias", "val_resolution"]
 # Knobs that may differ when a run goes on: the steps already done would have been the same but for rounding, and for the
 # learning rate's end, which max_steps and cooldown_steps move
 MAY_CHANGE = {"data_dir", "out_dir", "micro_batches", "max_steps", "cooldown_steps", "eval_interval", "log_interval",
               "save_interval", "max_bad_steps", "resume", "eval_only", "checkpoint", "predictions", "device", "dtype", "compile",
-              "wandb_project"}
+              "wandb_project", "patience", "export"}
 
 
 def nearest_parent(path):
@@ -184,60 +197,280 @@ def load_encoder(model, saved, path):
         common.fail(f"{path}: its encoder is not complete: missing {sorted(set(missing) - set(new_head))}, not known {unexpected}")
 
 
+def head_and_encoder(model, config):
+    """parameter_groups, those of the head with head_lr_factor times the learning rate."""
+    head = {id(parameter) for parameter in model.head.parameters()}
+    groups = []
+    for group in parameter_groups(model, config.weight_decay):
+        for is_head, factor in ((False, 1.0), (True, config.head_lr_factor)):
+            params = [parameter for parameter in group["params"] if (id(parameter) in head) == is_head]
+            groups.append({**group, "params": params, "lr_scale": group["lr_scale"] * factor})
+    return [group for group in groups if group["params"]]
+
+
+def ran_out_of_patience(step, best_step, config):
+    return config.patience > 0 and step - best_step >= config.patience * config.eval_interval
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# evaluation and predictions
+# losses and predictions
 # ----------------------------------------------------------------------------------------------------------------------
 
-def event_losses(model, batch, config):
-    """The loss of each event of a batch, (B,)."""
-    return DIRECTION_LOSSES[config.direction_loss](model(batch), unit_vector(batch["azimuth"], batch["zenith"]))
+def event_losses(outputs, batch, config):
+    """What the model is trained on, for each event of a batch, (B,)."""
+    if config.task == "energy":
+        return (outputs["log_energy"] - torch.log10(batch["energy"])).square()  # [dex^2]
+    truth = unit_vector(batch["azimuth"], batch["zenith"])
+    return sum(DIRECTION_LOSSES[name](outputs["direction"], outputs["kappa"], truth) for name in config.direction_loss.split("+"))
 
 
-def event_batches(split, index, n):
-    return data.micro_batches(*data.read_events(split, index), n)
+def line_fit(batch, geometry):
+    """The baseline: fit position = r + v time to the good pulses, weighted by charge -> unit vectors (B, 3) along -v.
+
+    IceCube's first guess (astro-ph/0407044, section 3.1.3); 1.18 rad on average on Kaggle's data. 0 where no fit is possible.
+    """
+    weight = batch["charge"] * (batch["valid"] & ~batch["aux"])  # (B, L)
+    time = batch["time"] - (weight * batch["time"]).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1e-6)
+    velocity = ((weight * time)[..., None] * geometry[batch["dom"]]).sum(1)  # times a positive number
+    return F.normalize(-velocity, dim=-1)
+
+
+def vmf_quantile(direction, kappa, truth):
+    """The probability inside the contour around the prediction that goes through the truth: uniform in 0..1 if kappa is right."""
+    return torch.expm1(-kappa * one_minus_cosine(direction, truth)) / torch.expm1(-2 * kappa)
+
+
+def event_batches(split, index, n, shift=None):
+    """Events as micro-batches; shift [ns] (one an event) moves their pulses in time."""
+    events, pulses = data.read_events(split, index)
+    if shift is not None:
+        pulses = pulses.copy()
+        pulses["time"] += np.repeat(shift, events["length"])
+    return data.micro_batches(events, pulses, n)
 
 
 @torch.no_grad()
 def predict(model, split, n_events, config, ranks, autocast):
-    """Directions of the first n_events of the split, in their order, float32 (n_events, 3), on every rank."""
+    """Go through this rank's share of the first n_events, in their order: yields index (n,) and a dict of numpy arrays (n, ...).
+
+    They are the model's outputs, line_fit, and where labels are known the loss; a batch at a time, whatever n_events is.
+    """
     mine = np.array_split(np.arange(n_events), ranks.world_size)[ranks.rank]
     n_chunks = -(-len(mine) * ranks.world_size // config.batch_size)
     chunks = np.array_split(mine, n_chunks) if n_chunks else []  # a rank may have none
-    directions = np.empty((len(mine), 3), np.float32)
+    geometry = torch.from_numpy(data.read_geometry(config.data_dir)).to(ranks.device)
     model.eval()
     with common.progress_bar(len(mine), f"predict {split.path}", "event") as bar:
         loader = data.prefetch(lambda i: event_batches(split, chunks[i], config.micro_batches), range(len(chunks)), ranks.device)
         for chunk, batches in zip(chunks, loader):
+            arrays = {}
             for batch in batches:
                 with autocast:
-                    direction = model(batch)
-                directions[chunk[0] - mine[0] + batch["row"].cpu().numpy()] = direction.cpu().numpy()
+                    outputs = model(batch)
+                losses = event_losses(outputs, batch, config)
+                for name, value in {**outputs, "loss": losses, "line_fit": line_fit(batch, geometry)}.items():
+                    value = value.float().cpu().numpy()
+                    arrays.setdefault(name, np.empty((len(chunk), *value.shape[1:]), np.float32))[batch["row"].cpu().numpy()] = value
+            yield chunk, arrays
             bar.update(len(chunk))
     model.train()
-    return common.gather_over_ranks(directions, ranks)
 
 
-def score(directions, split):
-    """Angular error of directions (n, 3) for the first n events -> dict of val_*, in rad; empty without labels."""
-    events = split.events[:len(directions)]
-    if np.isnan(events["azimuth"]).any():
-        return {}
-    truth = unit_vector(*(torch.from_numpy(events[angle].copy()) for angle in ("azimuth", "zenith")))
-    error = angular_error(torch.from_numpy(directions), truth)
-    return {"val_loss": error.mean().item(), "val_angle_mean": error.mean().item(), "val_angle_median": error.median().item(),
-            "standard_error": error.std(correction=0).item() / len(error) ** 0.5}  # of the mean, by the choice of events
-
-
-def write_predictions(path, directions, split):
-    """event_id, azimuth in [0, 2 pi), zenith in [0, pi] [rad], one row an event in the order of the data (Kaggle's form)."""
-    x, y, z = directions.astype(np.float64).T
+def prediction_table(event_id, arrays):
+    """What is written of some events: angles as Kaggle wants them, azimuth in [0, 2 pi), zenith in [0, pi]."""
+    if "log_energy" in arrays:
+        return pa.table({"event_id": event_id, "energy": 10.0 ** arrays["log_energy"].astype(np.float64)})
+    x, y, z = arrays["direction"].T.astype(np.float64)
     azimuth = np.arctan2(y, x) % (2 * np.pi)
     azimuth[azimuth >= 2 * np.pi] = 0.0  # a tiny negative angle plus 2 pi rounds up to 2 pi
-    table = pa.table({"event_id": split.events["event_id"][:len(directions)], "azimuth": azimuth,
-                      "zenith": np.arccos(np.clip(z, -1, 1))})
-    write = pyarrow.csv.write_csv if path.endswith(".csv") else pyarrow.parquet.write_table
-    common.write_atomic(path, lambda part: write(table, part))
-    print(f"predictions of {len(table):,} events in {path}")
+    return pa.table({"event_id": event_id, "azimuth": azimuth, "zenith": np.arccos(np.clip(z, -1, 1)),
+                     "x": x, "y": y, "z": z, "kappa": arrays["kappa"]})
+
+
+def join_predictions(path, n_ranks):
+    """Put the files that the ranks wrote one after another; a .csv gets the columns of a Kaggle submission."""
+    parts = [f"{path}.rank{rank}" for rank in range(n_ranks)]
+    names = ["event_id", "azimuth", "zenith"] if path.endswith(".csv") else None
+    writer = pyarrow.csv.CSVWriter if path.endswith(".csv") else pq.ParquetWriter
+
+    def write(part):
+        schema = pq.read_schema(parts[0])
+        columns = [name for name in schema.names if names is None or name in names or name == "energy"]
+        with writer(part, pa.schema([schema.field(name) for name in columns])) as file:
+            for name in parts:
+                for batch in pq.ParquetFile(name).iter_batches(columns=columns):
+                    file.write_batch(batch)
+    common.write_atomic(path, write)
+    n_events = sum(pq.read_metadata(name).num_rows for name in parts)
+    for name in parts:
+        os.remove(name)
+    print(f"predictions of {n_events:,} events in {path}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# evaluation
+# ----------------------------------------------------------------------------------------------------------------------
+
+def evaluate(model, split, n_events, config, ranks, autocast, predictions=""):
+    """Predict the first n_events and, if they have labels, score them -> dict of arrays (n_events,), on every rank, or {}.
+
+    loss; "direction": error, fit_error (of the line fit) [rad], quantile (see vmf_quantile); "energy": error [dex].
+    predictions: a file to write them to; all ranks work, none of them holds more than a batch and the scores.
+    """
+    has_labels = not any(np.isnan(split.events[label][:n_events]).any() for label in LABELS[config.task])
+    scores, writer, part = [], None, f"{predictions}.rank{ranks.rank}"
+    if predictions:  # a rank may have no event: its file is begun with an empty table
+        nothing = {"log_energy": np.empty(0)} if config.task == "energy" else {"direction": np.empty((0, 3)), "kappa": np.empty(0, "f4")}
+        Path(predictions).parent.mkdir(parents=True, exist_ok=True)
+        writer = pq.ParquetWriter(part, prediction_table(np.empty(0, np.int64), nothing).schema)
+    for index, arrays in predict(model, split, n_events, config, ranks, autocast):
+        events = split.events[index]
+        if has_labels:
+            scores.append(score(arrays, events, config))
+        if writer:
+            try:
+                writer.write_table(prediction_table(events["event_id"], arrays))
+            except OSError as error:
+                common.fail(f"{part}: cannot be written ({error}); make room or choose another file for predictions")
+    if writer:
+        writer.close()
+        common.wait_for_all(ranks)
+        if ranks.main:
+            join_predictions(predictions, ranks.world_size)
+    if not has_labels:
+        return {}
+    names = ("loss", "error") + ("fit_error", "quantile") * (config.task == "direction")
+    mine = np.array([np.concatenate([part[name] for part in scores] or [np.empty(0, np.float32)]) for name in names])
+    return dict(zip(names, common.gather_over_ranks(mine.T, ranks).T))
+
+
+def score(arrays, events, config):
+    if config.task == "energy":
+        return {"loss": arrays["loss"], "error": arrays["log_energy"] - np.log10(events["energy"])}
+    truth = unit_vector(*(torch.from_numpy(events[angle].copy()) for angle in ("azimuth", "zenith")))
+    direction, kappa, fit = (torch.from_numpy(arrays[name]) for name in ("direction", "kappa", "line_fit"))
+    return {"loss": arrays["loss"], "error": angular_error(direction, truth).numpy(), "fit_error": angular_error(fit, truth).numpy(),
+            "quantile": vmf_quantile(direction, kappa, truth).numpy()}
+
+
+def summary(scores, config):
+    """The val_* columns of log.csv."""
+    error = scores["error"].astype(np.float64)
+    if config.task == "energy":
+        return {"val_loss": scores["loss"].mean(dtype=np.float64).item(), "val_bias": error.mean().item(),
+                "val_resolution": error.std().item()}
+    return {"val_loss": scores["loss"].mean(dtype=np.float64).item(), "val_angle_mean": error.mean().item(),
+            "val_angle_median": np.median(error).item()}
+
+
+STATISTICS = {"direction": {"mean": np.mean, "median": np.median, "68 %": lambda error: np.quantile(error, 0.68)},
+              "energy": {"bias": np.mean, "resolution": np.std}}
+N_BOOTSTRAP = 100  # resamplings of the events: the spread of a statistic over them is its error, good to 7 %
+LEVELS = np.linspace(0.05, 0.95, 19)  # of probability, at which the contours are checked
+
+
+def bins_of(events):
+    """(kind, label, mask) of the groups of events that are looked at on their own; unknown energies and classes give none."""
+    yield "all", "all", np.ones(len(events), bool)
+    for number, name in ((1, "track"), (2, "cascade")):
+        yield "class", name, events["event_class"] == number
+    for low in range(0, 8):
+        yield "energy", f"1e{low} to 1e{low + 1} GeV", (events["energy"] >= 10.0**low) & (events["energy"] < 10.0**(low + 1))
+    for low, high in ((1, 32), (32, 64), (64, 128), (128, 256), (256, 1024), (1024, 2**32)):
+        yield "pulses", f"{low} to {high - 1}" if high < 2**32 else f"{low} or more", \
+            (events["n_pulses"] >= low) & (events["n_pulses"] < high)
+    for low in (0, 60, 120):
+        zenith = np.degrees(events["zenith"])
+        yield "zenith", f"{low} to {low + 60} deg", (zenith >= low) & (zenith < low + 60 + (low == 120))
+
+
+def evaluation_table(scores, events, config):
+    """Rows (dicts) for all events and in bins: n, and each statistic with its bootstrap error; beside it that of the line fit."""
+    rng = np.random.default_rng(0)
+    for kind, label, mask in bins_of(events):
+        n = int(mask.sum())
+        if n < 10:
+            continue
+        row = {"kind": kind, "bin": label, "n": n}
+        error = scores["error"][mask]
+        resampled = [error[rng.integers(n, size=n)] for _ in range(N_BOOTSTRAP)]
+        for name, statistic in STATISTICS[config.task].items():
+            row[name] = float(statistic(error))
+            row[f"{name} +-"] = float(np.std([statistic(sample) for sample in resampled]))
+        if config.task == "direction":
+            fit = scores["fit_error"][mask]
+            row |= {"line fit mean": float(fit.mean()), "line fit median": float(np.median(fit))}
+        yield row
+
+
+def print_evaluation(rows, config):
+    unit, scale = ("deg", np.degrees(1)) if config.task == "direction" else ("dex", 1)
+    names = list(STATISTICS[config.task])
+    print(f"{'':<8}{'':<18}{'events':>9}" + "".join(f"{f'{name} [{unit}]':>20}" for name in names)
+          + f"{'line fit mean':>16}{'median [deg]':>14}" * (config.task == "direction"))
+    for row in rows:
+        cells = "".join(f"{f'{row[name] * scale:.4g} +- {row[name + chr(32) + chr(43) + chr(45)] * scale:.2g}':>20}" for name in names)
+        if config.task == "direction":
+            cells += f"{row['line fit mean'] * scale:>16.4g}{row['line fit median'] * scale:>14.4g}"
+        print(f"{row['kind']:<8}{row['bin']:<18}{row['n']:>9,}{cells}")
+
+
+def report(scores, events, config, path, saved):
+    """Print the table of a checkpoint's errors -> what result.txt and evaluation_<split>.json hold."""
+    rows = list(evaluation_table(scores, events, config))
+    whole = rows[0]
+    start = f"pretrained {saved['config']['pretrained']}" if saved["config"]["pretrained"] else "from scratch"
+    result = f"{path} | {start} | {saved['n_train']:,} labels | {len(events):,} events of {config.val_split} | " + (
+        f"angular error mean {whole['mean']:.4f} +- {whole['mean +-']:.4f} rad, median {whole['median']:.4f} rad"
+        if config.task == "direction" else
+        f"log10(energy) bias {whole['bias']:+.4f} +- {whole['bias +-']:.4f}, resolution {whole['resolution']:.4f} dex")
+    content = {"checkpoint": path, "pretrained": saved["config"]["pretrained"], "freeze_backbone": saved["config"]["freeze_backbone"],
+               "n_train": saved["n_train"], "task": config.task, "direction_loss": config.direction_loss,
+               "data_dir": config.data_dir, "split": config.val_split, "n_events": len(events),
+               "errors_by": f"{N_BOOTSTRAP} bootstrap samples of the events", "rows": rows}
+    print_evaluation(rows, config)
+    if config.task == "direction":
+        edges = np.linspace(0, np.pi, 61)
+        content["histogram"] = {"edges": edges.tolist(), **{name: np.histogram(scores[name], edges)[0].tolist()
+                                                            for name in ("error", "fit_error")}}
+    if config.task == "direction" and "vmf" in config.direction_loss:
+        inside = [float((scores["quantile"] < level).mean()) for level in LEVELS]
+        content["calibration"] = {"level": LEVELS.tolist(), "inside": inside}
+        print(f"calibration: {np.interp(0.5, LEVELS, inside):.1%} of the events lie inside their 50 % contour, "
+              f"{np.interp(0.9, LEVELS, inside):.1%} inside that of 90 %")
+    print(result)
+    return result, content
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# export
+# ----------------------------------------------------------------------------------------------------------------------
+
+def export_model(path, model, split, n=2):
+    """Write the model for use without this repository: torch.export.load(path).module()(pulses, valid).
+
+    pulses: dict of time [ns], charge [p.e.] float32, dom int64 (sensor_id), aux bool, each (B, L); valid bool (B, L). Float32,
+    for any B and L.
+    """
+    class Exported(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, pulses, valid):
+            return self.model({**pulses, "valid": valid})
+
+    batch, = event_batches(split, np.arange(min(n, len(split))), 1)
+    pulses = {name: batch[name] for name in ("time", "charge", "dom", "aux")}
+    shape = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(Exported().eval().requires_grad_(False), (pulses, batch["valid"]),
+                                  dynamic_shapes={"pulses": {name: shape for name in pulses}, "valid": shape})
+
+    def write(part):
+        with open(part, "wb") as file:
+            torch.export.save(program, file)
+    common.write_atomic(path, write)
+    print(f"exported to {path}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -256,41 +489,43 @@ def main():
     def evaluate_best(path, saved):
         """Evaluate a fine-tuned checkpoint, print and keep the result, write the predictions."""
         common.check_geometry(saved, geometry, path, config.data_dir)
-        model = TASKS[config.task](config, geometry).to(ranks.device)
+        model = Reconstructor(config, geometry)
         model.load_state_dict(saved["model"])
-        directions = predict(model, val_split, n_val, config, ranks, autocast)
-        if not ranks.main:
-            return
-        metrics = score(directions, val_split)
-        start = f"pretrained {saved['config']['pretrained']}" if saved["config"]["pretrained"] else "from scratch"
-        result = f"{path} | {start} | {saved['n_train']:,} labels | {n_val:,} events of {config.val_split} | " + (
-            f"angular error mean {metrics['val_angle_mean']:.4f} +- {metrics['standard_error']:.4f} rad, median "
-            f"{metrics['val_angle_median']:.4f} rad" if metrics else "no labels, no angular error")
-        print(result)
-        if not config.eval_only:
-            common.write_atomic(f"{config.out_dir}/result.txt", lambda part: part.write_text(result + "\n"))
-        if config.predictions:
-            write_predictions(config.predictions, directions, val_split)
+        if config.export and ranks.main:
+            export_model(config.export, model, val_split)
+        scores = evaluate(model.to(ranks.device), val_split, n_val, config, ranks, autocast, config.predictions)
+        if ranks.main and scores:
+            result, content = report(scores, val_split.events[:n_val], config, path, saved)
+            common.write_json(f"{config.out_dir}/evaluation_{config.val_split}.json", content)
+            if not config.eval_only:
+                common.write_atomic(f"{config.out_dir}/result.txt", lambda part: part.write_text(result + "\n"))
+        elif ranks.main:
+            print(f"{val_split.path}: no labels, nothing to evaluate")
 
     if config.eval_only:
         path = config.checkpoint or best_path
         saved = common.load_checkpoint(path)
-        take_architecture(config, saved, path, [*architecture, "head_hidden_size", "task"])
+        take_architecture(config, saved, path, [*architecture, "head_hidden_size", "task", "direction_loss"])
         evaluate_best(path, saved)
         common.stop_device(ranks)
         return
 
     train_split, n_train = data.open_first_events(config.data_dir, config.train_split, config.train_events)
     for split, n in ((train_split, n_train), (val_split, n_val)):
-        unknown = np.flatnonzero(np.isnan(split.events["azimuth"][:n]) | np.isnan(split.events["zenith"][:n]))
+        unknown = np.flatnonzero(np.any([np.isnan(split.events[label][:n]) for label in LABELS[config.task]], axis=0))
         if len(unknown):
-            common.fail(f"{split.path}: {len(unknown):,} of {n:,} events have no direction, the first is event "
+            common.fail(f"{split.path}: {len(unknown):,} of {n:,} events have no {config.task}, the first is event "
                         f"{split.events['event_id'][unknown[0]]}; choose a labelled split (or --eval_only=True to predict)")
 
     def load_step(step):
-        """This rank's share of a step; the step's events do not depend on the number of ranks."""
-        index, _ = data.step_events(step, config.batch_size, n_train, config.seed)
-        return event_batches(train_split, np.array_split(index, ranks.world_size)[ranks.rank], config.micro_batches)
+        """This rank's share of a step; the step's events and shifts do not depend on the number of ranks."""
+        index, epoch = data.step_events(step, config.batch_size, n_train, config.seed)
+        shift = None
+        if config.time_offset_std:  # two uniform numbers make a normal one (Box & Muller)
+            u, v = (data.uniform_hash(config.seed + 1 + i, epoch, index) for i in (0, 1))
+            shift = (config.time_offset_std * np.sqrt(-2 * np.log1p(-u)) * np.cos(2 * np.pi * v)).astype(np.float32)
+            shift = np.array_split(shift, ranks.world_size)[ranks.rank]
+        return event_batches(train_split, np.array_split(index, ranks.world_size)[ranks.rank], config.micro_batches, shift)
 
     # ---- model, optimizer, resume, compile, DDP ----------------------------------------------------------------------
     pretrained, is_started = None, os.path.exists(checkpoint_path)
@@ -301,7 +536,7 @@ def main():
     saved = common.find_run(config, checkpoint_path, MAY_CHANGE)
     if saved:
         common.check_same(checkpoint_path, "labels in train_split", saved["n_train"], n_train)
-        if saved["step"] >= config.max_steps:
+        if saved["step"] >= config.max_steps or ran_out_of_patience(saved["step"], saved["best_step"], config):
             if ranks.main:
                 print(f"{config.out_dir} is complete at step {saved['step']}; raise max_steps to go on, or choose another out_dir")
             evaluate_best(best_path, common.load_checkpoint(best_path))
@@ -309,29 +544,30 @@ def main():
             return
 
     torch.manual_seed(config.seed)
-    raw_model = TASKS[config.task](config, geometry)
+    raw_model = Reconstructor(config, geometry)
     if pretrained and not saved:
         load_encoder(raw_model, pretrained, config.pretrained)
     raw_model.encoder.requires_grad_(not config.freeze_backbone)
     raw_model.to(ranks.device)
-    optimizer = torch.optim.AdamW(parameter_groups(raw_model, config.weight_decay), lr=config.learning_rate,
+    optimizer = torch.optim.AdamW(head_and_encoder(raw_model, config), lr=config.learning_rate,
                                   betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
     scaler = torch.amp.GradScaler(ranks.device.type, init_scale=2.0**10, enabled=ranks.dtype == torch.float16)
-    first_step, best_val = 0, float("inf")
+    first_step, best_val, best_step = 0, float("inf"), 0
     bad_steps = bad_in_a_row = torch.zeros((), dtype=torch.int64, device=ranks.device)  # counted without waiting for the GPU
     if saved:
         raw_model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         if saved["scaler"] and scaler.is_enabled():
             scaler.load_state_dict(saved["scaler"])
-        first_step, best_val, bad_steps = saved["step"], saved["best_val"], bad_steps + saved["bad_steps"]
+        first_step, best_val, best_step = saved["step"], saved["best_val"], saved["best_step"]
+        bad_steps = bad_steps + saved["bad_steps"]
     compiled_model = torch.compile(raw_model, dynamic=True) if config.compile else raw_model
     model = DistributedDataParallel(compiled_model) if ranks.world_size > 1 else compiled_model
 
     def save(path, step):
         common.save_checkpoint(path, model=raw_model.state_dict(), optimizer=optimizer.state_dict(),
-                               scaler=scaler.state_dict(), step=step, best_val=best_val, bad_steps=bad_steps.item(),
-                               n_train=n_train, config=dataclasses.asdict(config))
+                               scaler=scaler.state_dict(), step=step, best_val=best_val, best_step=best_step,
+                               bad_steps=bad_steps.item(), n_train=n_train, config=dataclasses.asdict(config))
 
     if ranks.main:
         common.print_run_header(config, ranks, raw_model, n_train)
@@ -356,17 +592,18 @@ def main():
 
         if step % config.eval_interval == 0 or last_step:
             paused = time.perf_counter()
-            row |= score(predict(compiled_model, val_split, n_val, config, ranks, autocast), val_split)
+            row |= summary(evaluate(compiled_model, val_split, n_val, config, ranks, autocast), config)
             if ranks.main:
-                bar.write(f"eval {step:6d}/{config.max_steps} | angular error mean {row['val_angle_mean']:.4f} rad "
-                          f"median {row['val_angle_median']:.4f} rad")
+                bar.write(f"eval {step:6d}/{config.max_steps} | " + " ".join(f"{name} {value:.4f}" for name, value in row.items()
+                                                                             if name.startswith("val_")))
             if not np.isfinite(row["val_loss"]):
                 common.fail(f"step {step}: val_loss is {row['val_loss']}; {config.out_dir} keeps the last good checkpoint, go on "
                             "with a smaller learning_rate")
             if row["val_loss"] < best_val and step > 0:
-                best_val = row["val_loss"]
+                best_val, best_step = row["val_loss"], step
                 if ranks.main:
                     save(best_path, step)
+            last_step |= ran_out_of_patience(step, best_step, config)
             clock += time.perf_counter() - paused
         if ranks.main and step > first_step and (step % config.save_interval == 0 or last_step):
             save(checkpoint_path, step)
@@ -388,8 +625,8 @@ def main():
             syncs = nullcontext() if ranks.world_size == 1 or i == len(batches) - 1 else model.no_sync()
             with syncs:
                 with autocast:
-                    losses = event_losses(model, batch, config)
-                loss = losses.sum() / config.batch_size  # a share of the whole step's mean
+                    outputs = model(batch)
+                loss = event_losses(outputs, batch, config).sum() / config.batch_size  # a share of the whole step's mean
                 scaler.scale(loss * ranks.world_size).backward()  # DDP takes the mean over ranks, the sum is meant
             step_loss += loss.detach()
         scaler.unscale_(optimizer)
@@ -414,7 +651,7 @@ def main():
                           f"{row['events_per_s']:,.0f} events/s" + f" | {row['bad_steps']} steps skipped" * (row["bad_steps"] > 0))
             if bad_in_a_row > config.max_bad_steps:
                 with torch.no_grad(), autocast:
-                    losses = np.concatenate([event_losses(raw_model, batch, config).float().cpu().numpy() for batch in batches])
+                    losses = np.concatenate([event_losses(raw_model(batch), batch, config).cpu().numpy() for batch in batches])
                 event_ids = np.concatenate([batch["event_id"].cpu().numpy() for batch in batches])
                 common.stop_bad_run(config, step, losses, event_ids, ranks)
             clock, clock_step, waited = now, step + 1, 0.0

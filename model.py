@@ -2,8 +2,8 @@
 
     pulses -> PulseEmbedding -> backbone -> final norm -> heads        (Encoder = all but the heads)
 
-Pretrainer hides DOM ids and predicts them, and predicts the event's total charge from [CLS]. DirectionFinder points from
-[CLS] to where the neutrino came from. All are pure functions of their inputs: no random number is drawn after the
+Pretrainer hides DOM ids and predicts them, and predicts the event's total charge from [CLS]. Reconstructor tells the
+neutrino's direction or energy from [CLS]. Both are pure functions of their inputs: no random number is drawn after the
 weights are made.
 
 Shapes: B events, L pulses, D embedding_dim, H heads, E dom_embed_dim, V = 5160 DOMs, M hidden pulses of a batch.
@@ -95,7 +95,7 @@ class PulseEmbedding(nn.Module):
         with torch.autocast(valid.device.type, enabled=False):  # bfloat16 would round 12,000 ns by up to 7 ns
             dom_part = F.embedding(dom, self.dom_vectors())  # (B, L, E)
             x = torch.cat([dom_part, self.features(scale_pulses(batch))], dim=-1)  # (B, L, D)
-        x = torch.cat([self.cls.expand(len(x), 1, -1), x], dim=1)  # (B, 1+L, D)
+        x = torch.cat([self.cls.expand(x.shape[0], 1, -1), x], dim=1)  # (B, 1+L, D)
         return x, F.pad(valid, (1, 0), value=True)
 
     def dom_vectors(self):
@@ -369,18 +369,31 @@ def earth_movers_distance(logits, dom, geometry):
     return (logits.softmax(-1) * distance).sum(-1)
 
 
-class DirectionFinder(nn.Module):
-    """Encoder with the direction head; forward gives unit vectors (B, 3) towards the neutrino's source."""
+class Reconstructor(nn.Module):
+    """Encoder with a head on [CLS] for one of TASKS. forward gives a dict of float32 tensors:
+
+    "direction": direction (B, 3), unit vectors towards the neutrino's source, and kappa (B,), how sure of it (vmf_loss);
+    "energy": log_energy (B,), log10 of the neutrino's energy [GeV].
+    """
 
     def __init__(self, config, geometry):
         super().__init__()
+        self.task = config.task
         self.encoder = Encoder(config, geometry)
-        self.direction_head = nn.Sequential(nn.Linear(config.embedding_dim, config.head_hidden_size), nn.ReLU(),
-                                            nn.Linear(config.head_hidden_size, 3))
+        self.head = nn.Sequential(nn.Linear(config.embedding_dim, config.head_hidden_size), nn.ReLU(),
+                                  nn.Linear(config.head_hidden_size, TASKS[config.task]))
         init_weights(self, config)
 
     def forward(self, batch):
-        return F.normalize(self.direction_head(self.encoder(batch)[:, 0]).float(), dim=-1)
+        x = self.head(self.encoder(batch)[:, 0]).float()
+        if self.task == "energy":
+            return {"log_energy": x.squeeze(-1) + LOG_ENERGY}
+        kappa = (x.square().sum(-1) + 1e-6).sqrt()  # 0.001 or more: a vector of length 0 has a gradient too
+        return {"direction": F.normalize(x, dim=-1), "kappa": kappa}
+
+
+TASKS = {"direction": 3, "energy": 1}  # numbers that the head gives
+LOG_ENERGY = 4.0  # [log10 GeV] where a new energy head begins, the middle of IceCube's range
 
 
 def unit_vector(azimuth, zenith):
@@ -395,6 +408,24 @@ def angular_error(direction, truth):
     """
     sine = (torch.linalg.cross(direction, truth).square().sum(-1) + 1e-12).sqrt()
     return torch.atan2(sine, (direction * truth).sum(-1))
+
+
+def one_minus_cosine(direction, truth):
+    return (direction - truth).square().sum(-1) / 2  # of unit vectors; 1 - dot product would round small angles to 0
+
+
+def vmf_loss(direction, kappa, truth):
+    """-ln of the von Mises-Fisher density kappa / (4 pi sinh kappa) exp(kappa cos) on the sphere [1/sr], (...,).
+
+    sinh is split into exp(kappa), which joins the cosine, and 1 - exp(-2 kappa): right from kappa 1e-3 to 1e6 in float32.
+    """
+    log_area = torch.log(-torch.expm1(-2 * kappa) / kappa)  # ln of 2 sinh(kappa) / (kappa exp(kappa))
+    return kappa * one_minus_cosine(direction, truth) + log_area + 1.8378770664  # ln 2 pi
+
+
+# of the outputs (direction, kappa) and the true direction -> (B,)
+DIRECTION_LOSSES = {"angular": lambda direction, kappa, truth: angular_error(direction, truth),  # upstream's
+                    "cosine": lambda direction, kappa, truth: one_minus_cosine(direction, truth), "vmf": vmf_loss}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ def tuned(demo_data, pretrained, tmp_path_factory):
 def test_a_run_leaves_what_the_readme_says(tuned):
     out_dir, done = tuned
     assert {p.name for p in out_dir.iterdir()} == {"ckpt.pt", "best.pt", "log.csv", "config.json", "result.txt",
-                                                   "predictions.csv"}
+                                                   "evaluation_val.json", "predictions.csv"}
     assert column(out_dir, "step") == [0, 1, 2, 3, 4, 5, 6]
     assert len(column(out_dir, "val_angle_mean")) == len(column(out_dir, "val_angle_median")) == 3
     result = (out_dir / "result.txt").read_text()
@@ -49,13 +49,9 @@ def test_predictions_are_the_directions_that_were_scored(tuned, demo_data):
     assert min(column(out_dir, "val_angle_mean")[1:]) == pytest.approx(error.mean(), abs=1e-4)
 
 
-@pytest.mark.parametrize("suffix", ["csv", "parquet"])
-def test_azimuths_stay_below_two_pi(demo_data, tmp_path, suffix):
-    split, _ = data.open_first_events(demo_data, "val", 4)
+def test_azimuths_stay_below_two_pi():
     directions = np.array([[1, -1e-20, 0], [0, -1, 0], [0, 0, 1], [-1, 0, 0]], np.float32)
-    finetune.write_predictions(str(tmp_path / f"p.{suffix}"), directions, split)
-    table = (pyarrow.csv.read_csv if suffix == "csv" else pyarrow.parquet.read_table)(tmp_path / f"p.{suffix}")
-    assert table.column_names == ["event_id", "azimuth", "zenith"]
+    table = finetune.prediction_table(np.arange(4), {"direction": directions, "kappa": np.ones(4, np.float32)})
     assert table["azimuth"].to_numpy() == pytest.approx([0, 1.5 * np.pi, 0, np.pi])
     assert table["zenith"].to_numpy() == pytest.approx([np.pi / 2, np.pi / 2, 0, np.pi / 2])
 
@@ -119,6 +115,117 @@ def test_evaluation_only_and_unlabelled_predictions(tuned, demo_data, tmp_path):
     run_ok("finetune.py", *args, "--val_split=test", f"--predictions={tmp_path}/test.parquet")
     table = pyarrow.parquet.read_table(tmp_path / "test.parquet")
     assert table["event_id"].to_numpy().tolist() == data.open_split(demo_data, "test").events["event_id"].tolist()
+
+
+def test_the_evaluation_table_by_hand(tuned, demo_data):
+    """Every number again from the predictions; the line fit again, event by event."""
+    out_dir, done = tuned
+    content = common.read_json(out_dir / "evaluation_val.json")
+    rows = {row["bin"]: row for row in content["rows"]}
+    split = data.open_split(demo_data, "val")
+    events, geometry = split.events[:50], data.read_geometry(demo_data).astype(float)
+    predicted = np.loadtxt(out_dir / "predictions.csv", delimiter=",", skiprows=1)
+    unit = lambda a, z: np.stack([np.cos(a) * np.sin(z), np.sin(a) * np.sin(z), np.cos(z)], -1)
+    truth = unit(events["azimuth"].astype(float), events["zenith"].astype(float))
+    error = np.arccos((unit(predicted[:, 1], predicted[:, 2]) * truth).sum(-1))
+    fit = []
+    for event, u in zip(events, truth):
+        pulses = split.pulses[event["start"]:event["start"] + event["length"]]
+        pulses = pulses[~pulses["aux"]]
+        t, q = pulses["time"].astype(float), pulses["charge"].astype(float)
+        v = ((q * (t - np.average(t, weights=q)))[:, None] * geometry[pulses["dom"]]).sum(0)
+        fit.append(np.arccos(np.clip(-v @ u / np.linalg.norm(v), -1, 1)))
+    tracks = events["event_class"] == 1
+    assert rows["all"]["n"] == 50 and rows["track"]["n"] == tracks.sum() >= 10
+    for row, mask in ((rows["all"], np.ones(50, bool)), (rows["track"], tracks)):
+        assert row["mean"] == pytest.approx(error[mask].mean(), abs=1e-4)
+        assert row["68 %"] == pytest.approx(np.quantile(error[mask], 0.68), abs=1e-4)
+        assert row["line fit median"] == pytest.approx(np.median(np.array(fit)[mask]), abs=1e-3)
+        assert row["mean +-"] == pytest.approx(error[mask].std() / mask.sum() ** 0.5, rel=0.35)
+    assert sum(row["n"] for row in content["rows"] if row["kind"] == "zenith") <= 50
+    assert sum(content["histogram"]["error"]) == 50 and "line fit mean" in done.stdout
+
+
+def test_vmf_tells_its_uncertainty(demo_data, tmp_path):
+    args = [f"--data_dir={demo_data}", *KNOBS, *TINY_MODEL, f"--out_dir={tmp_path}", "--pretrained=", "--direction_loss=angular+vmf",
+            "--max_steps=3", f"--predictions={tmp_path}/p.parquet"]
+    done = run_ok("finetune.py", *args)
+    assert "inside their 50 % contour" in done.stdout
+    table = pyarrow.parquet.read_table(tmp_path / "p.parquet")
+    assert table.column_names == ["event_id", "azimuth", "zenith", "x", "y", "z", "kappa"] and len(table) == 50
+    assert min(table["kappa"].to_pylist()) > 0
+
+
+def test_calibration_of_events_that_follow_their_kappa():
+    """Directions drawn from the von Mises-Fisher law (Wood 1994) lie inside the contours as often as these say."""
+    rng = np.random.default_rng(0)
+    for kappa in (0.5, 20.0, 5000.0):
+        cosine = 1 + np.log1p(rng.random(20_000) * np.expm1(-2 * kappa)) / kappa
+        angle = rng.uniform(0, 2 * np.pi, 20_000)
+        sine = np.sqrt(1 - cosine**2)
+        truth = torch.from_numpy(np.stack([sine * np.cos(angle), sine * np.sin(angle), cosine], -1))
+        quantile = finetune.vmf_quantile(torch.tensor([0.0, 0.0, 1.0]).double(), torch.tensor(kappa).double(), truth)
+        for level in (0.1, 0.5, 0.9):
+            assert (quantile < level).double().mean().item() == pytest.approx(level, abs=0.012)
+
+
+def test_energy(demo_data, pretrained, tmp_path):
+    args = [f"--data_dir={demo_data}", *KNOBS, f"--out_dir={tmp_path}", f"--pretrained={pretrained[0]}/ckpt.pt", "--task=energy",
+            "--batch_size=50", "--max_steps=60", "--learning_rate=1e-2", "--eval_interval=30", "--log_interval=30",
+            "--save_interval=60", f"--predictions={tmp_path}/p.csv"]
+    run_ok("finetune.py", *args)
+    resolution = column(tmp_path, "val_resolution")
+    assert resolution[-1] < 0.9 * resolution[0] and abs(column(tmp_path, "val_bias")[-1]) < 0.5
+    assert "resolution" in (tmp_path / "result.txt").read_text()
+    energy = np.loadtxt(tmp_path / "p.csv", delimiter=",", skiprows=1)[:, 1]
+    truth = data.open_split(demo_data, "val").events["energy"][:50]
+    rows = common.read_json(tmp_path / "evaluation_val.json")["rows"]
+    assert rows[0]["resolution"] == pytest.approx((np.log10(energy) - np.log10(truth)).std(), rel=1e-3)
+    line = user_error("finetune.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}", "--eval_only=True", "--task=direction")
+    assert "task = 'direction'" in line and "'energy'" in line
+
+
+def test_the_head_may_learn_faster_and_events_may_be_shifted(demo_data, pretrained, tmp_path):
+    args = [f"--data_dir={demo_data}", *KNOBS, f"--pretrained={pretrained[0]}/ckpt.pt", "--max_steps=1"]
+    run_ok("finetune.py", *args, f"--out_dir={tmp_path}/a", "--learning_rate=1e-12")
+    run_ok("finetune.py", *args, f"--out_dir={tmp_path}/b", "--learning_rate=1e-12", "--head_lr_factor=1e9",
+           "--time_offset_std=500")
+    a, b, before = weights(tmp_path / "a"), weights(tmp_path / "b"), weights(pretrained[0])
+    assert not torch.allclose(a["head.0.weight"], b["head.0.weight"], atol=1e-5)
+    assert all(torch.allclose(before[name], b[name], atol=1e-6) for name in b if name.startswith("encoder."))
+    assert column(tmp_path / "a", "loss") != column(tmp_path / "b", "loss")  # the same weights saw shifted events
+
+
+def test_patience_ends_a_run_and_it_stays_ended(demo_data, pretrained, tmp_path):
+    args = [f"--data_dir={demo_data}", *KNOBS, f"--out_dir={tmp_path}", f"--pretrained={pretrained[0]}/ckpt.pt", "--patience=2",
+            "--eval_interval=1", "--max_steps=200", "--learning_rate=1e-12", "--save_interval=100"]
+    run_ok("finetune.py", *args)
+    best, last = (common.load_checkpoint(tmp_path / name)["step"] for name in ("best.pt", "ckpt.pt"))
+    assert last == best + 2 < 200
+    assert f"is complete at step {last}" in run_ok("finetune.py", *args).stdout
+
+
+@pytest.mark.parametrize("knobs", [[], ["--backbone=gru", "--task=energy"], ["--backbone=mamba"]], ids=str)
+def test_an_exported_model_runs_without_this_repository(demo_data, tmp_path, knobs):
+    import subprocess
+    import sys
+    run_ok("finetune.py", f"--data_dir={demo_data}", *KNOBS, *TINY_MODEL, f"--out_dir={tmp_path}", "--pretrained=", "--max_steps=1",
+           *knobs)
+    run_ok("finetune.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}", "--eval_only=True", "--device=cpu", "--dtype=float32",
+           f"--predictions={tmp_path}/p.parquet", f"--export={tmp_path}/model.pt2", "--val_events=20")
+    batch, = data.micro_batches(*data.read_events(data.open_split(demo_data, "val"), np.arange(20)), 1)
+    torch.save({name: batch[name] for name in ("time", "charge", "dom", "aux", "valid", "row")}, tmp_path / "batch.pt")
+    code = ("import torch; pulses = torch.load('batch.pt'); valid = pulses.pop('valid'); row = pulses.pop('row')\n"
+            "found = torch.export.load('model.pt2').module()(pulses, valid)\n"
+            "torch.save({**found, 'row': row}, 'found.pt')")
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    found, table = torch.load(tmp_path / "found.pt"), pyarrow.parquet.read_table(tmp_path / "p.parquet")
+    order = found["row"].argsort()
+    if "--task=energy" in knobs:
+        assert found["log_energy"][order].numpy() == pytest.approx(np.log10(table["energy"].to_numpy()), abs=1e-4)
+    else:
+        assert found["direction"][order, 2].numpy() == pytest.approx(table["z"].to_numpy(), abs=1e-4)
+        assert found["kappa"][order].numpy() == pytest.approx(table["kappa"].to_numpy(), rel=1e-3)
 
 
 def test_user_errors(tuned, demo_data, pretrained, tmp_path):
