@@ -458,12 +458,12 @@ def export_model(path, model, split, n=2):
             self.model = model
 
         def forward(self, pulses, valid):
-            return self.model({**pulses, "valid": valid})
+            return {name: value.detach() for name, value in self.model({**pulses, "valid": valid}).items()}
 
     batch, = event_batches(split, np.arange(min(n, len(split))), 1)
     pulses = {name: batch[name] for name in ("time", "charge", "dom", "aux")}
     shape = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    program = torch.export.export(Exported().eval().requires_grad_(False), (pulses, batch["valid"]),
+    program = torch.export.export(Exported().eval(), (pulses, batch["valid"]),
                                   dynamic_shapes={"pulses": {name: shape for name in pulses}, "valid": shape})
 
     def write(part):
@@ -506,6 +506,8 @@ def main():
         path = config.checkpoint or best_path
         saved = common.load_checkpoint(path)
         take_architecture(config, saved, path, [*architecture, "head_hidden_size", "task", "direction_loss"])
+        if config.export and config.backbone == "gru":
+            common.fail("export: torch.export cannot take a GRU for events of any length (torch 2.13); transformer and mamba can")
         evaluate_best(path, saved)
         common.stop_device(ranks)
         return
