@@ -39,6 +39,7 @@ class TrainConfig(ModelConfig):
     warmup_steps: int = 0  # linear rise from 0; 0 = 1 / (1 - beta2)
     cooldown_steps: int = 1000  # trapezoidal only: linear fall to 0 at the end
     schedule: str = "trapezoidal"  # or "cosine", "constant"
+    optimizer: str = "adamw"  # or "muon" for the matrices of the backbone (Jordan et al. 2024), AdamW for the rest
     beta1: float = 0.9  # Adam's memory of the gradient
     beta2: float = 0.9998  # Adam's memory of its square, 5000 steps
     adam_eps: float = 5e-7  # Adam's floor under the root of the squared gradient
@@ -64,6 +65,9 @@ class TrainConfig(ModelConfig):
         yield from common.check_training(self)
         yield from common.check_share(self, "mask_prob")
         yield from common.check_not_negative(self, "lambda_charge", "keep_every")
+        yield from common.check_choice(self, "optimizer", ("adamw", "muon"))
+        if self.optimizer == "muon" and self.mup_base_width:
+            yield "mup_base_width: its learning rates are AdamW's, not those of optimizer = 'muon'"
         if self.branch_from and (self.schedule != "trapezoidal" or self.cooldown_steps == 0):
             yield "branch_from is a cooldown: it needs schedule = 'trapezoidal' and cooldown_steps > 0"
 
@@ -165,8 +169,13 @@ def main():
     # ---- model, optimizer, resume, compile, DDP ----------------------------------------------------------------------
     torch.manual_seed(config.seed)
     raw_model = Pretrainer(config, geometry).to(ranks.device)
-    optimizer = torch.optim.AdamW(parameter_groups(raw_model, config.weight_decay), lr=config.learning_rate,
-                                  betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
+    groups, muon = parameter_groups(raw_model, config.weight_decay), None
+    if config.optimizer == "muon":  # its updates are scaled to the size of AdamW's, so one learning rate serves both
+        matrices = [parameter for parameter in groups[0]["params"] if parameter.ndim == 2]
+        groups[0]["params"] = [parameter for parameter in groups[0]["params"] if parameter.ndim != 2]
+        muon = torch.optim.Muon(matrices, weight_decay=config.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
+    optimizers = [adamw, muon] if muon else [adamw]
     scaler = torch.amp.GradScaler(ranks.device.type, init_scale=2.0**10, enabled=ranks.dtype == torch.float16)
     autocast = torch.autocast(ranks.device.type, ranks.dtype, enabled=ranks.dtype != torch.float32)
     first_step, best_val = 0, float("inf")
@@ -175,7 +184,8 @@ def main():
         common.check_same(begins_from, "events in train_split", saved["n_train"], n_train)
         common.check_geometry(saved, geometry, begins_from, config.data_dir)
         raw_model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(optimizers, saved["optimizer"]):
+            optimizer.load_state_dict(state)
         if saved["scaler"] and scaler.is_enabled():
             scaler.load_state_dict(saved["scaler"])
         first_step, best_val, bad_steps = saved["step"], saved["best_val"], bad_steps + saved["bad_steps"]
@@ -183,7 +193,7 @@ def main():
     model = DistributedDataParallel(compiled_model) if ranks.world_size > 1 else compiled_model
 
     def save(path, step):
-        common.save_checkpoint(path, model=raw_model.state_dict(), optimizer=optimizer.state_dict(),
+        common.save_checkpoint(path, model=raw_model.state_dict(), optimizer=[o.state_dict() for o in optimizers],
                                scaler=scaler.state_dict(), step=step, best_val=best_val, bad_steps=bad_steps.item(),
                                n_train=n_train, config=dataclasses.asdict(config))
 
@@ -233,8 +243,8 @@ def main():
             break
 
         row["lr"] = common.learning_rate(step, config)
-        for group in optimizer.param_groups:
-            group["lr"] = row["lr"] * group["lr_scale"]  # 1 without muP
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = row["lr"] * group.get("lr_scale", 1.0)  # muP has others
         called = time.perf_counter()
         batches = next(loader)
         waited += time.perf_counter() - called
@@ -255,13 +265,16 @@ def main():
                 scaler.scale(loss * ranks.world_size).backward()  # DDP takes the mean over ranks, the sum is meant
             dom_loss += dom_part.detach()
             charge_loss += charge_part.detach()
-        scaler.unscale_(optimizer)
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip)
         is_bad = ~grad_norm.isfinite()
-        optimizer.found_inf = is_bad.float()  # on the device: the fused kernel then changes nothing
-        scaler.step(optimizer)
+        adamw.found_inf = is_bad.float()  # on the device: the fused kernel then changes nothing
+        scaler.step(adamw)
+        if muon and not is_bad.item():  # it has no such kernel: this waits for the GPU
+            scaler.step(muon)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        raw_model.zero_grad(set_to_none=True)
         bad_steps = bad_steps + is_bad
         too_bad = bad_in_a_row > config.max_bad_steps  # stays so until the next log line looks at it
         bad_in_a_row = torch.where(too_bad, bad_in_a_row, (bad_in_a_row + 1) * is_bad)

@@ -216,8 +216,8 @@ def test_a_branch_is_the_run_that_would_have_ended_there(straight, demo_data, tm
     assert "mask_prob = 0.25" in user_error("train.py", *branch, f"--out_dir={tmp_path}/other", "--mask_prob=0.5")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_bad_steps_are_skipped_counted_and_end_the_run_if_they_go_on(demo_data, tmp_path, dtype):
+@pytest.mark.parametrize("knob", ["--dtype=float32", "--dtype=float16", "--optimizer=muon"])
+def test_bad_steps_are_skipped_counted_and_end_the_run_if_they_go_on(demo_data, tmp_path, knob):
     """One event of the data holds a NaN: a step of 100 of the 300 events meets it once an epoch."""
     import shutil
     shutil.copytree(demo_data, tmp_path / "data")
@@ -226,13 +226,13 @@ def test_bad_steps_are_skipped_counted_and_end_the_run_if_they_go_on(demo_data, 
     pulses["charge"][split.events["start"][123]] = np.nan
     pulses.tofile(tmp_path / "data/pretrain_pulses.bin")
     event_id = split.events["event_id"][123]
-    args = [f"--data_dir={tmp_path}/data", f"--out_dir={tmp_path}/run", *TINY_RUN, "--batch_size=100", f"--dtype={dtype}",
+    args = [f"--data_dir={tmp_path}/data", f"--out_dir={tmp_path}/run", *TINY_RUN, "--batch_size=100", knob,
             "--max_steps=6", "--log_interval=1"]
     run_ok("train.py", *args)
     assert column(tmp_path / "run", "bad_steps")[-1] == 2 == np.isnan(column(tmp_path / "run", "loss")).sum()
     assert common.load_checkpoint(tmp_path / "run/ckpt.pt")["bad_steps"] == 2
     assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
-    if dtype == "float16":
+    if knob != "--dtype=float32":
         return
 
     whole = [*args, f"--out_dir={tmp_path}/whole", "--batch_size=300"]  # it is in every step
@@ -240,6 +240,18 @@ def test_bad_steps_are_skipped_counted_and_end_the_run_if_they_go_on(demo_data, 
     assert "more than max_bad_steps = 2" in line and "for 1 of its events" in line and f"event_id {event_id}" in line
     ok = common.load_checkpoint(tmp_path / "whole/ckpt.pt")
     assert ok["step"] == 2 and all(value.isfinite().all() for value in ok["model"].values())
+
+
+def test_muon_learns_and_resumes(demo_data, tmp_path):
+    args = [f"--data_dir={demo_data}", f"--out_dir={tmp_path}/run", *TINY_RUN, "--optimizer=muon", "--schedule=constant",
+            "--learning_rate=1e-2", "--val_split=pretrain", "--val_events=0", "--eval_interval=10"]
+    run_ok("train.py", *args, "--max_steps=6")
+    run_ok("train.py", *args, "--max_steps=20")
+    run_ok("train.py", *args, "--max_steps=20", f"--out_dir={tmp_path}/straight")
+    assert_same_weights(tmp_path / "run", tmp_path / "straight")
+    before, *_, after = column(tmp_path / "run", "val_loss")
+    assert after < before - 1.5
+    assert "optimizer = 'muon'" in user_error("train.py", *args, "--max_steps=30", "--optimizer=adamw")
 
 
 def test_what_may_not_change_when_a_run_goes_on(pretrained, demo_data):
