@@ -523,9 +523,9 @@ def find_run(config, path, may_change):
     if not config.resume:
         fail(f"{config.out_dir} holds a run; go on with --resume=True, or choose another out_dir")
     known = saved["config"] if saved else read_json(record)  # without a checkpoint it starts anew, but as the same run
-    for key, now in dataclasses.asdict(config).items():
-        if key not in may_change:
-            check_same(path if saved else record, key, known.get(key), now)
+    for field in dataclasses.fields(config):
+        if field.name not in may_change:  # a knob that is younger than the run was at its default
+            check_same(path if saved else record, field.name, known.get(field.name, default_of(field)), getattr(config, field.name))
     return saved
 
 
@@ -541,9 +541,9 @@ def find_branch(config, saved, may_change):
         config.max_steps = saved["config"]["max_steps"]
         return saved
     origin = load_checkpoint(path)
-    for key, now in dataclasses.asdict(config).items():
-        if key not in may_change | {"branch_from"}:
-            check_same(path, key, origin["config"].get(key), now)
+    for field in dataclasses.fields(config):
+        if field.name not in may_change | {"branch_from"}:
+            check_same(path, field.name, origin["config"].get(field.name, default_of(field)), getattr(config, field.name))
     flat = warmup_steps(config), origin["config"]["max_steps"] - origin["config"]["cooldown_steps"]
     if not flat[0] <= origin["step"] <= flat[1]:
         fail(f"{path} is at step {origin['step']}, outside the flat part of its schedule, steps {flat[0]} to {flat[1]}; "

@@ -119,13 +119,13 @@ def nearest_parent(path):
 
 def take_architecture(config, saved, path, keys):
     """The architecture comes from the checkpoint; a knob that was set to something else is a contradiction."""
+    known = {**dataclasses.asdict(ModelConfig()), **saved["config"]}  # a knob that is younger than the checkpoint was off
     for key in keys:
-        if key not in saved["config"]:
+        if key not in known:
             common.fail(f"{path} is no fine-tuned checkpoint (it knows no {key}); pretrained ones go to --pretrained=")
-        if key in config.sources and getattr(config, key) != saved["config"][key]:
-            common.fail(f"{key} = {getattr(config, key)!r}, but {path} has {saved['config'][key]!r}; leave "
-                        f"{key} out, the checkpoint tells it")
-        setattr(config, key, saved["config"][key])
+        if key in config.sources and getattr(config, key) != known[key]:
+            common.fail(f"{key} = {getattr(config, key)!r}, but {path} has {known[key]!r}; leave {key} out, the checkpoint tells it")
+        setattr(config, key, known[key])
 
 
 def load_pretrained(path, config, geometry, data_dir):
