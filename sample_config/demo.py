@@ -1,4 +1,5 @@
-# A small model on simulated events, 4 minutes on 2 CPU cores. Against base.py: 0.5 M parameters, a shorter memory of Adam.
+# A small model on simulated events, 4 minutes on 2 CPU cores. Against base.py: 0.5 M parameters, a shorter memory of Adam, Muon:
+# with AdamW (learning rate 5e-3) val_dom_loss ends at 4.05 instead of 3.69, and the direction at 1.39 rad instead of 1.17.
 data_dir = "data/demo"
 val_events = 2000
 
@@ -11,7 +12,8 @@ num_layers = 3
 batch_size = 128
 micro_batches = 4
 max_steps = 700
-learning_rate = 5e-3
+optimizer = "muon"
+learning_rate = 1e-2
 beta2 = 0.98  # warm-up of 50 steps
 cooldown_steps = 350
 
