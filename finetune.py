@@ -255,36 +255,36 @@ def predict(model, split, n_events, config, ranks, autocast):
 
     They are the model's outputs, line_fit, and where labels are known the loss; a batch at a time, whatever n_events is.
     """
-    mine = np.array_split(np.arange(n_events), ranks.world_size)[ranks.rank]
-    n_chunks = -(-len(mine) * ranks.world_size // config.batch_size)
-    chunks = np.array_split(mine, n_chunks) if n_chunks else []  # a rank may have none
+    first, last = np.linspace(0, n_events, ranks.world_size + 1).astype(np.int64)[ranks.rank:ranks.rank + 2].tolist()
+    edges = np.linspace(first, last, -(-(last - first) * ranks.world_size // config.batch_size) + 1).astype(np.int64)
     geometry = torch.from_numpy(data.read_geometry(config.data_dir)).to(ranks.device)
     model.eval()
-    with common.progress_bar(len(mine), f"predict {split.path}", "event") as bar:
-        loader = data.prefetch(lambda i: event_batches(split, chunks[i], config.micro_batches), range(len(chunks)), ranks.device)
-        for chunk, batches in zip(chunks, loader):
-            arrays = {}
+    with common.progress_bar(last - first, f"predict {split.path}", "event") as bar:
+        loader = data.prefetch(lambda i: event_batches(split, np.arange(edges[i], edges[i + 1]), config.micro_batches),
+                               range(len(edges) - 1), ranks.device)  # a rank may have no event
+        for i, batches in enumerate(loader):
+            index, arrays = np.arange(edges[i], edges[i + 1]), {}
             for batch in batches:
                 with autocast:
                     outputs = model(batch)
                 losses = event_losses(outputs, batch, config)
                 for name, value in {**outputs, "loss": losses, "line_fit": line_fit(batch, geometry)}.items():
                     value = value.float().cpu().numpy()
-                    arrays.setdefault(name, np.empty((len(chunk), *value.shape[1:]), np.float32))[batch["row"].cpu().numpy()] = value
-            yield chunk, arrays
-            bar.update(len(chunk))
+                    arrays.setdefault(name, np.empty((len(index), *value.shape[1:]), np.float32))[batch["row"].cpu().numpy()] = value
+            yield index, arrays
+            bar.update(len(index))
     model.train()
 
 
-def prediction_table(event_id, arrays):
+def prediction_table(event_id, arrays, config):
     """What is written of some events: angles as Kaggle wants them, azimuth in [0, 2 pi), zenith in [0, pi]."""
-    if "log_energy" in arrays:
+    if config.task == "energy":
         return pa.table({"event_id": event_id, "energy": 10.0 ** arrays["log_energy"].astype(np.float64)})
     x, y, z = arrays["direction"].T.astype(np.float64)
     azimuth = np.arctan2(y, x) % (2 * np.pi)
     azimuth[azimuth >= 2 * np.pi] = 0.0  # a tiny negative angle plus 2 pi rounds up to 2 pi
-    return pa.table({"event_id": event_id, "azimuth": azimuth, "zenith": np.arccos(np.clip(z, -1, 1)),
-                     "x": x, "y": y, "z": z, "kappa": arrays["kappa"]})
+    columns = {"event_id": event_id, "azimuth": azimuth, "zenith": np.arccos(np.clip(z, -1, 1)), "x": x, "y": y, "z": z}
+    return pa.table(columns | ({"kappa": arrays["kappa"]} if "vmf" in config.direction_loss else {}))
 
 
 def join_predictions(path, n_ranks):
@@ -320,16 +320,16 @@ def evaluate(model, split, n_events, config, ranks, autocast, predictions=""):
     has_labels = not any(np.isnan(split.events[label][:n_events]).any() for label in LABELS[config.task])
     scores, writer, part = [], None, f"{predictions}.rank{ranks.rank}"
     if predictions:  # a rank may have no event: its file is begun with an empty table
-        nothing = {"log_energy": np.empty(0)} if config.task == "energy" else {"direction": np.empty((0, 3)), "kappa": np.empty(0, "f4")}
+        nothing = {"log_energy": np.empty(0), "direction": np.empty((0, 3)), "kappa": np.empty(0, np.float32)}
         Path(predictions).parent.mkdir(parents=True, exist_ok=True)
-        writer = pq.ParquetWriter(part, prediction_table(np.empty(0, np.int64), nothing).schema)
+        writer = pq.ParquetWriter(part, prediction_table(np.empty(0, np.int64), nothing, config).schema)
     for index, arrays in predict(model, split, n_events, config, ranks, autocast):
         events = split.events[index]
         if has_labels:
             scores.append(score(arrays, events, config))
         if writer:
             try:
-                writer.write_table(prediction_table(events["event_id"], arrays))
+                writer.write_table(prediction_table(events["event_id"], arrays, config))
             except OSError as error:
                 common.fail(f"{part}: cannot be written ({error}); make room or choose another file for predictions")
     if writer:
@@ -389,17 +389,17 @@ def evaluation_table(scores, events, config):
     rng = np.random.default_rng(0)
     for kind, label, mask in bins_of(events):
         n = int(mask.sum())
-        if n < 10:
+        if n < 10 and kind != "all":
             continue
         row = {"kind": kind, "bin": label, "n": n}
         error = scores["error"][mask]
         resampled = [error[rng.integers(n, size=n)] for _ in range(N_BOOTSTRAP)]
         for name, statistic in STATISTICS[config.task].items():
             row[name] = float(statistic(error))
-            row[f"{name} +-"] = float(np.std([statistic(sample) for sample in resampled]))
+            row[f"{name}_error"] = float(np.std([statistic(sample) for sample in resampled]))
         if config.task == "direction":
             fit = scores["fit_error"][mask]
-            row |= {"line fit mean": float(fit.mean()), "line fit median": float(np.median(fit))}
+            row |= {"line_fit_mean": float(fit.mean()), "line_fit_median": float(np.median(fit))}
         yield row
 
 
@@ -409,9 +409,10 @@ def print_evaluation(rows, config):
     print(f"{'':<8}{'':<18}{'events':>9}" + "".join(f"{f'{name} [{unit}]':>20}" for name in names)
           + f"{'line fit mean':>16}{'median [deg]':>14}" * (config.task == "direction"))
     for row in rows:
-        cells = "".join(f"{f'{row[name] * scale:.4g} +- {row[name + chr(32) + chr(43) + chr(45)] * scale:.2g}':>20}" for name in names)
+        cells = [f"{row[name] * scale:.4g} +- {row[name + '_error'] * scale:.2g}" for name in names]
+        cells = "".join(f"{cell:>20}" for cell in cells)
         if config.task == "direction":
-            cells += f"{row['line fit mean'] * scale:>16.4g}{row['line fit median'] * scale:>14.4g}"
+            cells += f"{row['line_fit_mean'] * scale:>16.4g}{row['line_fit_median'] * scale:>14.4g}"
         print(f"{row['kind']:<8}{row['bin']:<18}{row['n']:>9,}{cells}")
 
 
@@ -421,9 +422,9 @@ def report(scores, events, config, path, saved):
     whole = rows[0]
     start = f"pretrained {saved['config']['pretrained']}" if saved["config"]["pretrained"] else "from scratch"
     result = f"{path} | {start} | {saved['n_train']:,} labels | {len(events):,} events of {config.val_split} | " + (
-        f"angular error mean {whole['mean']:.4f} +- {whole['mean +-']:.4f} rad, median {whole['median']:.4f} rad"
+        f"angular error mean {whole['mean']:.4f} +- {whole['mean_error']:.4f} rad, median {whole['median']:.4f} rad"
         if config.task == "direction" else
-        f"log10(energy) bias {whole['bias']:+.4f} +- {whole['bias +-']:.4f}, resolution {whole['resolution']:.4f} dex")
+        f"log10(energy) bias {whole['bias']:+.4f} +- {whole['bias_error']:.4f}, resolution {whole['resolution']:.4f} dex")
     content = {"checkpoint": path, "pretrained": saved["config"]["pretrained"], "freeze_backbone": saved["config"]["freeze_backbone"],
                "n_train": saved["n_train"], "task": config.task, "direction_loss": config.direction_loss,
                "data_dir": config.data_dir, "split": config.val_split, "n_events": len(events),
@@ -446,7 +447,7 @@ def report(scores, events, config, path, saved):
 # export
 # ----------------------------------------------------------------------------------------------------------------------
 
-def export_model(path, model, split, n=2):
+def export_model(path, model):
     """Write the model for use without this repository: torch.export.load(path).module()(pulses, valid).
 
     pulses: dict of time [ns], charge [p.e.] float32, dom int64 (sensor_id), aux bool, each (B, L); valid bool (B, L). Float32,
@@ -460,10 +461,10 @@ def export_model(path, model, split, n=2):
         def forward(self, pulses, valid):
             return {name: value.detach() for name, value in self.model({**pulses, "valid": valid}).items()}
 
-    batch, = event_batches(split, np.arange(min(n, len(split))), 1)
-    pulses = {name: batch[name] for name in ("time", "charge", "dom", "aux")}
+    kinds = {"time": torch.float32, "charge": torch.float32, "dom": torch.int64, "aux": torch.bool}
+    pulses = {name: torch.zeros(2, 3, dtype=kind) for name, kind in kinds.items()}  # any shape does
     shape = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    program = torch.export.export(Exported().eval(), (pulses, batch["valid"]),
+    program = torch.export.export(Exported().eval(), (pulses, torch.ones(2, 3, dtype=torch.bool)),
                                   dynamic_shapes={"pulses": {name: shape for name in pulses}, "valid": shape})
 
     def write(part):
@@ -492,7 +493,7 @@ def main():
         model = Reconstructor(config, geometry)
         model.load_state_dict(saved["model"])
         if config.export and ranks.main:
-            export_model(config.export, model, val_split)
+            export_model(config.export, model)
         scores = evaluate(model.to(ranks.device), val_split, n_val, config, ranks, autocast, config.predictions)
         if ranks.main and scores:
             result, content = report(scores, val_split.events[:n_val], config, path, saved)

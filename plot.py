@@ -120,9 +120,9 @@ def errors(config, runs, plt):
             rows = [row for row in found["rows"] if row["kind"] == kind]
             places = np.arange(len(rows))
             axis.errorbar(places + 0.06 * i, np.degrees([row["median"] for row in rows]),
-                          np.degrees([row["median +-"] for row in rows]), label=name_of(run), marker="o", capsize=3, **looks(i))
+                          np.degrees([row["median_error"] for row in rows]), label=name_of(run), marker="o", capsize=3, **looks(i))
             if i == 0:
-                axis.plot(places, np.degrees([row["line fit median"] for row in rows]), color="0.55", marker="s", label="line fit")
+                axis.plot(places, np.degrees([row["line_fit_median"] for row in rows]), color="0.55", marker="s", label="line fit")
                 axis.set_xticks(places, [row["bin"].replace(" to ", "\nto ") for row in rows], fontsize=7)
     left.set(xlabel="angular error [deg]", ylabel="events", xlim=(0, 180))
     middle.set(xlabel="energy", ylabel="median angular error [deg]", ylim=(0, None))

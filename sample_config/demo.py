@@ -11,12 +11,12 @@ num_layers = 3
 
 batch_size = 128
 micro_batches = 4
-max_steps = 700
+max_steps = 600
 optimizer = "muon"
 learning_rate = 1e-2
 beta2 = 0.98  # warm-up of 50 steps
-cooldown_steps = 350
+cooldown_steps = 300
 
-eval_interval = 350
+eval_interval = 300
 log_interval = 10
 save_interval = 100

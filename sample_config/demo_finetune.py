@@ -12,12 +12,12 @@ head_hidden_size = 256
 
 batch_size = 64
 micro_batches = 4
-max_steps = 625  # 5 epochs of 8,000
+max_steps = 500  # 4 epochs of 8,000
 learning_rate = 1e-3
 beta2 = 0.98
 warmup_steps = 50
 schedule = "cosine"
 
-eval_interval = 625
+eval_interval = 500
 log_interval = 10
 save_interval = 100
