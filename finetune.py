@@ -539,6 +539,7 @@ def main():
     saved = common.find_run(config, checkpoint_path, MAY_CHANGE)
     if saved:
         common.check_same(checkpoint_path, "labels in train_split", saved["n_train"], n_train)
+        common.check_geometry(saved, geometry, checkpoint_path, config.data_dir)
         if saved["step"] >= config.max_steps or ran_out_of_patience(saved["step"], saved["best_step"], config):
             if ranks.main:
                 print(f"{config.out_dir} is complete at step {saved['step']}; raise max_steps to go on, or choose another out_dir")
