@@ -499,7 +499,8 @@ def read_checkpoint(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever torch's unpickler makes of a damaged file
-        fail(f"{path}: not a readable checkpoint ({first_line(error)}); it is damaged or of another program")
+        fail(f"{path}: not a readable checkpoint ({first_line(error)}); it is damaged or of another program: take another one, or "
+             "remove it to start anew")
 
 
 def load_checkpoint(path):
@@ -541,9 +542,13 @@ def find_branch(config, saved, may_change):
         config.max_steps = saved["config"]["max_steps"]
         return saved
     origin = load_checkpoint(path)
+    if "task" in origin["config"]:
+        fail(f"{path} is a fine-tuned checkpoint; a branch begins from one of train.py")
     for field in dataclasses.fields(config):
         if field.name not in may_change | {"branch_from"}:
-            check_same(path, field.name, origin["config"].get(field.name, default_of(field)), getattr(config, field.name))
+            before, now = origin["config"].get(field.name, default_of(field)), getattr(config, field.name)
+            if before != now:
+                fail(f"{path} was written with {field.name} = {before!r}, now it is {now!r}; a branch repeats the knobs of its run")
     flat = warmup_steps(config), origin["config"]["max_steps"] - origin["config"]["cooldown_steps"]
     if not flat[0] <= origin["step"] <= flat[1]:
         fail(f"{path} is at step {origin['step']}, outside the flat part of its schedule, steps {flat[0]} to {flat[1]}; "

@@ -5,7 +5,7 @@
     python finetune.py sample_config/demo_finetune.py --eval_only=True --val_split=test --val_events=0 \\
         --predictions=out/test.csv
 
-Prints one line every log_interval steps and writes log.csv, ckpt.pt (last), best.pt (lowest val_loss), config.json,
+Prints one line every log_interval steps and writes log.csv, ckpt.pt (last), best.pt (lowest val_loss after step 0), config.json,
 result.txt and evaluation_<val_split>.json (the errors of best.pt, in bins, beside those of a line fit) into out_dir.
 Guessing at random gives a mean angular error of pi/2 = 1.571 rad.
 """
@@ -84,10 +84,16 @@ class FinetuneConfig(ModelConfig):
             yield f"direction_loss = {self.direction_loss!r}: choose among {', '.join(DIRECTION_LOSSES)}, or join some by +"
         if self.predictions and Path(self.predictions).suffix not in (".csv", ".parquet"):
             yield f"predictions = {self.predictions!r}: the name must end in .csv or .parquet"
-        if self.export and not (self.eval_only and self.export.endswith(".pt2")):
-            yield f"export = {self.export!r}: the name must end in .pt2, and it needs --eval_only=True"
+        if self.export and not self.export.endswith(".pt2"):
+            yield f"export = {self.export!r}: the name must end in .pt2"
+        if self.export and not self.eval_only:
+            yield f"export = {self.export!r} is written by --eval_only=True"
+        if self.task == "energy" and "direction_loss" in getattr(self, "sources", {}):
+            yield "direction_loss has no meaning for task = 'energy'; leave it out"
         for path in filter(None, (self.predictions, self.export)):
             above = nearest_parent(path)
+            if Path(path).is_dir():
+                yield f"{path}: is a folder, a file is needed"
             if not (above.is_dir() and os.access(above, os.W_OK)):
                 yield f"{path}: {above} is not a folder to write in"
         if self.checkpoint and not self.eval_only:
@@ -311,21 +317,28 @@ def join_predictions(path, n_ranks):
 # evaluation
 # ----------------------------------------------------------------------------------------------------------------------
 
+def has_labels(split, n_events, config):
+    return not any(np.isnan(split.events[label][:n_events]).any() for label in LABELS[config.task])
+
+
 def evaluate(model, split, n_events, config, ranks, autocast, predictions=""):
     """Predict the first n_events and, if they have labels, score them -> dict of arrays (n_events,), on every rank, or {}.
 
     loss; "direction": error, fit_error (of the line fit) [rad], quantile (see vmf_quantile); "energy": error [dex].
     predictions: a file to write them to; all ranks work, none of them holds more than a batch and the scores.
     """
-    has_labels = not any(np.isnan(split.events[label][:n_events]).any() for label in LABELS[config.task])
+    is_labelled = has_labels(split, n_events, config)
     scores, writer, part = [], None, f"{predictions}.rank{ranks.rank}"
     if predictions:  # a rank may have no event: its file is begun with an empty table
         nothing = {"log_energy": np.empty(0), "direction": np.empty((0, 3)), "kappa": np.empty(0, np.float32)}
-        Path(predictions).parent.mkdir(parents=True, exist_ok=True)
-        writer = pq.ParquetWriter(part, prediction_table(np.empty(0, np.int64), nothing, config).schema)
+        try:
+            Path(predictions).parent.mkdir(parents=True, exist_ok=True)
+            writer = pq.ParquetWriter(part, prediction_table(np.empty(0, np.int64), nothing, config).schema)
+        except OSError as error:
+            common.fail(f"{predictions}: cannot be written ({error}); choose another file for predictions")
     for index, arrays in predict(model, split, n_events, config, ranks, autocast):
         events = split.events[index]
-        if has_labels:
+        if is_labelled:
             scores.append(score(arrays, events, config))
         if writer:
             try:
@@ -337,7 +350,7 @@ def evaluate(model, split, n_events, config, ranks, autocast, predictions=""):
         common.wait_for_all(ranks)
         if ranks.main:
             join_predictions(predictions, ranks.world_size)
-    if not has_labels:
+    if not is_labelled:
         return {}
     names = ("loss", "error") + ("fit_error", "quantile") * (config.task == "direction")
     mine = np.array([np.concatenate([part[name] for part in scores] or [np.empty(0, np.float32)]) for name in names])
@@ -497,16 +510,17 @@ def main():
         scores = evaluate(model.to(ranks.device), val_split, n_val, config, ranks, autocast, config.predictions)
         if ranks.main and scores:
             result, content = report(scores, val_split.events[:n_val], config, path, saved)
-            common.write_json(f"{config.out_dir}/evaluation_{config.val_split}.json", content)
+            folder = Path(path).parent  # of the run whose checkpoint it is
+            common.write_json(folder / f"evaluation_{config.val_split}.json", content)
             if not config.eval_only:
-                common.write_atomic(f"{config.out_dir}/result.txt", lambda part: part.write_text(result + "\n"))
-        elif ranks.main:
-            print(f"{val_split.path}: no labels, nothing to evaluate")
+                common.write_atomic(folder / "result.txt", lambda part: part.write_text(result + "\n"))
 
     if config.eval_only:
         path = config.checkpoint or best_path
         saved = common.load_checkpoint(path)
         take_architecture(config, saved, path, [*architecture, "head_hidden_size", "task", "direction_loss"])
+        if not (config.predictions or config.export or has_labels(val_split, n_val, config)):
+            common.fail(f"{val_split.path} has no labels of the {config.task} to evaluate with; name a file to write: --predictions=")
         if config.export and config.backbone == "gru":
             common.fail("export: torch.export cannot take a GRU for events of any length (torch 2.13); transformer and mamba can")
         evaluate_best(path, saved)
@@ -542,7 +556,8 @@ def main():
         common.check_geometry(saved, geometry, checkpoint_path, config.data_dir)
         if saved["step"] >= config.max_steps or ran_out_of_patience(saved["step"], saved["best_step"], config):
             if ranks.main:
-                print(f"{config.out_dir} is complete at step {saved['step']}; raise max_steps to go on, or choose another out_dir")
+                print(f"{config.out_dir} is complete at step {saved['step']}; raise max_steps (or patience, if that ended it) to go on, "
+                      "or choose another out_dir")
             evaluate_best(best_path, common.load_checkpoint(best_path))
             common.stop_device(ranks)
             return
@@ -607,7 +622,10 @@ def main():
                 best_val, best_step = row["val_loss"], step
                 if ranks.main:
                     save(best_path, step)
-            last_step |= ran_out_of_patience(step, best_step, config)
+            if ran_out_of_patience(step, best_step, config) and not last_step:
+                last_step = True
+                if ranks.main:
+                    bar.write(f"no lower val_loss than at step {best_step} in patience = {config.patience} evaluations: this is the end")
             clock += time.perf_counter() - paused
         if ranks.main and step > first_step and (step % config.save_interval == 0 or last_step):
             save(checkpoint_path, step)

@@ -72,7 +72,7 @@ def read_log(run):
 def read_evaluation(run, split):
     path = Path(run) / f"evaluation_{split}.json"
     if not path.is_file():
-        common.fail(f"{path}: no such file; make it with: python finetune.py --eval_only=True --out_dir={run} --val_split={split} "
+        common.fail(f"{path}: no such file; it must be a run of finetune.py, evaluated with: python finetune.py --eval_only=True --out_dir={run} --val_split={split} "
                     "--data_dir=...")
     return common.read_json(path)
 
@@ -114,8 +114,8 @@ def errors(config, runs, plt):
             common.fail(f"{run} reconstructs the {found['task']}; errors shows angular errors")
         edges = np.degrees(found["histogram"]["edges"])
         if i == 0:
-            left.stairs(found["histogram"]["fit_error"], edges, color="0.55", label="line fit", fill=True, alpha=0.4)
-        left.stairs(found["histogram"]["error"], edges, label=name_of(run), linewidth=1.5, **looks(i))
+            left.stairs(np.array(found["histogram"]["fit_error"]) / found["n_events"], edges, color="0.55", label="line fit", fill=True, alpha=0.4)
+        left.stairs(np.array(found["histogram"]["error"]) / found["n_events"], edges, label=name_of(run), linewidth=1.5, **looks(i))
         for axis, kind in ((middle, "energy"), (right, "pulses")):
             rows = [row for row in found["rows"] if row["kind"] == kind]
             places = np.arange(len(rows))
@@ -124,7 +124,7 @@ def errors(config, runs, plt):
             if i == 0:
                 axis.plot(places, np.degrees([row["line_fit_median"] for row in rows]), color="0.55", marker="s", label="line fit")
                 axis.set_xticks(places, [row["bin"].replace(" to ", "\nto ") for row in rows], fontsize=7)
-    left.set(xlabel="angular error [deg]", ylabel="events", xlim=(0, 180))
+    left.set(xlabel="angular error [deg]", ylabel="share of events", xlim=(0, 180))
     middle.set(xlabel="energy", ylabel="median angular error [deg]", ylim=(0, None))
     right.set(xlabel="pulses of the event", ylabel="median angular error [deg]", ylim=(0, None))
     left.legend()
@@ -148,19 +148,24 @@ def calibration(config, runs, plt):
 
 
 def labels(config, runs, plt):
-    """Runs are put together by how they began: pretrained, frozen, from scratch. Several of one kind and size: mean and spread."""
-    groups = {}
+    """Runs are put together by how they began: pretrained, frozen, from scratch. Several of one kind and size: mean and spread; one: its error."""
+    groups, tasks = {}, set()
     for run in runs:
         found = read_evaluation(run, config.split)
+        tasks.add(found["task"])
+        if len(tasks) > 1:
+            common.fail(f"{run} reconstructs the {found['task']}, the runs before it do not; they cannot share an axis")
         kind = "from scratch" if not found["pretrained"] else "pretrained, frozen" if found["freeze_backbone"] else "pretrained"
         whole = found["rows"][0]
-        value = np.degrees(whole["mean"]) if found["task"] == "direction" else whole["resolution"]
-        groups.setdefault(kind, {}).setdefault(found["n_train"], []).append(value)
+        name, scale = ("mean", np.degrees(1)) if found["task"] == "direction" else ("resolution", 1)
+        groups.setdefault(kind, {}).setdefault(found["n_train"], []).append((whole[name] * scale, whole[f"{name}_error"] * scale))
         unit = "mean angular error [deg]" if found["task"] == "direction" else "energy resolution [dex]"
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for i, (kind, sizes) in enumerate(sorted(groups.items())):
         n = sorted(sizes)
-        axis.errorbar(n, [np.mean(sizes[k]) for k in n], [np.std(sizes[k]) for k in n], label=kind, marker="o", capsize=3, **looks(i))
+        values = [np.array(sizes[k]) for k in n]  # (runs, 2)
+        spread = [value[:, 0].std() if len(value) > 1 else value[0, 1] for value in values]
+        axis.errorbar(n, [value[:, 0].mean() for value in values], spread, label=kind, marker="o", capsize=3, **looks(i))
     axis.set(xscale="log", xlabel="labelled events", ylabel=unit)
     axis.legend()
     return figure
@@ -253,7 +258,7 @@ def event(config, runs, plt):
                     for a, b in zip(place[hidden], geometry[best[0]]):
                         axis.plot(*np.stack([a, b]).T, color=COLORS[3], linewidth=0.8)
                     axis.scatter(*place[hidden].T, s=70, facecolors="none", edgecolors=COLORS[3], linewidths=1.2, label="hidden DOM")
-                    for guess, alpha, label in zip(best, (1, 0.5, 0.3), (f"best guess ({right} of {len(best[0])} right)", "second, third", None)):
+                    for guess, alpha, label in zip(best, (1, 0.6, 0.4), (f"best guess ({right} of {len(best[0])} right)", "second, third", None)):
                         axis.scatter(*geometry[guess].T, marker="x", s=40, color=COLORS[3], alpha=alpha, label=label)
             elif knobs.task == "direction":
                 batch.pop("hidden")
@@ -263,6 +268,7 @@ def event(config, runs, plt):
                     label += f", off by {np.degrees(np.arccos(np.clip(found @ true, -1, 1))):.0f} deg"
                 arrow(found, color=COLORS[0], linestyle="--", label=label)
     axis.set(xlabel="x [m]", ylabel="y [m]", zlabel="z [m]", title=title)
+    axis.locator_params(nbins=4)
     axis.set_box_aspect((1, 1, 1))
     axis.set_xlim(-600, 600), axis.set_ylim(-600, 600), axis.set_zlim(-600, 600)
     axis.view_init(elev=12, azim=-60)
@@ -278,7 +284,7 @@ def main():
     import matplotlib
     matplotlib.use("Agg")  # no window is needed
     import matplotlib.pyplot as plt
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "0.92",
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": "0.92",
                          "legend.frameon": False, "font.size": 10})
     figure = PLOTS[config.what](config, [run.strip() for run in config.runs.split(",") if run.strip()], plt)
     path = config.out or f"out/{config.what}.png"

@@ -205,12 +205,12 @@ def test_patience_ends_a_run_and_it_stays_ended(demo_data, pretrained, tmp_path)
     assert f"is complete at step {last}" in run_ok("finetune.py", *args).stdout
 
 
-@pytest.mark.parametrize("knobs", [[], ["--backbone=mamba", "--task=energy"]], ids=str)
+@pytest.mark.parametrize("knobs", [["--direction_loss=vmf"], ["--backbone=mamba", "--task=energy"]], ids=str)
 def test_an_exported_model_runs_without_this_repository(demo_data, tmp_path, knobs):
     import subprocess
     import sys
     run_ok("finetune.py", f"--data_dir={demo_data}", *KNOBS, *TINY_MODEL, f"--out_dir={tmp_path}", "--pretrained=", "--max_steps=1",
-           "--direction_loss=vmf", *knobs)
+           *knobs)
     run_ok("finetune.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}", "--eval_only=True", "--device=cpu", "--dtype=float32",
            f"--predictions={tmp_path}/p.parquet", f"--export={tmp_path}/model.pt2", "--val_events=20")
     batch, = data.micro_batches(*data.read_events(data.open_split(demo_data, "val"), np.arange(20)), 1)
@@ -238,6 +238,11 @@ def test_user_errors(tuned, demo_data, pretrained, tmp_path):
     assert "have no direction" in user_error("finetune.py", *args, checkpoint, "--val_split=test", "--val_events=0")
     assert "must end in .csv" in user_error("finetune.py", *args, checkpoint, "--predictions=x.txt")
     assert "not a folder to write in" in user_error("finetune.py", *args, checkpoint, "--predictions=/dev/null/x.csv")
+    (tmp_path / "d.csv").mkdir()
+    assert "is a folder" in user_error("finetune.py", *args, checkpoint, f"--predictions={tmp_path}/d.csv")
+    assert "no meaning for task = 'energy'" in user_error("finetune.py", *args, checkpoint, "--task=energy", "--direction_loss=vmf")
+    assert "--predictions=" in user_error("finetune.py", f"--data_dir={demo_data}", f"--out_dir={tuned[0]}", "--eval_only=True",
+                                          "--val_split=test")
     assert "needs a pretrained" in user_error("finetune.py", *args, "--pretrained=", "--freeze_backbone=True")
     assert "no fine-tuned checkpoint" in user_error("finetune.py", *args, "--eval_only=True",
                                                     f"--checkpoint={pretrained[0]}/ckpt.pt")
