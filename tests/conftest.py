@@ -1,6 +1,7 @@
 """Real files, real scripts: what the tests share."""
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,11 @@ def user_error(script, *args, **kwargs):
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 1 and len(lines) == 1 and "Traceback" not in done.stderr, done.stdout + done.stderr
     return lines[0]
+
+
+def hear_ctrl_c():
+    """For preexec_fn: a shell lets what runs in its background ignore Ctrl-C, and processes inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def torchrun(n):

@@ -18,7 +18,7 @@ import pytest
 import data
 import prepare
 import simulate
-from conftest import ROOT, run, run_ok, user_error
+from conftest import hear_ctrl_c, ROOT, run, run_ok, user_error
 
 GEOMETRY = simulate.build_geometry()  # (5160, 3)
 N_EVENTS = {1: 130, 2: 120, 3: 33, 4: 40}  # batches; the third is small, as Kaggle's last one is
@@ -286,7 +286,7 @@ def test_stopped_and_gone_on_is_as_never_stopped(slow, tmp_path, stop):
     folder, command = slow
     target = tmp_path / "data"
     command = [*command, f"--data_dir={target}"]
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, preexec_fn=hear_ctrl_c, stderr=subprocess.PIPE, text=True)
     while not list(target.glob("unfinished/all_*.json")):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.005)

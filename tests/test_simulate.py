@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import simulate
-from conftest import ROOT, run_ok, user_error
+from conftest import hear_ctrl_c, ROOT, run_ok, user_error
 from data import local_coincidence
 
 SETTINGS = ["--n_events=3100", "--events_per_batch=500", "--n_test_events=100", "--seed=3"]
@@ -126,7 +126,7 @@ def start_and_signal(out_dir, send):
     """Start the demo with one worker in a process group of its own, call send(process) when the first batch is done."""
     command = [sys.executable, "simulate.py", f"--out_dir={out_dir}", "--workers=1", *SETTINGS]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)
+                               start_new_session=True, preexec_fn=hear_ctrl_c)
     while process.poll() is None and not (out_dir / ".parts" / "meta_1.parquet").exists():
         time.sleep(0.01)
     send(process)
