@@ -18,7 +18,7 @@ import pytest
 import data
 import prepare
 import simulate
-from conftest import hear_ctrl_c, ROOT, run, run_ok, user_error
+from conftest import ROOT, hear_ctrl_c, run, run_ok, user_error
 
 GEOMETRY = simulate.build_geometry()  # (5160, 3)
 N_EVENTS = {1: 130, 2: 120, 3: 33, 4: 40}  # batches; the third is small, as Kaggle's last one is

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import simulate
-from conftest import hear_ctrl_c, ROOT, run_ok, user_error
+from conftest import ROOT, hear_ctrl_c, run_ok, user_error
 from data import local_coincidence
 
 SETTINGS = ["--n_events=3100", "--events_per_batch=500", "--n_test_events=100", "--seed=3"]

@@ -13,7 +13,7 @@ import torch
 import common
 import data
 import train
-from conftest import hear_ctrl_c, ROOT, TINY_RUN, random_events, run_ok, torchrun, user_error, write_folder
+from conftest import ROOT, TINY_RUN, hear_ctrl_c, random_events, run_ok, torchrun, user_error, write_folder
 
 
 def read_log(out_dir):
@@ -115,7 +115,8 @@ def straight(demo_data, tmp_path_factory):
 
 def start(*args, launcher=(sys.executable,)):
     """Start train.py in a process group of its own."""
-    return subprocess.Popen([*launcher, str(ROOT / "train.py"), *map(str, args)], cwd=ROOT, start_new_session=True, preexec_fn=hear_ctrl_c, text=True,
+    return subprocess.Popen([*launcher, str(ROOT / "train.py"), *map(str, args)], cwd=ROOT, text=True,
+                            start_new_session=True, preexec_fn=hear_ctrl_c,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
