@@ -3,7 +3,7 @@
     python bench.py                                   # training step of the base model on data/demo, 4 minutes on 2 CPU cores
     python bench.py --device=cuda --batch_size=4096 --micro_batches=8 --compile=True
     python bench.py --what=backbones                  # transformer, GRU and Mamba at base width
-    python bench.py --what=prepare                    # full-size Kaggle batches, written for it (0.3 GB), 3 minutes
+    python bench.py --what=prepare                    # full-size Kaggle batches, written for it (0.3 GB), 5 minutes
 
 The training baseline does what the published code does: every event padded to max_pulses, logits at every position,
 float32, unfused optimizer. The preparing baseline handles one event after another. Prints events/s (median over rounds,
@@ -241,8 +241,8 @@ def plain_loop(columns, geometry, start, end, max_pulses):
 
 def seconds_of(function, *args):
     start = time.perf_counter()
-    result = function(*args)
-    return time.perf_counter() - start, result
+    function(*args)
+    return time.perf_counter() - start
 
 
 def bench_prepare(config, folder):
@@ -290,9 +290,9 @@ def bench_prepare(config, folder):
                                    "prepare.py, 1 worker", "prepare.py, 2 workers")}
     with common.progress_bar(config.rounds, "bench", "round") as bar:
         for _ in range(config.rounds):
-            looped, packed = (seconds_of(arm)[0] / n_chunk_events for arm in (loop, pack))
-            read = seconds_of(decode)[0] / config.n_events
-            scripts = [seconds_of(script, workers)[0] / (config.n_events * N_BATCHES) for workers in (1, 2)]
+            looped, packed = (seconds_of(arm) / n_chunk_events for arm in (loop, pack))
+            read = seconds_of(decode) / config.n_events
+            scripts = [seconds_of(script, workers) / (config.n_events * N_BATCHES) for workers in (1, 2)]
             for rate, seconds in zip((*rates.values(), *whole.values()), (looped, packed, looped + read, read, *scripts)):
                 rate.append(1 / seconds)
             bar.update()
@@ -305,7 +305,7 @@ def bench_prepare(config, folder):
         indices = [(rng.integers(0, len(split) - run_length, (4096 // run_length, 1)) + np.arange(run_length)).ravel()
                    for _ in range(200)]
         for _ in range(2):  # the first time maps the pages
-            seconds, _ = seconds_of(lambda: [data.read_events(split, index) for index in indices])
+            seconds = seconds_of(lambda: [data.read_events(split, index) for index in indices])
         print(f"loader, random runs of {run_length}: {200 * 4096 / seconds / 1e6:.2f} M events/s from mapped pages")
 
 

@@ -370,19 +370,10 @@ def wait_for_all(ranks):
 
 
 def sum_over_ranks(values, ranks):
-    """Add up a short list of numbers (or a 1-d tensor) over all ranks, in float64 -> list of floats."""
+    """Add up a short list of numbers, or a 1-d tensor, over all ranks, in float64 -> list of floats; waits for a GPU's tensor only."""
     import torch
-    kind = torch.float32 if ranks.device.type == "mps" else torch.float64  # mps has no float64
-    total = torch.as_tensor(values).to(ranks.device, kind)
-    if ranks.world_size > 1:
-        torch.distributed.all_reduce(total)
-    return total.tolist()
-
-
-def sum_on_cpu(values, ranks):
-    """Add up a short list of numbers that every rank has on the CPU -> list of floats; does not wait for a GPU."""
-    import torch
-    total = torch.tensor(values, dtype=torch.float64)
+    total = torch.as_tensor(values)
+    total = total.to(torch.float32 if total.device.type == "mps" else torch.float64)  # mps has no float64
     if ranks.world_size > 1:
         torch.distributed.all_reduce(total)
     return total.tolist()

@@ -263,7 +263,6 @@ def predict(model, split, n_events, config, ranks, autocast):
     """
     first, last = np.linspace(0, n_events, ranks.world_size + 1).astype(np.int64)[ranks.rank:ranks.rank + 2].tolist()
     edges = np.linspace(first, last, -(-(last - first) * ranks.world_size // config.batch_size) + 1).astype(np.int64)
-    geometry = torch.from_numpy(data.read_geometry(config.data_dir)).to(ranks.device)
     model.eval()
     with common.progress_bar(last - first, f"predict {split.path}", "event") as bar:
         loader = data.prefetch(lambda i: event_batches(split, np.arange(edges[i], edges[i + 1]), config.micro_batches),
@@ -274,7 +273,7 @@ def predict(model, split, n_events, config, ranks, autocast):
                 with autocast:
                     outputs = model(batch)
                 losses = event_losses(outputs, batch, config)
-                for name, value in {**outputs, "loss": losses, "line_fit": line_fit(batch, geometry)}.items():
+                for name, value in {**outputs, "loss": losses, "line_fit": line_fit(batch, model.encoder.embedding.geometry)}.items():
                     value = value.float().cpu().numpy()
                     arrays.setdefault(name, np.empty((len(index), *value.shape[1:]), np.float32))[batch["row"].cpu().numpy()] = value
             yield index, arrays
@@ -539,7 +538,7 @@ def main():
         index, epoch = data.step_events(step, config.batch_size, n_train, config.seed)
         shift = None
         if config.time_offset_std:  # two uniform numbers make a normal one (Box & Muller)
-            u, v = (data.uniform_hash(config.seed + 1 + i, epoch, index) for i in (0, 1))
+            u, v = (data.uniform_hash(config.seed, epoch, 2 * index + i) for i in (0, 1))
             shift = (config.time_offset_std * np.sqrt(-2 * np.log1p(-u)) * np.cos(2 * np.pi * v)).astype(np.float32)
             shift = np.array_split(shift, ranks.world_size)[ranks.rank]
         return event_batches(train_split, np.array_split(index, ranks.world_size)[ranks.rank], config.micro_batches, shift)
@@ -640,7 +639,7 @@ def main():
         called = time.perf_counter()
         batches = next(loader)
         waited += time.perf_counter() - called
-        asked_to_stop, = common.sum_on_cpu([bool(caught)], ranks)  # any rank: then all do, after this step
+        asked_to_stop, = common.sum_over_ranks([bool(caught)], ranks)  # any rank: then all do, after this step
         step_loss = 0.0
         for i, batch in enumerate(batches):
             # gradients are summed over ranks only after the last micro-batch

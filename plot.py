@@ -72,8 +72,8 @@ def read_log(run):
 def read_evaluation(run, split):
     path = Path(run) / f"evaluation_{split}.json"
     if not path.is_file():
-        common.fail(f"{path}: no such file; it must be a run of finetune.py, evaluated with: python finetune.py --eval_only=True --out_dir={run} --val_split={split} "
-                    "--data_dir=...")
+        common.fail(f"{path}: no such file; it must be a run of finetune.py, evaluated with: python finetune.py --eval_only=True "
+                    f"--out_dir={run} --val_split={split} --data_dir=...")
     return common.read_json(path)
 
 
@@ -112,10 +112,11 @@ def errors(config, runs, plt):
         found = read_evaluation(run, config.split)
         if found["task"] != "direction":
             common.fail(f"{run} reconstructs the {found['task']}; errors shows angular errors")
-        edges = np.degrees(found["histogram"]["edges"])
+        edges, fit, share = (np.array(found["histogram"][name]) for name in ("edges", "fit_error", "error"))
+        edges, fit, share = np.degrees(edges), fit / found["n_events"], share / found["n_events"]
         if i == 0:
-            left.stairs(np.array(found["histogram"]["fit_error"]) / found["n_events"], edges, color="0.55", label="line fit", fill=True, alpha=0.4)
-        left.stairs(np.array(found["histogram"]["error"]) / found["n_events"], edges, label=name_of(run), linewidth=1.5, **looks(i))
+            left.stairs(fit, edges, color="0.55", label="line fit", fill=True, alpha=0.4)
+        left.stairs(share, edges, label=name_of(run), linewidth=1.5, **looks(i))
         for axis, kind in ((middle, "energy"), (right, "pulses")):
             rows = [row for row in found["rows"] if row["kind"] == kind]
             places = np.arange(len(rows))
@@ -148,7 +149,7 @@ def calibration(config, runs, plt):
 
 
 def labels(config, runs, plt):
-    """Runs are put together by how they began: pretrained, frozen, from scratch. Several of one kind and size: mean and spread; one: its error."""
+    """Runs are put together by how they began: pretrained, frozen, from scratch; several of one kind and size: mean and spread."""
     groups, tasks = {}, set()
     for run in runs:
         found = read_evaluation(run, config.split)
@@ -257,8 +258,10 @@ def event(config, runs, plt):
                     right = (best[0] == pulses["dom"][hidden]).sum()
                     for a, b in zip(place[hidden], geometry[best[0]]):
                         axis.plot(*np.stack([a, b]).T, color=COLORS[3], linewidth=0.8)
-                    axis.scatter(*place[hidden].T, s=70, facecolors="none", edgecolors=COLORS[3], linewidths=1.2, label="hidden DOM")
-                    for guess, alpha, label in zip(best, (1, 0.6, 0.4), (f"best guess ({right} of {len(best[0])} right)", "second, third", None)):
+                    axis.scatter(*place[hidden].T, s=70, facecolors="none", edgecolors=COLORS[3], linewidths=1.2,
+                                 label="hidden DOM")
+                    names = (f"best guess ({right} of {len(best[0])} right)", "second, third", None)
+                    for guess, alpha, label in zip(best, (1, 0.6, 0.4), names):
                         axis.scatter(*geometry[guess].T, marker="x", s=40, color=COLORS[3], alpha=alpha, label=label)
             elif knobs.task == "direction":
                 batch.pop("hidden")
@@ -284,8 +287,8 @@ def main():
     import matplotlib
     matplotlib.use("Agg")  # no window is needed
     import matplotlib.pyplot as plt
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": "0.92",
-                         "legend.frameon": False, "font.size": 10})
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
+                         "grid.color": "0.92", "legend.frameon": False, "font.size": 10})
     figure = PLOTS[config.what](config, [run.strip() for run in config.runs.split(",") if run.strip()], plt)
     path = config.out or f"out/{config.what}.png"
     common.write_atomic(path, lambda part: figure.savefig(part, format="png", dpi=150))

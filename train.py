@@ -250,7 +250,7 @@ def main():
         waited += time.perf_counter() - called
         # what the DOM loss is the mean over, on all ranks; and whether any rank was asked to stop: then all do, after this step
         n_scored, n_hidden = (sum(batch.pop(count) for batch in batches) for count in ("n_scored", "n_hidden"))
-        n_averaged, asked_to_stop = common.sum_on_cpu(
+        n_averaged, asked_to_stop = common.sum_over_ranks(
             [n_scored if config.loss_weighting == "per_event" else n_hidden, bool(caught)], ranks)
         dom_loss = charge_loss = 0.0
         for i, batch in enumerate(batches):
