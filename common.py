@@ -425,6 +425,12 @@ def catch_signals():
     return caught
 
 
+def release_signals():
+    """Ctrl-C and SIGTERM end the process at once again: what follows the training loop saves nothing that could be lost."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def end_stopped_run(config, caught, step, ranks):
     """After the checkpoint of a run that was asked to stop: exit 130 on Ctrl-C, as a shell expects, 0 on SIGTERM."""
     wait_for_all(ranks)

@@ -681,6 +681,7 @@ def main():
         bar.update()
 
     bar.close()
+    common.release_signals()
     common.wait_for_all(ranks)  # rank 0 may still be writing best.pt
     evaluate_best(best_path, common.load_checkpoint(best_path))
     common.stop_device(ranks)

@@ -5,6 +5,7 @@
     python plot.py --what=calibration --runs=out/vmf                      is the predicted uncertainty right? (direction_loss vmf)
     python plot.py --what=labels --runs=out/a,out/b,out/c,out/d           error against number of labels, pretrained or not
     python plot.py --what=scaling --runs=out/a,out/b,out/c --x=events     validation loss against events seen or parameters
+    python plot.py --what=study --study=embedding --x=learning_rate       results of study.py, with the spread over seeds
     python plot.py --what=event --data_dir=data/demo --event=5 --runs=out/demo,out/demo_finetune
 
 Each writes one .png, in a second or two, and prints its name. errors, calibration and labels read the
@@ -22,6 +23,7 @@ from types import SimpleNamespace
 import numpy as np
 
 import data
+from study import final_rows, read_results, value
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito: told apart by all eyes
 STYLES = ("-", "--", ":", "-.")  # after seven colours
@@ -29,11 +31,15 @@ STYLES = ("-", "--", ":", "-.")  # after seven colours
 
 @dataclass
 class PlotConfig:
-    what: str = "curves"  # or "errors", "calibration", "labels", "scaling", "event"
+    what: str = "curves"  # or "errors", "calibration", "labels", "scaling", "study", "event"
     runs: str = ""  # folders of runs, separated by commas
     split: str = "val"  # whose evaluation_<split>.json; event: the split it is in
-    x: str = "events"  # scaling: against "events" seen or "parameters"
-    y: str = "val_dom_loss"  # scaling: a column of log.csv, its last value
+    x: str = "events"  # scaling: against "events" seen or "parameters"; study: or "learning_rate", "number" of the arm, "seconds"
+    y: str = "val_dom_loss"  # scaling, study: a column of log.csv or of the results
+    study: str = ""  # study: its name, or several separated by commas
+    results: str = "out/study/results.csv"  # study: the file that study.py wrote
+    fit: bool = False  # study: a power law through each arm
+    x_label: str = ""  # study: what the number in an arm's name means; "" = x
     data_dir: str = "data/demo"  # event: the data folder it is in
     event: int = 0  # event: its place in the split
     hide: float = 0.25  # event: share of good pulses whose DOM is hidden
@@ -41,11 +47,14 @@ class PlotConfig:
 
     def check(self):
         yield from common.check_choice(self, "what", PLOTS)
-        yield from common.check_choice(self, "x", ("events", "parameters"))
+        xs = {"scaling": ("events", "parameters"), "study": ("events", "parameters", "learning_rate", "number", "seconds")}
+        yield from common.check_choice(self, "x", xs.get(self.what, xs["study"]))
         yield from common.check_not_negative(self, "event")
         yield from common.check_share(self, "hide")
-        if not self.runs and self.what != "event":
+        if not self.runs and self.what not in ("event", "study"):
             yield "runs is empty: name one or more folders of runs, separated by commas"
+        if not self.study and self.what == "study":
+            yield "study is empty: name one or more studies, separated by commas"
         if importlib.util.find_spec("matplotlib") is None:
             yield "plot.py needs matplotlib: pip install matplotlib"
 
@@ -190,15 +199,70 @@ def scaling(config, runs, plt):
     for point in zip(x, y, names):
         axis.annotate(point[2], point[:2], xytext=(4, 4), textcoords="offset points", fontsize=7, color="0.35")
     if len(set(x)) > 2:
-        u, v = np.log(x), np.log(y)
-        slope, offset = np.polyfit(u, v, 1)
-        rest = v - slope * u - offset
-        error = (rest @ rest / (len(x) - 2) / np.square(u - u.mean()).sum()) ** 0.5  # of the slope, from the scatter of the points
-        grid = np.geomspace(min(x), max(x))
-        axis.plot(grid, np.exp(offset) * grid**slope, color="0.55", label=f"power {slope:.3f} $\\pm$ {error:.3f}")
+        draw_power_law(axis, np.array(x), np.array(y))
         axis.legend()
     axis.set(xscale="log", yscale="log", xlabel={"events": "events seen", "parameters": "parameters"}[config.x], ylabel=config.y)
     axis.yaxis.set_minor_formatter("{x:.3g}")
+    return figure
+
+
+def draw_power_law(axis, x, y):
+    u, v = np.log(x), np.log(y)
+    slope, offset = np.polyfit(u, v, 1)
+    rest = v - slope * u - offset
+    error = (rest @ rest / (len(x) - 2) / np.square(u - u.mean()).sum()) ** 0.5  # of the slope, from the scatter of the points
+    grid = np.geomspace(min(x), max(x))
+    axis.plot(grid, np.exp(offset) * grid**slope, color="0.55", linewidth=1, label=f"power {slope:.3f} $\\pm$ {error:.3f}")
+
+
+def study(config, runs, plt):
+    """Results of study.py, mean and standard deviation over seeds.
+
+    Against the learning rate: one line an arm. Against the number in an arm's name (pretrained/500) or parameters: the best
+    learning rate of each, one line for arms that share what stands before the number. Against events or seconds: their curves.
+    """
+    results, lines = read_results(config.results), {}  # label -> x -> values, one a seed
+    for name in config.study.split(","):
+        final = final_rows(results, name)
+        if not final:
+            common.fail(f"{config.results} has no study {name}; it has {', '.join(sorted({row['study'] for row in results})) or 'none'}")
+        for arm in dict.fromkeys(arm for arm, _, _ in final):
+            kind, _, number = arm.partition("/")
+            tried = [rate for other, rate, _ in final if other == arm]
+            # it ran on all seeds with its best learning rate only
+            best = min(tried, key=lambda rate: (-tried.count(rate), np.nan_to_num(value(final[arm, rate, 1], config.y), nan=np.inf)))
+            if config.x == "number" and not number:
+                common.fail(f"{config.results}: arm {arm} of {name} has no number in its name; choose another --x=")
+            for row in results:
+                rate = float(row["learning_rate"])
+                if (row["study"], row["arm"]) != (name, arm) or np.isnan(value(row, config.y)):
+                    continue
+                is_final = final[arm, rate, int(row["seed"])] is row
+                if config.x == "learning_rate" and is_final:
+                    lines.setdefault(arm, {}).setdefault(rate, []).append(value(row, config.y))
+                elif config.x in ("number", "parameters") and is_final and rate == best:
+                    x = float(number if config.x == "number" else row["parameters"])
+                    lines.setdefault(kind, {}).setdefault(x, []).append(value(row, config.y))
+                elif config.x in ("events", "seconds") and rate == best:
+                    seconds = np.mean([1 / value(final[key], "events_per_s") for key in final if key[:2] == (arm, rate)])
+                    x = value(row, "events") * (seconds if config.x == "seconds" else 1)
+                    lines.setdefault(arm, {}).setdefault(x, []).append(value(row, config.y))
+    if not lines:
+        common.fail(f"{config.results}: {config.y} is empty in {config.study}")
+    scale, label = (np.degrees(1), f"{config.y} [deg]") if config.y.startswith("val_angle") else (1, config.y)
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for i, (name, points) in enumerate(lines.items()):
+        x = np.array(sorted(points))
+        mean, spread = np.array([(np.mean(points[k]), np.std(points[k], ddof=len(points[k]) > 1)) for k in x]).T * scale
+        axis.errorbar(x, mean, spread, label=name, marker="o", markersize=4, capsize=3, **looks(i))
+        if config.fit and len(x) > 2:
+            draw_power_law(axis, x, mean)
+    axis.set(xscale="linear" if config.x == "seconds" else "log", xlabel=config.x_label or config.x, ylabel=label)
+    if config.fit:
+        axis.set_yscale("log")
+        axis.yaxis.set_minor_formatter("{x:.3g}")
+    if len(lines) > 1 or config.fit:
+        axis.legend()
     return figure
 
 
@@ -279,7 +343,7 @@ def event(config, runs, plt):
     return figure
 
 
-PLOTS = {"curves": curves, "errors": errors, "calibration": calibration, "labels": labels, "scaling": scaling, "event": event}
+PLOTS = {"curves": curves, "errors": errors, "calibration": calibration, "labels": labels, "scaling": scaling, "study": study, "event": event}
 
 
 def main():

@@ -2,6 +2,8 @@
 import dataclasses
 import math
 import re
+import signal
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -174,6 +176,14 @@ def test_log_is_cut_where_a_run_goes_on(tmp_path):
     common.start_log(config, columns, 3)({"step": 3, "loss": 2.0})
     assert (tmp_path / "log.csv").read_text().split() == ["step,loss,val_loss", "0,0.333333,", "1,0.333333,",
                                                           "2,0.333333,3.14159", "3,2,"]
+
+
+def test_signals_are_noted_in_the_loop_and_end_the_process_after_it():
+    done = subprocess.run([sys.executable, "-c", "import common, os, signal\ncaught = common.catch_signals()\n"
+                           "os.kill(os.getpid(), signal.SIGTERM)\nprint(caught == [signal.SIGTERM], flush=True)\n"
+                           "common.release_signals()\nos.kill(os.getpid(), signal.SIGTERM)\nprint('still here')"],
+                          cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "True\n"), done.stderr
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(demo_data, tmp_path):

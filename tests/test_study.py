@@ -1,0 +1,187 @@
+"""study.py: which runs a study needs, and real small studies, stopped and gone on."""
+import csv
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import study
+from conftest import ROOT, TINY_RUN, run_ok, user_error
+
+
+def row(arm, rate, seed, end, step="600"):
+    return dict.fromkeys(study.RESULTS, "") | {"study": "s", "arm": arm, "learning_rate": str(rate), "seed": str(seed),
+                                               "step": step, "val_dom_loss": str(end)}
+
+
+def needed(rows, **knobs):
+    config = study.StudyConfig(arms={"a": ""}, learning_rates="1,2,4", out_dir="out/s", **knobs)
+    return study.missing_runs(config, study.final_rows(rows, "s"))
+
+
+def test_tuning_comes_first_then_the_other_seeds():
+    tuned = [row("a", 1, 1, 5.0), row("a", 2, 1, 4.0), row("a", 4, 1, 4.5)]
+    assert needed([]) == [("a", 1.0, 1), ("a", 2.0, 1), ("a", 4.0, 1)]
+    assert needed(tuned[:2]) == [("a", 4.0, 1)]
+    assert needed(tuned) == [("a", 2.0, 2), ("a", 2.0, 3)]
+    assert needed([*tuned, row("a", 2, 3, 4.1)]) == [("a", 2.0, 2)]
+    assert needed(tuned, seeds=1) == []
+
+
+def test_range_grows_while_the_best_lies_at_its_end():
+    falling = [row("a", 1, 1, 5.0), row("a", 2, 1, 4.5), row("a", 4, 1, 4.0)]
+    assert needed(falling) == [("a", 8.0, 1)]
+    assert needed([*falling, row("a", 8, 1, 4.2)]) == [("a", 4.0, 2), ("a", 4.0, 3)]
+    assert needed([*falling, row("a", 8, 1, 3.0)]) == [("a", 16.0, 1)]
+    assert needed([*falling, row("a", 8, 1, 3.0), row("a", 16, 1, 2.0)]) == [("a", 16.0, 2), ("a", 16.0, 3)]  # widen = 2
+    assert needed(falling, widen=0) == [("a", 4.0, 2), ("a", 4.0, 3)]
+    rising = [row("a", 1, 1, 4.0), row("a", 2, 1, 4.5), row("a", 4, 1, "nan")]
+    assert needed(rising) == [("a", 0.5, 1)]
+
+
+def test_a_run_that_diverged_is_never_the_best_and_only_its_last_evaluation_counts():
+    rows = [row("a", 1, 1, 4.0), row("a", 1, 1, 9.0, step="100"), row("a", 2, 1, ""), row("a", 4, 1, 4.5)]
+    assert study.best_rate(study.final_rows(rows, "s"), "a", "val_dom_loss") == 1.0
+    assert study.final_rows(rows, "another") == {}
+
+
+@pytest.fixture(scope="module")
+def small_study(demo_data, tmp_path_factory):
+    """A config of a study with two arms, and the command that runs it."""
+    folder = tmp_path_factory.mktemp("study")
+    shared = " ".join([f"--data_dir={demo_data}", *TINY_RUN])
+    (folder / "small.py").write_text(f"shared = {shared!r}\narms = {{'charge': '', 'centre/2': '--cls_target=center'}}\n"
+                                     f"learning_rates = '0.001,0.004,0.016'\nwiden = 0\nseeds = 2\nout_dir = '{folder}/small'\n"
+                                     f"results = '{folder}/results.csv'\n")
+    done = run_ok("study.py", folder / "small.py", "--jobs=2")
+    return folder, done
+
+
+def test_small_study(small_study):
+    folder, done = small_study
+    with open(folder / "results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    # 3 learning rates and one more seed, evaluated at steps 3 and 6
+    assert len(rows) == 2 * 4 * 2 and {row["step"] for row in rows} == {"3", "6"}
+    for line in rows:
+        assert float(line["val_dom_loss"]) < 10 and int(line["parameters"]) > 100_000 and "cpu (1 threads)" in line["hardware"]
+        assert (float(line["val_center_rms"]) > 0) == (line["arm"] == "centre/2")
+    with open(folder / "small/charge/lr0.004_seed1/log.csv", newline="") as file:
+        last = list(csv.DictReader(file))[-1]
+    result, = (line for line in rows if (line["arm"], line["learning_rate"], line["seed"], line["step"])
+               == ("charge", "0.004", "1", "6"))
+    assert result["val_dom_loss"] == last["val_dom_loss"] and result["val_charge_rms"] == last["val_charge_rms"]
+    table = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert len(table) == 3 and "val_dom_loss" in table[0] and table[2].startswith("| centre/2 |") and " +- " in table[2]
+    assert all((folder / f"small/{arm}/seed{seed}/ckpt.pt").is_file() for arm in ("charge", "centre/2") for seed in (1, 2))
+
+
+def test_a_complete_study_runs_nothing(small_study):
+    folder, done = small_study
+    before, log = (folder / "results.csv").read_bytes(), folder / "small/charge/lr0.004_seed1/output.txt"
+    written = log.stat().st_mtime_ns
+    again = run_ok("study.py", folder / "small.py")
+    assert (folder / "results.csv").read_bytes() == before and log.stat().st_mtime_ns == written
+    assert again.stdout.splitlines()[-4:] == done.stdout.splitlines()[-4:]
+
+
+def test_later_study_begins_from_an_earlier_one_and_is_drawn(small_study, demo_data, tmp_path):
+    pytest.importorskip("matplotlib")
+    folder, _ = small_study
+    tune = ["--head_hidden_size=8", "--batch_size=16", "--micro_batches=2", "--max_steps=3", "--warmup_steps=1",
+            "--log_interval=1", "--direction_loss=vmf", "--eval_interval=3"]
+    arms = {f"labels/{n}": f"--pretrained={folder}/small/charge/seed{{seed}}/ckpt.pt --train_events={n}" for n in (50, 100, 150)}
+    (tmp_path / "labels.py").write_text(
+        f"script = 'finetune.py'\nshared = {' '.join([f'--data_dir={demo_data}', *tune])!r}\narms = {arms}\nlearning_rates = '0.001'\n"
+        f"seeds = 2\nmetric = 'val_angle_mean'\nout_dir = '{tmp_path}/labels'\nresults = '{folder}/results.csv'\n")
+    run_ok("study.py", tmp_path / "labels.py")
+    rows = [row for row in study.read_results(folder / "results.csv") if row["study"] == "labels"]
+    assert len(rows) == 6 and all(0 < float(row["val_angle_mean"]) < 3.2 and 0 <= float(row["coverage_90"]) <= 1 for row in rows)
+    assert len({row["val_angle_mean"] for row in rows}) == 6  # other seeds and sizes are other runs
+    for x, y, name, more in (("learning_rate", "val_dom_loss", "small", []), ("events", "val_loss", "small,labels", []),
+                             ("seconds", "val_dom_loss", "small", []), ("parameters", "val_dom_loss", "small", []),
+                             ("number", "val_angle_mean", "labels", ["--fit=True", "--x_label=labels"])):
+        path = tmp_path / "study.png"
+        run_ok("plot.py", "--what=study", f"--study={name}", f"--x={x}", f"--y={y}", f"--out={path}",
+               f"--results={folder}/results.csv", *more)
+        assert path.stat().st_size > 10_000
+        path.unlink()
+    where = f"--results={folder}/results.csv"
+    assert "has no study lables; it has labels, small" in user_error("plot.py", "--what=study", "--study=lables", where)
+    assert "arm charge of small has no number" in user_error("plot.py", "--what=study", "--study=small", "--x=number", where)
+    assert "val_angle_mean is empty in small" in user_error("plot.py", "--what=study", "--study=small", "--y=val_angle_mean", where)
+
+
+def test_killed_study_goes_on(demo_data, tmp_path):
+    (tmp_path / "s.py").write_text(f"shared = {' '.join([f'--data_dir={demo_data}', *TINY_RUN])!r}\narms = {{'a': ''}}\n"
+                                   f"learning_rates = '0.001,0.004,0.016'\nwiden = 0\nseeds = 1\nout_dir = '{tmp_path}/s'\n"
+                                   f"results = '{tmp_path}/results.csv'\n")
+    process = subprocess.Popen([sys.executable, "study.py", tmp_path / "s.py"], cwd=ROOT, start_new_session=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "results.csv").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = study.read_results(tmp_path / "results.csv")
+    assert len({row["learning_rate"] for row in before}) < 3
+    run_ok("study.py", tmp_path / "s.py")
+    after = study.read_results(tmp_path / "results.csv")
+    assert after[:len(before)] == before and len(study.final_rows(after, "s")) == 3
+
+
+def test_failing_arm_keeps_what_is_finished(demo_data, tmp_path):
+    arms = {"good": "", "bad": "--mask_prop=0.5"}
+    (tmp_path / "s.py").write_text(f"shared = {' '.join([f'--data_dir={demo_data}', *TINY_RUN])!r}\narms = {arms}\n"
+                                   f"learning_rates = '0.001'\nseeds = 1\nout_dir = '{tmp_path}/s'\nresults = '{tmp_path}/results.csv'\n")
+    said = user_error("study.py", tmp_path / "s.py")
+    assert "mask_prop" in said and "did you mean mask_prob?" in said
+    assert list(study.final_rows(study.read_results(tmp_path / "results.csv"), "s")) == [("good", 0.001, 1)]
+
+
+def test_diverging_run_is_recorded_and_not_chosen(demo_data, tmp_path):
+    (tmp_path / "s.py").write_text(f"shared = {' '.join([f'--data_dir={demo_data}', *TINY_RUN])!r}\narms = {{'a': '--grad_clip=1e30'}}\n"
+                                   f"learning_rates = '0.001,0.002,1e25'\nwiden = 0\nseeds = 1\nout_dir = '{tmp_path}/s'\n"
+                                   f"results = '{tmp_path}/results.csv'\n")
+    done = run_ok("study.py", tmp_path / "s.py")
+    final = study.final_rows(study.read_results(tmp_path / "results.csv"), "s")
+    assert final["a", 1e25, 1]["val_dom_loss"] == "" and "lr 1e+25 seed 1 | val_dom_loss diverged" in done.stderr + done.stdout
+    assert study.best_rate(final, "a", "val_dom_loss") in (0.001, 0.002)
+
+
+def test_user_errors(tmp_path):
+    assert "arms is empty" in user_error("study.py")
+    arms = "--arms={'a': ''}"
+    assert "learning_rates = '1,2': one (not tuned), or three" in user_error("study.py", arms, "--learning_rates=1,2")
+    assert "learning_rates = 'fast'" in user_error("study.py", arms, "--learning_rates=fast")
+    assert "did you mean 'train.py'" in user_error("study.py", arms, "--script=trian.py")
+    (tmp_path / "results.csv").write_text("a,b\n1,2\n")
+    assert "results.csv: not a file of results" in user_error("study.py", arms, f"--results={tmp_path}/results.csv", f"--out_dir={tmp_path}")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "sample_config/study").glob("*.py")), ids=lambda path: path.stem)
+def test_study_configs_load(path, monkeypatch):
+    """Each is read, and what its arms add to the shared arguments are knobs of the script."""
+    import common
+    import finetune
+    import prepare
+    import simulate
+    import train
+    stages = {"simulate": simulate.SimulateConfig, "prepare": prepare.PrepareConfig, "train": train.TrainConfig,
+              "finetune": finetune.FinetuneConfig}
+    monkeypatch.chdir(ROOT)
+
+    def load(stage, *args):
+        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, args)])
+        return common.load_config(stage)
+    if path.stem in stages:
+        load(stages[path.stem], path)
+        return
+    config = load(study.StudyConfig, path)
+    for arguments in config.arms.values():
+        load(stages[config.script.removesuffix(".py")], *config.shared.split(), *arguments.format(seed=1).split())
+    assert dataclasses.asdict(config)["out_dir"] == f"out/study/{path.stem}"
