@@ -13,11 +13,14 @@ import torch
 import common
 from conftest import ROOT, run, run_ok, user_error
 from finetune import FinetuneConfig
+from plot import PlotConfig
 from prepare import PrepareConfig
 from simulate import SimulateConfig
+from study import StudyConfig
 from train import TrainConfig
 
 CONFIGS = {"simulate": SimulateConfig, "prepare": PrepareConfig, "train": TrainConfig, "finetune": FinetuneConfig}
+OTHERS = {"study": StudyConfig, "plot": PlotConfig}
 
 
 def load(monkeypatch, cls, *args):
@@ -74,18 +77,18 @@ def test_a_bad_config_from_the_shell():
     assert "did you mean max_steps" in user_error("train.py", "--max_step=3")
 
 
-@pytest.mark.parametrize("stage", CONFIGS)
+@pytest.mark.parametrize("stage", CONFIGS | OTHERS)
 def test_help_explains_every_knob(stage):
     text = run_ok(f"{stage}.py", "--help").stdout
-    for field in dataclasses.fields(CONFIGS[stage]):
+    for field in dataclasses.fields((CONFIGS | OTHERS)[stage]):
         assert re.search(rf"--{field.name}=\S.* +\S{{2,}}", text), f"{stage}: --help has no comment for {field.name}"
 
 
-@pytest.mark.parametrize("stage", CONFIGS)
+@pytest.mark.parametrize("stage", CONFIGS | OTHERS)
 def test_every_knob_is_read(stage):
     files = ["common.py", "model.py", f"{stage}.py"] if stage in ("train", "finetune") else [f"{stage}.py"]
     source = "".join((ROOT / file).read_text() for file in files)
-    for field in dataclasses.fields(CONFIGS[stage]):
+    for field in dataclasses.fields((CONFIGS | OTHERS)[stage]):
         uses = re.findall(rf"(?:config|self)\.{field.name}\b", source)
         assert uses, f"{stage}: nothing reads the knob {field.name}"
 
