@@ -227,26 +227,26 @@ def study(config, runs, plt):
         if not final:
             common.fail(f"{config.results} has no study {name}; it has {', '.join(sorted({row['study'] for row in results})) or 'none'}")
         for arm in dict.fromkeys(arm for arm, _, _ in final):
-            kind, _, number = arm.partition("/")
-            tried = [rate for other, rate, _ in final if other == arm]
-            # it ran on all seeds with its best learning rate only
-            best = min(tried, key=lambda rate: (-tried.count(rate), np.nan_to_num(value(final[arm, rate, 1], config.y), nan=np.inf)))
-            if config.x == "number" and not number:
-                common.fail(f"{config.results}: arm {arm} of {name} has no number in its name; choose another --x=")
-            for row in results:
-                rate = float(row["learning_rate"])
-                if (row["study"], row["arm"]) != (name, arm) or np.isnan(value(row, config.y)):
-                    continue
-                is_final = final[arm, rate, int(row["seed"])] is row
-                if config.x == "learning_rate" and is_final:
-                    lines.setdefault(arm, {}).setdefault(rate, []).append(value(row, config.y))
-                elif config.x in ("number", "parameters") and is_final and rate == best:
-                    x = float(number if config.x == "number" else row["parameters"])
-                    lines.setdefault(kind, {}).setdefault(x, []).append(value(row, config.y))
-                elif config.x in ("events", "seconds") and rate == best:
-                    seconds = np.mean([1 / value(final[key], "events_per_s") for key in final if key[:2] == (arm, rate)])
-                    x = value(row, "events") * (seconds if config.x == "seconds" else 1)
-                    lines.setdefault(arm, {}).setdefault(x, []).append(value(row, config.y))
+            ends = [(rate, row) for (other, rate, _), row in final.items() if other == arm]
+            rates = [rate for rate, _ in ends]
+            # the best learning rate is the one that ran on all seeds; of a single seed, the one that ended lowest
+            best = min(ends, key=lambda end: (-rates.count(end[0]), np.nan_to_num(value(end[1], config.y), nan=np.inf)))[0]
+            label, _, number = arm.rpartition("/")
+            if config.x == "learning_rate":
+                label, points = arm, ends
+            elif config.x == "parameters":
+                label, points = label or name, [(value(row, "parameters"), row) for rate, row in ends if rate == best]
+            elif config.x == "number":
+                if not label or not number.replace(".", "", 1).isdigit():
+                    common.fail(f"{config.results}: arm {arm} of {name} has no number in its name; choose another --x=")
+                points = [(float(number), row) for rate, row in ends if rate == best]
+            else:
+                label, seconds = arm, np.mean([1 / value(row, "events_per_s") for rate, row in ends if rate == best])
+                points = [(value(row, "events") * (seconds if config.x == "seconds" else 1), row) for row in results
+                          if (row["study"], row["arm"], float(row["learning_rate"])) == (name, arm, best)]
+            for x, row in points:
+                if not np.isnan(value(row, config.y)):
+                    lines.setdefault(label, {}).setdefault(x, []).append(value(row, config.y))
     if not lines:
         common.fail(f"{config.results}: {config.y} is empty in {config.study}")
     scale, label = (np.degrees(1), f"{config.y} [deg]") if config.y.startswith("val_angle") else (1, config.y)

@@ -125,27 +125,30 @@ def folder_of(config, arm, rate, seed):
     return Path(config.out_dir) / arm / f"lr{rate:g}_seed{seed}"
 
 
+def arguments_of(config, arm, seed):
+    return f"{config.shared} {config.arms[arm]}".replace("{seed}", str(seed)).strip()
+
+
 def run(config, arm, rate, seed):
     """Call the script for one run -> its rows of results. A run that diverges has one row, at step 0, without numbers."""
     folder = folder_of(config, arm, rate, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    arguments = config.arms[arm].format(seed=seed)
-    command = [sys.executable, config.script, *shlex.split(f"{config.shared} {arguments}"), f"--learning_rate={rate}",
-               f"--seed={seed}", f"--out_dir={folder}"]
+    arguments = arguments_of(config, arm, seed)
+    command = [sys.executable, config.script, *shlex.split(arguments), f"--learning_rate={rate}", f"--seed={seed}", f"--out_dir={folder}"]
     threads = str(max((os.cpu_count() or 1) // config.jobs, 1))
-    with open(folder / "output.txt", "w", encoding="utf-8") as output:
+    with open(folder / "output.txt", "a", encoding="utf-8") as output:  # behind what it said before it was stopped
         status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False,
                                 env={**os.environ, "OMP_NUM_THREADS": threads}).returncode
     says = (folder / "output.txt").read_text(encoding="utf-8").splitlines()
     row = dict.fromkeys(RESULTS, "") | {"study": Path(config.out_dir).name, "arm": arm, "learning_rate": f"{rate:g}",
                                         "seed": str(seed), "arguments": arguments}
     if status:
-        error = next((line for line in says if line.startswith("error: ")), f"see {folder}/output.txt")
+        error = next((line for line in reversed(says) if line.startswith("error: ")), f"see {folder}/output.txt")
         if "smaller learning_rate" in error or "lower learning_rate" in error:
             return [row | {"step": "0"}]
         common.fail(f"{shlex.join(command)} ended with status {status}; {error}")
 
-    row["hardware"] = next(line.partition(" | ")[2] for line in says if line.startswith("run ") and " | commit " in line)
+    row["hardware"] = next(line.partition(" | ")[2] for line in reversed(says) if line.startswith("run ") and " | commit " in line)
     model = common.load_checkpoint(folder / "ckpt.pt")["model"]
     row["parameters"] = str(sum(weight.numel() for name, weight in model.items() if not name.endswith("geometry")))
     with open(folder / "log.csv", newline="", encoding="utf-8") as file:
@@ -181,6 +184,10 @@ def main():
     config = common.load_config(StudyConfig, __doc__)
     study = Path(config.out_dir).name
     rows = read_results(config.results)
+    for (arm, _, seed), row in final_rows(rows, study).items():
+        if arm in config.arms and row["arguments"] != arguments_of(config, arm, seed):
+            common.fail(f"{config.results}: arm {arm} of {study} was run with {row['arguments']}, now it would be "
+                        f"{arguments_of(config, arm, seed)}; set it back, or choose another out_dir")
     while jobs := missing_runs(config, final_rows(rows, study)):
         with common.progress_bar(len(jobs), f"study {study}", "run") as bar, ThreadPoolExecutor(config.jobs) as pool:
             try:

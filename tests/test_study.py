@@ -80,11 +80,13 @@ def test_small_study(small_study):
     assert all((folder / f"small/{arm}/seed{seed}/ckpt.pt").is_file() for arm in ("charge", "centre/2") for seed in (1, 2))
 
 
-def test_a_complete_study_runs_nothing(small_study):
+def test_a_complete_study_runs_nothing_and_refuses_other_arguments(small_study, demo_data):
     folder, done = small_study
     before, log = (folder / "results.csv").read_bytes(), folder / "small/charge/lr0.004_seed1/output.txt"
     written = log.stat().st_mtime_ns
     again = run_ok("study.py", folder / "small.py")
+    changed = user_error("study.py", folder / "small.py", f"--shared=--data_dir={demo_data} --max_steps=7")
+    assert "arm charge of small was run with" in changed and "--max_steps=7" in changed
     assert (folder / "results.csv").read_bytes() == before and log.stat().st_mtime_ns == written
     assert again.stdout.splitlines()[-4:] == done.stdout.splitlines()[-4:]
 
@@ -132,6 +134,9 @@ def test_killed_study_goes_on(demo_data, tmp_path):
     run_ok("study.py", tmp_path / "s.py")
     after = study.read_results(tmp_path / "results.csv")
     assert after[:len(before)] == before and len(study.final_rows(after, "s")) == 3
+    (tmp_path / "results.csv").unlink()  # the runs are all there: they are only read again
+    run_ok("study.py", tmp_path / "s.py")
+    assert sorted(map(str, study.read_results(tmp_path / "results.csv"))) == sorted(map(str, after))
 
 
 def test_failing_arm_keeps_what_is_finished(demo_data, tmp_path):
@@ -182,6 +187,6 @@ def test_study_configs_load(path, monkeypatch):
         load(stages[path.stem], path)
         return
     config = load(study.StudyConfig, path)
-    for arguments in config.arms.values():
-        load(stages[config.script.removesuffix(".py")], *config.shared.split(), *arguments.format(seed=1).split())
+    for arm in config.arms:
+        load(stages[config.script.removesuffix(".py")], *study.arguments_of(config, arm, 1).split())
     assert dataclasses.asdict(config)["out_dir"] == f"out/study/{path.stem}"
