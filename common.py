@@ -392,7 +392,7 @@ def gather_over_ranks(rows, ranks):
 def print_run_header(config, ranks, model, n_train):
     """What a log needs to be reproducible: versions, hardware, commit, size of the model and of the data."""
     import torch
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False,
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False,
                             cwd=Path(__file__).parent).stdout.strip() or "unknown"
     where = torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"run {config.out_dir} | commit {commit} | python {sys.version.split()[0]} torch {torch.__version__} | "

@@ -16,17 +16,20 @@ import common  # first: it sets how torch's threads wait
 
 import csv
 import importlib.util
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
 import data
-from study import final_rows, read_results, value
+from study import METRICS, best_rate, final_rows, read_results, value
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito: told apart by all eyes
 STYLES = ("-", "--", ":", "-.")  # after seven colours
+LABELS = {"val_angle_mean": "mean angular error [deg]", "val_angle_median": "median angular error [deg]", "val_dom_loss": "DOM loss",
+          "val_charge_rms": "charge error, rms of log10 [dex]", "val_distance": "best guess off by [m]", "events": "events seen",
+          "learning_rate": "learning rate", "number": "number in the arm's name", "seconds": "seconds of training"}
 
 
 @dataclass
@@ -40,6 +43,7 @@ class PlotConfig:
     results: str = "out/study/results.csv"  # study: the file that study.py wrote
     fit: bool = False  # study: a power law through each arm
     x_label: str = ""  # study: what the number in an arm's name means; "" = x
+    baselines: dict = field(default_factory=dict)  # study: horizontal lines to draw, name to height
     data_dir: str = "data/demo"  # event: the data folder it is in
     event: int = 0  # event: its place in the split
     hide: float = 0.25  # event: share of good pulses whose DOM is hidden
@@ -53,8 +57,12 @@ class PlotConfig:
         yield from common.check_share(self, "hide")
         if not self.runs and self.what not in ("event", "study"):
             yield "runs is empty: name one or more folders of runs, separated by commas"
-        if not self.study and self.what == "study":
-            yield "study is empty: name one or more studies, separated by commas"
+        if self.what == "study":
+            yield from common.check_choice(self, "y", METRICS)
+            if not self.study:
+                yield "study is empty: name one or more studies, separated by commas"
+            if self.fit and self.x not in ("number", "parameters"):
+                yield f"fit = True: a power law is for runs that have ended, over x = 'number' or 'parameters', not over {self.x!r}"
         if importlib.util.find_spec("matplotlib") is None:
             yield "plot.py needs matplotlib: pip install matplotlib"
 
@@ -199,65 +207,75 @@ def scaling(config, runs, plt):
     for point in zip(x, y, names):
         axis.annotate(point[2], point[:2], xytext=(4, 4), textcoords="offset points", fontsize=7, color="0.35")
     if len(set(x)) > 2:
-        draw_power_law(axis, np.array(x), np.array(y))
+        draw_power_law(axis, np.array(x), np.array(y), color="0.55")
         axis.legend()
     axis.set(xscale="log", yscale="log", xlabel={"events": "events seen", "parameters": "parameters"}[config.x], ylabel=config.y)
     axis.yaxis.set_minor_formatter("{x:.3g}")
     return figure
 
 
-def draw_power_law(axis, x, y):
+def draw_power_law(axis, x, y, name="", **how):
     u, v = np.log(x), np.log(y)
     slope, offset = np.polyfit(u, v, 1)
     rest = v - slope * u - offset
     error = (rest @ rest / (len(x) - 2) / np.square(u - u.mean()).sum()) ** 0.5  # of the slope, from the scatter of the points
     grid = np.geomspace(min(x), max(x))
-    axis.plot(grid, np.exp(offset) * grid**slope, color="0.55", linewidth=1, label=f"power {slope:.3f} $\\pm$ {error:.3f}")
+    axis.plot(grid, np.exp(offset) * grid**slope, linewidth=1, label=f"{name} power {slope:.3f} $\\pm$ {error:.3f}", **how)
+
+
+def points_of_study(config, results, name):
+    """What is drawn of one study: yields the name of a line, x, and the row of results with y."""
+    final = final_rows(results, name)
+    if not final:
+        common.fail(f"{config.results} has no study {name}; it has {', '.join(sorted({row['study'] for row in results})) or 'none'}")
+    for arm in dict.fromkeys(arm for arm, _, _ in final):
+        best, (line, _, number) = best_rate(final, arm), arm.rpartition("/")
+        runs = [row for (other, rate, _), row in final.items() if other == arm and rate == best]
+        if config.x == "learning_rate":
+            yield from ((arm, rate, row) for (other, rate, _), row in final.items() if other == arm)
+        elif config.x == "parameters":
+            yield from ((line or name, value(row, "parameters"), row) for row in runs)
+        elif config.x == "number":
+            if not line or not number.replace(".", "", 1).isdigit():
+                common.fail(f"{config.results}: arm {arm} of {name} has no number in its name; choose another --x=")
+            yield from ((line, float(number), row) for row in runs)
+        else:
+            scale = np.nanmean([1 / value(row, "events_per_s") for row in runs]) if config.x == "seconds" else 1
+            yield from ((arm, value(row, "events") * scale, row) for row in results
+                        if (row["study"], row["arm"], float(row["learning_rate"])) == (name, arm, best))
 
 
 def study(config, runs, plt):
-    """Results of study.py, mean and standard deviation over seeds.
+    """Results of study.py, mean and standard deviation over seeds; a run that diverged is left out, with a word.
 
     Against the learning rate: one line an arm. Against the number in an arm's name (pretrained/500) or parameters: the best
     learning rate of each, one line for arms that share what stands before the number. Against events or seconds: their curves.
     """
-    results, lines = read_results(config.results), {}  # label -> x -> values, one a seed
-    for name in config.study.split(","):
-        final = final_rows(results, name)
-        if not final:
-            common.fail(f"{config.results} has no study {name}; it has {', '.join(sorted({row['study'] for row in results})) or 'none'}")
-        for arm in dict.fromkeys(arm for arm, _, _ in final):
-            ends = [(rate, row) for (other, rate, _), row in final.items() if other == arm]
-            rates = [rate for rate, _ in ends]
-            # the best learning rate is the one that ran on all seeds; of a single seed, the one that ended lowest
-            best = min(ends, key=lambda end: (-rates.count(end[0]), np.nan_to_num(value(end[1], config.y), nan=np.inf)))[0]
-            label, _, number = arm.rpartition("/")
-            if config.x == "learning_rate":
-                label, points = arm, ends
-            elif config.x == "parameters":
-                label, points = label or name, [(value(row, "parameters"), row) for rate, row in ends if rate == best]
-            elif config.x == "number":
-                if not label or not number.replace(".", "", 1).isdigit():
-                    common.fail(f"{config.results}: arm {arm} of {name} has no number in its name; choose another --x=")
-                points = [(float(number), row) for rate, row in ends if rate == best]
-            else:
-                label, seconds = arm, np.mean([1 / value(row, "events_per_s") for rate, row in ends if rate == best])
-                points = [(value(row, "events") * (seconds if config.x == "seconds" else 1), row) for row in results
-                          if (row["study"], row["arm"], float(row["learning_rate"])) == (name, arm, best)]
-            for x, row in points:
-                if not np.isnan(value(row, config.y)):
-                    lines.setdefault(label, {}).setdefault(x, []).append(value(row, config.y))
+    results, lines = read_results(config.results), {}  # name of a line -> x -> values, one a seed
+    names = [name.strip() for name in config.study.split(",")]
+    for name in names:
+        for line, x, row in points_of_study(config, results, name):
+            if row["step"] == "0":
+                print(f"note: {name}, arm {row['arm']}, learning rate {row['learning_rate']}, seed {row['seed']} diverged, it is not drawn")
+            elif row[config.y]:
+                line = f"{name}: {line}" if len(names) > 1 and line != name else line
+                lines.setdefault(line, {}).setdefault(x, []).append(value(row, config.y))
     if not lines:
         common.fail(f"{config.results}: {config.y} is empty in {config.study}")
-    scale, label = (np.degrees(1), f"{config.y} [deg]") if config.y.startswith("val_angle") else (1, config.y)
+    scale = np.degrees(1) if config.y.startswith("val_angle") else 1
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for i, (name, points) in enumerate(lines.items()):
+    for i, (line, points) in enumerate(lines.items()):
         x = np.array(sorted(points))
         mean, spread = np.array([(np.mean(points[k]), np.std(points[k], ddof=len(points[k]) > 1)) for k in x]).T * scale
-        axis.errorbar(x, mean, spread, label=name, marker="o", markersize=4, capsize=3, **looks(i))
+        axis.errorbar(x, mean, spread, label=line, marker="o", markersize=4, capsize=3, **looks(i))
         if config.fit and len(x) > 2:
-            draw_power_law(axis, x, mean)
-    axis.set(xscale="linear" if config.x == "seconds" else "log", xlabel=config.x_label or config.x, ylabel=label)
+            draw_power_law(axis, x, mean, line, color=COLORS[i % len(COLORS)], alpha=0.5)
+    axis.set(xscale="linear" if config.x == "seconds" or min(map(min, lines.values())) <= 0 else "log",
+             xlabel=config.x_label or LABELS.get(config.x, config.x), ylabel=LABELS.get(config.y, config.y))
+    if config.baselines:
+        for name, height in config.baselines.items():
+            axis.axhline(height * scale, color="0.55", linewidth=1, linestyle="--")
+            axis.annotate(name, (1, height * scale), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8, color="0.4")
     if config.fit:
         axis.set_yscale("log")
         axis.yaxis.set_minor_formatter("{x:.3g}")

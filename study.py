@@ -7,17 +7,20 @@
 
 An arm is a name and what it adds to the command that all arms share. Each is run with every learning rate on seed 1; while
 the best of them lies at an end of the range, the range grows; the other seeds are run with the best. Prints the means and
-standard deviations over seeds as a table. The best run of an arm is kept as out_dir/<arm>/seed<seed>, where the arms of a
-later study find it. A study that was stopped goes on: what is in the results is not run again.
+standard deviations over seeds as a table. An arm's runs with its best learning rate are copied to out_dir/<arm>/seed<seed>,
+where the arms of a later study find them. A study that was stopped goes on: what is in the results is not run again.
 """
 import common
 
 import csv
+import json
+import math
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +29,9 @@ import numpy as np
 
 METRICS = ["val_loss", "val_dom_loss", "val_charge_loss", "val_perplexity", "val_top1", "val_top5", "val_string", "val_distance",
            "val_charge_rms", "val_center_rms", "val_angle_mean", "val_angle_median", "coverage_50", "coverage_90"]
-RESULTS = ["study", "arm", "learning_rate", "seed", "step", "events", "events_per_s", "parameters", *METRICS, "arguments", "hardware"]
+# one row for each evaluation of each run; metric is what decided on the learning rate, knobs a checksum of what was set
+RESULTS = ["study", "arm", "learning_rate", "seed", "step", "events", "events_per_s", "parameters", *METRICS,
+           "metric", "arguments", "knobs", "hardware"]
 
 
 @dataclass
@@ -49,12 +54,34 @@ class StudyConfig:
         yield from common.check_not_negative(self, "widen")
         if not self.arms:
             yield "arms is empty; name a study, for example sample_config/study/embedding.py"
+        for arm in self.arms:
+            try:
+                shlex.split(arguments_of(self, arm, 1))
+            except ValueError as error:
+                yield f"arm {arm!r}: {error} in {arguments_of(self, arm, 1)}"
         try:
-            rates = [float(rate) for rate in self.learning_rates.split(",")]
+            rates = learning_rates(self)
         except ValueError:
             rates = []
-        if not rates or min(rates) <= 0 or len(rates) == 2:
+        if len(rates) in (0, 2) or not (rates[0] > 0 and math.isfinite(sum(rates))):
             yield f"learning_rates = {self.learning_rates!r}: one (not tuned), or three and more numbers, separated by commas"
+
+
+def learning_rates(config):
+    return sorted({float(f"{float(rate):g}") for rate in config.learning_rates.split(",")})  # as they are written in the results
+
+
+def arguments_of(config, arm, seed):
+    return f"{config.shared} {config.arms[arm]}".replace("{seed}", str(seed)).strip()
+
+
+def knobs_of(arguments):
+    """A checksum of the knobs that the arguments set, so that results of an older version of a config file are told apart."""
+    knobs = {}
+    for argument in shlex.split(arguments):
+        key, _, text = argument.removeprefix("--").partition("=")
+        knobs |= {key: common.parse_flag(text)} if argument.startswith("--") else common.read_config_file(argument)
+    return f"{zlib.crc32(json.dumps(knobs, sort_keys=True, default=str).encode()):08x}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -62,7 +89,7 @@ class StudyConfig:
 # ----------------------------------------------------------------------------------------------------------------------
 
 def read_results(path):
-    """The rows of a results file as dicts of strings, one for each evaluation of each run; [] if there is no file."""
+    """The rows of a results file as dicts of strings; [] if there is no file."""
     if not os.path.isfile(path):
         return []
     with open(path, newline="", encoding="utf-8") as file:
@@ -73,12 +100,13 @@ def read_results(path):
     return rows
 
 
-def write_results(path, rows):
+def add_results(path, rows):
+    """Put rows behind those that the file has by now: another study may have written to it."""
     def write(part):
         with open(part, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, RESULTS, lineterminator="\n")
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(read_results(path) + rows)
     common.write_atomic(path, write)
 
 
@@ -92,9 +120,9 @@ def value(row, column):
     return float(row[column] or "nan")
 
 
-def best_rate(final, arm, metric):
-    """The learning rate with which seed 1 ended lowest; a run that diverged counts as infinitely high."""
-    ends = {rate: np.nan_to_num(value(row, metric), nan=np.inf) for (name, rate, seed), row in final.items()
+def best_rate(final, arm):
+    """The learning rate with which seed 1 ended lowest in the study's metric; a run that diverged counts as infinitely high."""
+    ends = {rate: np.nan_to_num(value(row, row["metric"]), nan=np.inf) for (name, rate, seed), row in final.items()
             if (name, seed) == (arm, 1)}
     return min(ends, key=ends.get)
 
@@ -105,15 +133,18 @@ def best_rate(final, arm, metric):
 
 def missing_runs(config, final):
     """The runs (arm, learning rate, seed) that can be started now: first the tuning of all arms, then the other seeds."""
-    rates = [float(rate) for rate in config.learning_rates.split(",")]
+    rates = learning_rates(config)
     tuning = [(arm, rate, 1) for arm in config.arms for rate in rates if (arm, rate, 1) not in final]
     if tuning:
         return tuning
     jobs = []
     for arm in config.arms:
         tried = sorted(rate for name, rate, seed in final if (name, seed) == (arm, 1))
-        best = best_rate(final, arm, config.metric)
-        if best in (tried[0], tried[-1]) and 1 < len(tried) < len(rates) + config.widen:
+        best, n_widened = best_rate(final, arm), sum(not rates[0] <= rate <= rates[-1] for rate in tried)
+        if not final[arm, best, 1][config.metric]:
+            common.fail(f"arm {arm} has diverged with every learning rate, {', '.join(f'{rate:g}' for rate in tried)}; put smaller "
+                        "ones into learning_rates")
+        if len(rates) > 1 and best in (tried[0], tried[-1]) and n_widened < config.widen:
             neighbour = tried[1] if best == tried[0] else tried[-2]
             jobs.append((arm, float(f"{best * best / neighbour:g}"), 1))
         else:
@@ -125,57 +156,72 @@ def folder_of(config, arm, rate, seed):
     return Path(config.out_dir) / arm / f"lr{rate:g}_seed{seed}"
 
 
-def arguments_of(config, arm, seed):
-    return f"{config.shared} {config.arms[arm]}".replace("{seed}", str(seed)).strip()
-
-
 def run(config, arm, rate, seed):
     """Call the script for one run -> its rows of results. A run that diverges has one row, at step 0, without numbers."""
-    folder = folder_of(config, arm, rate, seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    arguments = arguments_of(config, arm, seed)
+    folder, arguments = folder_of(config, arm, rate, seed), arguments_of(config, arm, seed)
     command = [sys.executable, config.script, *shlex.split(arguments), f"--learning_rate={rate}", f"--seed={seed}", f"--out_dir={folder}"]
-    threads = str(max((os.cpu_count() or 1) // config.jobs, 1))
-    with open(folder / "output.txt", "a", encoding="utf-8") as output:  # behind what it said before it was stopped
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "output.txt", "a+", encoding="utf-8") as output:  # behind what it said before it was stopped
+        before = output.tell()
         status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False,
-                                env={**os.environ, "OMP_NUM_THREADS": threads}).returncode
-    says = (folder / "output.txt").read_text(encoding="utf-8").splitlines()
-    row = dict.fromkeys(RESULTS, "") | {"study": Path(config.out_dir).name, "arm": arm, "learning_rate": f"{rate:g}",
-                                        "seed": str(seed), "arguments": arguments}
+                                env={**os.environ, "OMP_NUM_THREADS": str(max(n_cores // config.jobs, 1))}).returncode
+        output.seek(before)
+        errors = [line for line in output.read().splitlines() if line.startswith("error: ")]
+        output.seek(0)
+        headers = [line for line in output.read().splitlines() if line.startswith("run ") and " | commit " in line]
+    row = dict.fromkeys(RESULTS, "") | {"study": Path(config.out_dir).name, "arm": arm, "learning_rate": f"{rate:g}", "seed": str(seed),
+                                        "metric": config.metric, "arguments": arguments, "knobs": knobs_of(arguments)}
+    if errors and ("smaller learning_rate" in errors[0] or "lower learning_rate" in errors[0]):
+        return [row | {"step": "0"}]
     if status:
-        error = next((line for line in reversed(says) if line.startswith("error: ")), f"see {folder}/output.txt")
-        if "smaller learning_rate" in error or "lower learning_rate" in error:
-            return [row | {"step": "0"}]
-        common.fail(f"{shlex.join(command)} ended with status {status}; {error}")
+        common.fail(f"{shlex.join(command)} ended with status {status}; {errors[0] if errors else f'see {folder}/output.txt'}")
+    checkpoint = common.load_checkpoint(folder / "ckpt.pt")
+    if checkpoint["step"] < checkpoint["config"]["max_steps"] and not checkpoint["config"].get("patience"):
+        common.fail(f"{folder} was stopped at step {checkpoint['step']}; the same command goes on from there")
 
-    row["hardware"] = next(line.partition(" | ")[2] for line in reversed(says) if line.startswith("run ") and " | commit " in line)
-    model = common.load_checkpoint(folder / "ckpt.pt")["model"]
-    row["parameters"] = str(sum(weight.numel() for name, weight in model.items() if not name.endswith("geometry")))
+    row["hardware"] = headers[-1].partition(" | ")[2]
+    row["parameters"] = str(sum(weight.numel() for name, weight in checkpoint["model"].items() if not name.endswith("geometry")))
     with open(folder / "log.csv", newline="", encoding="utf-8") as file:
         log = list(csv.DictReader(file))
     row["events_per_s"] = f"{np.median([float(line['events_per_s']) for line in log if line['events_per_s']]):.4g}"
     rows = [row | {key: line[key] for key in ("step", "events", *METRICS) if key in line} for line in log
             if line["val_loss"] and line["step"] != "0"]
+    if not rows[-1][config.metric]:
+        common.fail(f"{folder}/log.csv has no {config.metric}; choose another metric")
     evaluation = folder / "evaluation_val.json"
-    if evaluation.exists() and "calibration" in (found := common.read_json(evaluation)):
+    if evaluation.exists() and "calibration" in (found := common.read_json(evaluation)):  # of best.pt
         for level in (50, 90):
             share = np.interp(level / 100, found["calibration"]["level"], found["calibration"]["inside"])
             rows[-1][f"coverage_{level}"] = f"{share:.4f}"
     return rows
 
 
+def keep_best(config, arm, rate, seed):
+    """Copy a run with the best learning rate to out_dir/<arm>/seed<seed>, unless it is there already."""
+    folder, best = folder_of(config, arm, rate, seed), Path(config.out_dir) / arm / f"seed{seed}"
+    if not folder.exists():
+        print(f"note: {folder} is in {config.results}, but its files are not here: no later study can begin from it")
+    elif not best.exists() or common.read_json(best / "config.json")["learning_rate"] != rate:
+        part = best.with_name(f"{best.name}.part")
+        for old in (part, best):
+            shutil.rmtree(old, ignore_errors=True)
+        shutil.copytree(folder, part)
+        part.rename(best)
+
+
 def table(config, final):
     """The arms side by side, as markdown: mean and standard deviation over seeds with the best learning rate."""
-    best = {arm: best_rate(final, arm, config.metric) for arm in config.arms}
-    runs = {arm: [row for (name, rate, _), row in final.items() if (name, rate) == (arm, best[arm])] for arm in config.arms}
-    shown = [metric for metric in METRICS if any(value(row, metric) == value(row, metric) for arm in runs for row in runs[arm])]
+    runs = {arm: [row for (name, rate, _), row in final.items() if (name, rate) == (arm, best_rate(final, arm))] for arm in config.arms}
+    shown = [metric for metric in METRICS if metric == config.metric
+             or metric != "val_loss" and any(value(row, metric) > 0 for rows in runs.values() for row in rows)]
     yield "| " + " | ".join(["arm", "learning rate", "seeds", *shown]) + " |"
     yield "|---" * (len(shown) + 3) + "|"
     for arm, rows in runs.items():
         numbers = np.array([[value(row, metric) for metric in shown] for row in rows])
         cells = [f"{mean:.4g} +- {spread:.2g}" if len(rows) > 1 else f"{mean:.4g}"
                  for mean, spread in zip(numbers.mean(0), numbers.std(0, ddof=min(len(rows) - 1, 1)))]
-        yield "| " + " | ".join([arm, f"{best[arm]:g}", str(len(rows)), *cells]) + " |"
+        yield "| " + " | ".join([arm, rows[0]["learning_rate"], str(len(rows)), *cells]) + " |"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -183,17 +229,20 @@ def table(config, final):
 def main():
     config = common.load_config(StudyConfig, __doc__)
     study = Path(config.out_dir).name
-    rows = read_results(config.results)
-    for (arm, _, seed), row in final_rows(rows, study).items():
-        if arm in config.arms and row["arguments"] != arguments_of(config, arm, seed):
-            common.fail(f"{config.results}: arm {arm} of {study} was run with {row['arguments']}, now it would be "
-                        f"{arguments_of(config, arm, seed)}; set it back, or choose another out_dir")
-    while jobs := missing_runs(config, final_rows(rows, study)):
+
+    def done():
+        return final_rows(read_results(config.results), study)
+
+    for (arm, _, seed), row in done().items():
+        if arm in config.arms and row["knobs"] != knobs_of(arguments_of(config, arm, seed)):
+            common.fail(f"{config.results}: arm {arm} of {study} was run with other knobs, {row['arguments']}; set them back, or choose "
+                        "another out_dir, whose last part is the study's name")
+    while jobs := missing_runs(config, done()):
         with common.progress_bar(len(jobs), f"study {study}", "run") as bar, ThreadPoolExecutor(config.jobs) as pool:
             try:
                 for future in as_completed([pool.submit(run, config, *job) for job in jobs]):
-                    rows += future.result()
-                    write_results(config.results, rows)
+                    rows = future.result()
+                    add_results(config.results, rows)
                     last = rows[-1]
                     bar.write(f"run {study} | {last['arm']} | lr {last['learning_rate']} seed {last['seed']} | "
                               f"{config.metric} {last[config.metric] or 'diverged'}")
@@ -201,12 +250,10 @@ def main():
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-    final = final_rows(read_results(config.results), study)
+    final = done()
     for arm in config.arms:
         for seed in range(1, config.seeds + 1):
-            folder, best = folder_of(config, arm, best_rate(final, arm, config.metric), seed), Path(config.out_dir) / arm / f"seed{seed}"
-            if folder.exists() and not best.exists():
-                shutil.copytree(folder, best)
+            keep_best(config, arm, best_rate(final, arm), seed)
     print(*table(config, final), sep="\n")
 
 

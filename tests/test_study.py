@@ -15,7 +15,7 @@ from conftest import ROOT, TINY_RUN, run_ok, user_error
 
 def row(arm, rate, seed, end, step="600"):
     return dict.fromkeys(study.RESULTS, "") | {"study": "s", "arm": arm, "learning_rate": str(rate), "seed": str(seed),
-                                               "step": step, "val_dom_loss": str(end)}
+                                               "step": step, "val_dom_loss": str(end), "metric": "val_dom_loss"}
 
 
 def needed(rows, **knobs):
@@ -39,13 +39,21 @@ def test_range_grows_while_the_best_lies_at_its_end():
     assert needed([*falling, row("a", 8, 1, 3.0)]) == [("a", 16.0, 1)]
     assert needed([*falling, row("a", 8, 1, 3.0), row("a", 16, 1, 2.0)]) == [("a", 16.0, 2), ("a", 16.0, 3)]  # widen = 2
     assert needed(falling, widen=0) == [("a", 4.0, 2), ("a", 4.0, 3)]
-    rising = [row("a", 1, 1, 4.0), row("a", 2, 1, 4.5), row("a", 4, 1, "nan")]
+    rising = [row("a", 1, 1, 4.0), row("a", 2, 1, 4.5), row("a", 4, 1, "")]
     assert needed(rising) == [("a", 0.5, 1)]
+    assert needed([*rising, row("a", 0.01, 1, 6.0), row("a", 0.02, 1, 6.0)]) == [("a", 1.0, 2), ("a", 1.0, 3)]
+    with pytest.raises(SystemExit, match="arm a has diverged with every learning rate, 1, 2, 4"):
+        needed([row("a", rate, 1, "") for rate in (4, 1, 2)])
+
+
+def test_learning_rates_are_those_of_the_results():
+    config = study.StudyConfig(learning_rates="0.1,0.00033333333,0.1,1e-3")
+    assert study.learning_rates(config) == [0.000333333, 0.001, 0.1]
 
 
 def test_a_run_that_diverged_is_never_the_best_and_only_its_last_evaluation_counts():
     rows = [row("a", 1, 1, 4.0), row("a", 1, 1, 9.0, step="100"), row("a", 2, 1, ""), row("a", 4, 1, 4.5)]
-    assert study.best_rate(study.final_rows(rows, "s"), "a", "val_dom_loss") == 1.0
+    assert study.best_rate(study.final_rows(rows, "s"), "a") == 1.0
     assert study.final_rows(rows, "another") == {}
 
 
@@ -86,7 +94,7 @@ def test_a_complete_study_runs_nothing_and_refuses_other_arguments(small_study, 
     written = log.stat().st_mtime_ns
     again = run_ok("study.py", folder / "small.py")
     changed = user_error("study.py", folder / "small.py", f"--shared=--data_dir={demo_data} --max_steps=7")
-    assert "arm charge of small was run with" in changed and "--max_steps=7" in changed
+    assert "arm charge of small was run with other knobs" in changed
     assert (folder / "results.csv").read_bytes() == before and log.stat().st_mtime_ns == written
     assert again.stdout.splitlines()[-4:] == done.stdout.splitlines()[-4:]
 
@@ -106,7 +114,7 @@ def test_later_study_begins_from_an_earlier_one_and_is_drawn(small_study, demo_d
     assert len({row["val_angle_mean"] for row in rows}) == 6  # other seeds and sizes are other runs
     for x, y, name, more in (("learning_rate", "val_dom_loss", "small", []), ("events", "val_loss", "small,labels", []),
                              ("seconds", "val_dom_loss", "small", []), ("parameters", "val_dom_loss", "small", []),
-                             ("number", "val_angle_mean", "labels", ["--fit=True", "--x_label=labels"])):
+                             ("number", "val_angle_mean", "labels", ["--fit=True", "--x_label=labels", "--baselines={'guessing': 1.57}"])):
         path = tmp_path / "study.png"
         run_ok("plot.py", "--what=study", f"--study={name}", f"--x={x}", f"--y={y}", f"--out={path}",
                f"--results={folder}/results.csv", *more)
@@ -115,6 +123,8 @@ def test_later_study_begins_from_an_earlier_one_and_is_drawn(small_study, demo_d
     where = f"--results={folder}/results.csv"
     assert "has no study lables; it has labels, small" in user_error("plot.py", "--what=study", "--study=lables", where)
     assert "arm charge of small has no number" in user_error("plot.py", "--what=study", "--study=small", "--x=number", where)
+    assert "did you mean 'val_loss'" in user_error("plot.py", "--what=study", "--study=small", "--y=val_los", where)
+    assert "a power law is for runs that have ended" in user_error("plot.py", "--what=study", "--study=small", "--fit=True", where)
     assert "val_angle_mean is empty in small" in user_error("plot.py", "--what=study", "--study=small", "--y=val_angle_mean", where)
 
 
@@ -139,6 +149,30 @@ def test_killed_study_goes_on(demo_data, tmp_path):
     assert sorted(map(str, study.read_results(tmp_path / "results.csv"))) == sorted(map(str, after))
 
 
+def test_run_that_is_stopped_is_not_taken_for_a_result(demo_data, tmp_path):
+    (tmp_path / "s.py").write_text(f"shared = {' '.join([f'--data_dir={demo_data}', *TINY_RUN, '--max_steps=2000'])!r}\n"
+                                   f"arms = {{'a': ''}}\nlearning_rates = '0.001'\nseeds = 1\nout_dir = '{tmp_path}/s'\n"
+                                   f"results = '{tmp_path}/results.csv'\n")
+    process = subprocess.Popen([sys.executable, "study.py", tmp_path / "s.py"], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not (tmp_path / "s/a/lr0.001_seed1/ckpt.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    child = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=True)
+    os.kill(int(child.stdout), signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "was stopped at step" in output and "Traceback" not in output, output
+    assert not (tmp_path / "results.csv").exists()
+
+
+def test_two_studies_may_write_to_the_same_results(tmp_path):
+    path, other = tmp_path / "results.csv", row("b", 1, 1, 3.0) | {"study": "t"}
+    assert study.read_results(path) == []
+    study.add_results(path, [row("a", 1, 1, 4.0)])
+    study.add_results(path, [other])
+    assert study.read_results(path) == [row("a", 1, 1, 4.0), other]
+
+
 def test_failing_arm_keeps_what_is_finished(demo_data, tmp_path):
     arms = {"good": "", "bad": "--mask_prop=0.5"}
     (tmp_path / "s.py").write_text(f"shared = {' '.join([f'--data_dir={demo_data}', *TINY_RUN])!r}\narms = {arms}\n"
@@ -155,7 +189,7 @@ def test_diverging_run_is_recorded_and_not_chosen(demo_data, tmp_path):
     done = run_ok("study.py", tmp_path / "s.py")
     final = study.final_rows(study.read_results(tmp_path / "results.csv"), "s")
     assert final["a", 1e25, 1]["val_dom_loss"] == "" and "lr 1e+25 seed 1 | val_dom_loss diverged" in done.stderr + done.stdout
-    assert study.best_rate(final, "a", "val_dom_loss") in (0.001, 0.002)
+    assert study.best_rate(final, "a") in (0.001, 0.002)
 
 
 def test_user_errors(tmp_path):
@@ -163,6 +197,8 @@ def test_user_errors(tmp_path):
     arms = "--arms={'a': ''}"
     assert "learning_rates = '1,2': one (not tuned), or three" in user_error("study.py", arms, "--learning_rates=1,2")
     assert "learning_rates = 'fast'" in user_error("study.py", arms, "--learning_rates=fast")
+    assert "learning_rates = 'nan,1,2'" in user_error("study.py", arms, "--learning_rates=nan,1,2")
+    assert "arm 'a': No closing quotation" in user_error("study.py", "--arms={'a': \"--mlp='relu\"}")
     assert "did you mean 'train.py'" in user_error("study.py", arms, "--script=trian.py")
     (tmp_path / "results.csv").write_text("a,b\n1,2\n")
     assert "results.csv: not a file of results" in user_error("study.py", arms, f"--results={tmp_path}/results.csv", f"--out_dir={tmp_path}")
