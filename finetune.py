@@ -88,7 +88,7 @@ class FinetuneConfig(ModelConfig):
             yield f"export = {self.export!r}: the name must end in .pt2"
         if self.export and not self.eval_only:
             yield f"export = {self.export!r} is written by --eval_only=True"
-        if self.task == "energy" and "direction_loss" in getattr(self, "sources", {}):
+        if self.task == "energy" and getattr(self, "sources", {}).get("direction_loss") == "command line":
             yield "direction_loss has no meaning for task = 'energy'; leave it out"
         for path in filter(None, (self.predictions, self.export)):
             above = nearest_parent(path)

@@ -1,2 +1,3 @@
-# An uncertainty for each event: the length of the head's vector is the kappa of a von Mises-Fisher law. Behind a fine-tuning config.
-direction_loss = "angular+vmf"
+# The direction with its uncertainty: the length of the head's vector is the kappa of a von Mises-Fisher law. Behind a fine-tuning
+# config; demo_finetune.py has it already.
+direction_loss = "vmf"
