@@ -1,6 +1,6 @@
 # What do the arms of the other studies mean for the direction? 2,000 labels, from seed s of each arm's pretraining of 19,200 events.
 script = "finetune.py"
-shared = "sample_config/study/finetune.py"
+shared = "sample_config/study/finetune.py --direction_loss=vmf"
 arms = {arm: f"--pretrained=out/study/{arm}/seed{{seed}}/ckpt.pt" for arm in (
     "embedding/positions", "embedding/table", "embedding/both", "masking/mask_prob/0.1", "masking/mask_prob/0.5",
     "masking/mask_prob/0.75", "targets/lambda_charge/0.1", "targets/lambda_charge/10", "targets/center",
