@@ -259,6 +259,11 @@ def progress_bar(total, desc, unit, initial=0):
 # worker processes
 # ----------------------------------------------------------------------------------------------------------------------
 
+def count_cores():
+    """Those that this process may use: taskset, SLURM and containers can allow fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def run_in_workers(function, jobs, workers, bar, done):
     """Call function(*job) for each job in `workers` processes, and done(job, result) in this one as they finish.
 
@@ -397,15 +402,16 @@ def print_run_header(config, ranks, model, n_train):
     where = torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"run {config.out_dir} | commit {commit} | python {sys.version.split()[0]} torch {torch.__version__} | "
           f"{ranks.world_size} x {ranks.device.type} ({where}) {str(ranks.dtype).removeprefix('torch.')}")
-    print(f"run {count_parameters(model) / 1e6:.2f} M parameters | {n_train:,} training events | "
+    print(f"run {count_parameters(model.state_dict()) / 1e6:.2f} M parameters | {n_train:,} training events | "
           f"{config.batch_size} events a step | {config.max_steps * config.batch_size / n_train:.2f} epochs")
     if warmup_steps(config) > config.max_steps:
         print(f"note: the warm-up of {warmup_steps(config)} steps is longer than the run, which never reaches its learning rate; "
               "set warmup_steps, or a smaller beta2")
 
 
-def count_parameters(model):
-    return sum(parameter.numel() for parameter in model.parameters())
+def count_parameters(weights):
+    """Of a state_dict, in which the DOMs' positions are no parameters."""
+    return sum(weight.numel() for name, weight in weights.items() if not name.endswith("geometry"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

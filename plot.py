@@ -27,7 +27,7 @@ from study import METRICS, best_rate, final_rows, read_results, value
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito: told apart by all eyes
 STYLES = ("-", "--", ":", "-.")  # after seven colours
-LABELS = {"val_angle_mean": "mean angular error [deg]", "val_angle_median": "median angular error [deg]", "val_dom_loss": "DOM loss",
+AXES = {"val_angle_mean": "mean angular error [deg]", "val_angle_median": "median angular error [deg]", "val_dom_loss": "DOM loss",
           "val_charge_rms": "charge error, rms of log10 [dex]", "val_distance": "best guess off by [m]", "events": "events seen",
           "learning_rate": "learning rate", "number": "number in the arm's name", "seconds": "seconds of training"}
 
@@ -198,8 +198,7 @@ def scaling(config, runs, plt):
             common.fail(f"{run}/log.csv has no {config.y}; it has {', '.join(name for name in log if name.startswith('val_'))}")
         last = np.flatnonzero(~np.isnan(log[config.y]))[-1]
         x = log["events"][last] if config.x == "events" else \
-            sum(value.numel() for name, value in common.load_checkpoint(Path(run) / "ckpt.pt")["model"].items()
-                if not name.endswith("geometry"))
+            common.count_parameters(common.load_checkpoint(Path(run) / "ckpt.pt")["model"])
         points.append((x, log[config.y][last], name_of(run)))
     x, y, names = zip(*sorted(points))
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
@@ -271,11 +270,10 @@ def study(config, runs, plt):
         if config.fit and len(x) > 2:
             draw_power_law(axis, x, mean, line, color=COLORS[i % len(COLORS)], alpha=0.5)
     axis.set(xscale="linear" if config.x == "seconds" or min(map(min, lines.values())) <= 0 else "log",
-             xlabel=config.x_label or LABELS.get(config.x, config.x), ylabel=LABELS.get(config.y, config.y))
-    if config.baselines:
-        for name, height in config.baselines.items():
-            axis.axhline(height * scale, color="0.55", linewidth=1, linestyle="--")
-            axis.annotate(name, (1, height * scale), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8, color="0.4")
+             xlabel=config.x_label or AXES.get(config.x, config.x), ylabel=AXES.get(config.y, config.y))
+    for name, height in config.baselines.items():
+        axis.axhline(height * scale, color="0.55", linewidth=1, linestyle="--")
+        axis.annotate(name, (1, height * scale), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8, color="0.4")
     if config.fit:
         axis.set_yscale("log")
         axis.yaxis.set_minor_formatter("{x:.3g}")

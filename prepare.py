@@ -31,8 +31,8 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from common import (check_choice, check_not_negative, count_events, fail, load_config, progress_bar, read_json, run_in_workers,
-                    run_stage, write_atomic, write_json)
+from common import (check_choice, check_not_negative, count_cores, count_events, fail, load_config, progress_bar, read_json,
+                    run_in_workers, run_stage, write_atomic, write_json)
 from data import (DOMS_PER_STRING, EVENT, FORMAT_VERSION, N_DOMS, PULSE, UNFINISHED, describe_dtypes, local_coincidence,
                   open_split, read_meta, reserve, uniform_runs, write_records)
 
@@ -737,7 +737,7 @@ def main():
     left = [batch for batch in batches if batch.path in todo]
     n_events, n_left = sum(batch.n_events for batch in batches), sum(batch.n_events for batch in left)
     jobs = ((batch, None) for batch in left) if is_prometheus else kaggle_jobs(config, left)
-    workers = max(1, min(config.workers or os.cpu_count(), len(left)))
+    workers = max(1, min(config.workers or count_cores(), len(left)))
     with progress_bar(n_events, "prepare", "event", initial=n_events - n_left) as bar:
         run_in_workers(write_batch, ((config, geometry, *job) for job in jobs), workers, bar,
                        lambda job, result: write_json(todo[job[2].path], result))

@@ -24,8 +24,8 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from common import (check_not_negative, check_positive, count_events, fail, load_config, progress_bar, read_json,
-                    run_in_workers, run_stage, write_atomic, write_json)
+from common import (check_not_negative, check_positive, count_cores, count_events, fail, load_config, progress_bar,
+                    read_json, run_in_workers, run_stage, write_atomic, write_json)
 from data import DOMS_PER_STRING, N_DOMS, local_coincidence
 
 # Sources: [D] the detector, arXiv:1612.05093; [DC] DeepCore, arXiv:1109.6096; [A] AMANDA's track reconstruction,
@@ -450,7 +450,7 @@ def main():
     todo = [task for task in tasks if not all(map(os.path.exists, batch_paths(*task[:3])))]
     n_all, n_todo = (sum(task[4] for task in some) for some in (tasks, todo))
     with progress_bar(n_all, "simulate", "event", initial=n_all - n_todo) as bar:
-        run_in_workers(simulate_batch, todo, max(1, min(config.workers or os.cpu_count(), len(todo))), bar, lambda *_: None)
+        run_in_workers(simulate_batch, todo, max(1, min(config.workers or count_cores(), len(todo))), bar, lambda *_: None)
     for split, schema in splits.items():
         parts = [batch_paths(*task[:3])[1] for task in tasks if task[1] == split]
         lengths = join_meta(out_dir / f"{split}_meta.parquet", schema, parts)

@@ -160,12 +160,11 @@ def run(config, arm, rate, seed):
     """Call the script for one run -> its rows of results. A run that diverges has one row, at step 0, without numbers."""
     folder, arguments = folder_of(config, arm, rate, seed), arguments_of(config, arm, seed)
     command = [sys.executable, config.script, *shlex.split(arguments), f"--learning_rate={rate}", f"--seed={seed}", f"--out_dir={folder}"]
-    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "output.txt", "a+", encoding="utf-8") as output:  # behind what it said before it was stopped
         before = output.tell()
         status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False,
-                                env={**os.environ, "OMP_NUM_THREADS": str(max(n_cores // config.jobs, 1))}).returncode
+                                env={**os.environ, "OMP_NUM_THREADS": str(max(common.count_cores() // config.jobs, 1))}).returncode
         output.seek(before)
         errors = [line for line in output.read().splitlines() if line.startswith("error: ")]
         output.seek(0)
@@ -180,8 +179,8 @@ def run(config, arm, rate, seed):
     if checkpoint["step"] < checkpoint["config"]["max_steps"] and not checkpoint["config"].get("patience"):
         common.fail(f"{folder} was stopped at step {checkpoint['step']}; the same command goes on from there")
 
-    row["hardware"] = headers[-1].partition(" | ")[2]
-    row["parameters"] = str(sum(weight.numel() for name, weight in checkpoint["model"].items() if not name.endswith("geometry")))
+    row["hardware"] = (headers or [""])[-1].partition(" | ")[2]
+    row["parameters"] = str(common.count_parameters(checkpoint["model"]))
     with open(folder / "log.csv", newline="", encoding="utf-8") as file:
         log = list(csv.DictReader(file))
     row["events_per_s"] = f"{np.median([float(line['events_per_s']) for line in log if line['events_per_s']]):.4g}"

@@ -8,4 +8,5 @@
 #     print(-numpy.log(share / share.sum())[val].mean())"
 shared = "sample_config/study/train.py --max_steps=3200 --cooldown_steps=800 --keep_every=400 --eval_interval=200"
 arms = {"long": ""}
+seeds = 2
 out_dir = "out/study/pretrain"

@@ -1,4 +1,6 @@
-# Trapezoid or cosine, at several lengths? branches.py has cooldowns that branch off one long run.
-arms = {f"{name}/{steps}": f"--schedule={name} --max_steps={steps} --cooldown_steps=400"
-        for name in ("trapezoidal", "cosine") for steps in (800, 1600)}
+# Trapezoid or cosine, in a long run? The trapezoid is pretrain.py; schedule_short.py asks it of short ones, and branches.py has
+# cooldowns that branch off one long run.
+arms = {"cosine": "--schedule=cosine --max_steps=3200"}
+learning_rates = "0.00125,0.0025,0.005"
+seeds = 2
 out_dir = "out/study/schedule"
