@@ -316,8 +316,9 @@ def join_predictions(path, n_ranks):
 # evaluation
 # ----------------------------------------------------------------------------------------------------------------------
 
-def has_labels(split, n_events, config):
-    return not any(np.isnan(split.events[label][:n_events]).any() for label in LABELS[config.task])
+def find_unlabelled(split, n_events, config):
+    """Places of those among the first n_events that lack a label of the task."""
+    return np.flatnonzero(np.any([np.isnan(split.events[label][:n_events]) for label in LABELS[config.task]], axis=0))
 
 
 def evaluate(model, split, n_events, config, ranks, autocast, predictions=""):
@@ -326,7 +327,7 @@ def evaluate(model, split, n_events, config, ranks, autocast, predictions=""):
     loss; "direction": error, fit_error (of the line fit) [rad], quantile (see vmf_quantile); "energy": error [dex].
     predictions: a file to write them to; all ranks work, none of them holds more than a batch and the scores.
     """
-    is_labelled = has_labels(split, n_events, config)
+    is_labelled = len(find_unlabelled(split, n_events, config)) == 0
     scores, writer, part = [], None, f"{predictions}.rank{ranks.rank}"
     if predictions:  # a rank may have no event: its file is begun with an empty table
         nothing = {"log_energy": np.empty(0), "direction": np.empty((0, 3)), "kappa": np.empty(0, np.float32)}
@@ -518,7 +519,7 @@ def main():
         path = config.checkpoint or best_path
         saved = common.load_checkpoint(path)
         take_architecture(config, saved, path, [*architecture, "head_hidden_size", "task", "direction_loss"])
-        if not (config.predictions or config.export or has_labels(val_split, n_val, config)):
+        if len(find_unlabelled(val_split, n_val, config)) and not (config.predictions or config.export):
             common.fail(f"{val_split.path} has no labels of the {config.task} to evaluate with; name a file to write: --predictions=")
         if config.export and config.backbone == "gru":
             common.fail("export: torch.export cannot take a GRU for events of any length (torch 2.13); transformer and mamba can")
@@ -528,10 +529,10 @@ def main():
 
     train_split, n_train = data.open_first_events(config.data_dir, config.train_split, config.train_events)
     for split, n in ((train_split, n_train), (val_split, n_val)):
-        unknown = np.flatnonzero(np.any([np.isnan(split.events[label][:n]) for label in LABELS[config.task]], axis=0))
-        if len(unknown):
-            common.fail(f"{split.path}: {len(unknown):,} of {n:,} events have no {config.task}, the first is event "
-                        f"{split.events['event_id'][unknown[0]]}; choose a labelled split (or --eval_only=True to predict)")
+        unlabelled = find_unlabelled(split, n, config)
+        if len(unlabelled):
+            common.fail(f"{split.path}: {len(unlabelled):,} of {n:,} events have no {config.task}, the first is event "
+                        f"{split.events['event_id'][unlabelled[0]]}; choose a labelled split (or --eval_only=True to predict)")
 
     def load_step(step):
         """This rank's share of a step; the step's events and shifts do not depend on the number of ranks."""

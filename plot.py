@@ -359,7 +359,7 @@ def event(config, runs, plt):
     return figure
 
 
-PLOTS = {"curves": curves, "errors": errors, "calibration": calibration, "labels": labels, "scaling": scaling, "study": study, "event": event}
+PLOTS = {plot.__name__: plot for plot in (curves, errors, calibration, labels, scaling, study, event)}
 
 
 def main():
