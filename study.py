@@ -197,30 +197,31 @@ def run(config, arm, rate, seed):
 
 
 def keep_best(config, arm, rate, seed):
-    """Copy a run with the best learning rate to out_dir/<arm>/seed<seed>, unless it is there already."""
+    """Copy a run with the best learning rate to out_dir/<arm>/seed<seed>, unless it is there already -> whether it could."""
     folder, best = folder_of(config, arm, rate, seed), Path(config.out_dir) / arm / f"seed{seed}"
-    if not folder.exists():
-        print(f"note: {folder} is in {config.results}, but its files are not here: no later study can begin from it")
-    elif not best.exists() or common.read_json(best / "config.json")["learning_rate"] != rate:
+    if folder.exists() and (not best.exists() or common.read_json(best / "config.json")["learning_rate"] != rate):
         part = best.with_name(f"{best.name}.part")
         for old in (part, best):
             shutil.rmtree(old, ignore_errors=True)
         shutil.copytree(folder, part)
         part.rename(best)
+    return folder.exists()
 
 
 def table(config, final):
-    """The arms side by side, as markdown: mean and standard deviation over seeds with the best learning rate."""
+    """The arms side by side, as markdown: mean and standard deviation over seeds with the best learning rate, and the tuning."""
     runs = {arm: [row for (name, rate, _), row in final.items() if (name, rate) == (arm, best_rate(final, arm))] for arm in config.arms}
     shown = [metric for metric in METRICS if metric == config.metric
              or metric != "val_loss" and any(value(row, metric) > 0 for rows in runs.values() for row in rows)]
-    yield "| " + " | ".join(["arm", "learning rate", "seeds", *shown]) + " |"
-    yield "|---" * (len(shown) + 3) + "|"
+    yield "| " + " | ".join(["arm", "learning rate", "seeds", *shown, f"{config.metric} of seed 1 by learning rate"]) + " |"
+    yield "|---" * (len(shown) + 4) + "|"
     for arm, rows in runs.items():
         numbers = np.array([[value(row, metric) for metric in shown] for row in rows])
-        cells = [f"{mean:.4g} +- {spread:.2g}" if len(rows) > 1 else f"{mean:.4g}"
+        cells = ["" if math.isnan(mean) else f"{mean:.4g} +- {spread:.2g}" if len(rows) > 1 else f"{mean:.4g}"
                  for mean, spread in zip(numbers.mean(0), numbers.std(0, ddof=min(len(rows) - 1, 1)))]
-        yield "| " + " | ".join([arm, rows[0]["learning_rate"], str(len(rows)), *cells]) + " |"
+        tuning = sorted((rate, value(row, config.metric)) for (name, rate, seed), row in final.items() if (name, seed) == (arm, 1))
+        yield "| " + " | ".join([arm, rows[0]["learning_rate"], str(len(rows)), *cells,
+                                 ", ".join(f"{rate:g}: {end:.4g}" for rate, end in tuning)]) + " |"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -250,9 +251,8 @@ def main():
                 pool.shutdown(cancel_futures=True)
                 raise
     final = done()
-    for arm in config.arms:
-        for seed in range(1, config.seeds + 1):
-            keep_best(config, arm, best_rate(final, arm), seed)
+    if not all([keep_best(config, arm, best_rate(final, arm), seed) for arm in config.arms for seed in range(1, config.seeds + 1)]):
+        print(f"note: not all runs are in {config.out_dir}; a study that begins from one that is missing cannot run")
     print(*table(config, final), sep="\n")
 
 
