@@ -3,7 +3,7 @@ script = "finetune.py"
 shared = "sample_config/study/finetune.py --direction_loss=vmf"
 arms = {arm: f"--pretrained=out/study/{arm}/seed{{seed}}/ckpt.pt" for arm in (
     "embedding/positions", "embedding/table", "embedding/both", "masking/mask_prob/0.5", "masking/mask_prob/0.75",
-    "targets/lambda_charge/10", "targets/center", "targets/charge_and_center", "targets/emd")}
+    "targets/center", "targets/charge_and_center", "targets/emd", "targets/ce_emd")}
 arms = dict(arms, **{
     "float16/float16": "--pretrained=out/study/float16/float16/seed{seed}/ckpt.pt --data_dir=data/study_float16",
     "length/32": "--pretrained=out/study/length/max_pulses/32/seed{seed}/ckpt.pt --data_dir=data/study32",
