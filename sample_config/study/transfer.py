@@ -11,6 +11,6 @@ arms = dict(arms, **{
     "length/256": "--pretrained=out/study/length/max_pulses/256/seed{seed}/ckpt.pt --data_dir=data/study256"})
 learning_rates = "0.0005,0.001,0.002"
 metric = "val_angle_mean"
-widen = 0
+widen = 1
 seeds = 2
 out_dir = "out/study/transfer"
