@@ -1,2 +1,2 @@
-# Hide half of the good pulses instead of a quarter. Behind a pretraining config; expect a higher dom_loss.
+# Hide half of the good pulses instead of a quarter. Behind a pretraining config; its dom_loss counts other pulses, and more of them.
 mask_prob = 0.5
