@@ -268,7 +268,8 @@ def study(config, runs, plt):
         mean, spread = np.array([(np.mean(points[k]), np.std(points[k], ddof=len(points[k]) > 1)) for k in x]).T * scale
         axis.errorbar(x, mean, spread, label=line, marker="o", markersize=4, capsize=3, **looks(i))
         if config.fit and len(x) > 2:
-            draw_power_law(axis, x, mean, line, color=COLORS[i % len(COLORS)], alpha=0.5)
+            each = np.array([(k, y * scale) for k in x for y in points[k]])  # not the means: the slope's error knows the spread
+            draw_power_law(axis, *each.T, line, color=COLORS[i % len(COLORS)], alpha=0.5)
     axis.set(xscale="linear" if config.x == "seconds" or min(map(min, lines.values())) <= 0 else "log",
              xlabel=config.x_label or AXES.get(config.x, config.x), ylabel=AXES.get(config.y, config.y))
     for name, height in config.baselines.items():

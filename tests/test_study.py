@@ -226,3 +226,9 @@ def test_study_configs_load(path, monkeypatch):
     for arm in config.arms:
         load(stages[config.script.removesuffix(".py")], *study.arguments_of(config, arm, 1).split())
     assert dataclasses.asdict(config)["out_dir"] == f"out/study/{path.stem}"
+
+    # assets/studies.csv, from which README's figures and answers come, is complete, and of these very knobs
+    final = study.final_rows(study.read_results("assets/studies.csv"), path.stem)
+    assert study.missing_runs(config, final) == []
+    assert all(row["knobs"] == study.knobs_of(study.arguments_of(config, arm, seed)) for (arm, _, seed), row in final.items()
+               if arm in config.arms)
