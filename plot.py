@@ -28,8 +28,8 @@ from study import METRICS, best_rate, final_rows, read_results, value
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito: told apart by all eyes
 STYLES = ("-", "--", ":", "-.")  # after seven colours
 AXES = {"val_angle_mean": "mean angular error [deg]", "val_angle_median": "median angular error [deg]", "val_dom_loss": "DOM loss",
-          "val_charge_rms": "charge error, rms of log10 [dex]", "val_distance": "best guess off by [m]", "events": "events seen",
-          "learning_rate": "learning rate", "number": "number in the arm's name", "seconds": "seconds of training"}
+        "val_charge_rms": "charge error, rms of log10 [dex]", "val_distance": "best guess off by [m]", "events": "events seen",
+        "learning_rate": "learning rate", "number": "number in the arm's name", "seconds": "seconds of training"}
 
 
 @dataclass

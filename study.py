@@ -197,7 +197,7 @@ def run(config, arm, rate, seed):
 
 
 def keep_best(config, arm, rate, seed):
-    """Copy a run with the best learning rate to out_dir/<arm>/seed<seed>, unless it is there already -> whether it could."""
+    """Copy a run with the best learning rate to out_dir/<arm>/seed<seed>, unless it is there already -> whether its files are here."""
     folder, best = folder_of(config, arm, rate, seed), Path(config.out_dir) / arm / f"seed{seed}"
     if folder.exists() and (not best.exists() or common.read_json(best / "config.json")["learning_rate"] != rate):
         part = best.with_name(f"{best.name}.part")
