@@ -1,14 +1,19 @@
 """Real files, real scripts: what the tests share."""
+import importlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import traceback
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded: here as in the scripts that the tests start
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -18,11 +23,44 @@ TINY_RUN = [*TINY_MODEL, "--batch_size=16", "--micro_batches=2", "--max_steps=6"
             "--dtype=float32"]
 
 
-def run(script, *args, launcher=(sys.executable,), **kwargs):
-    """Run a script of the project as a user would, from its root -> CompletedProcess with text output."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **kwargs.pop("env", {})}
-    return subprocess.run([*launcher, str(ROOT / script), *map(str, args)], cwd=ROOT, env=env, capture_output=True,
-                          text=True, timeout=300, **kwargs)
+def run(script, *args, launcher=None, **kwargs):
+    """Run a script of the project as a user would, from its root -> CompletedProcess with text output.
+
+    Its main() is called in this process, which spares the start of an interpreter that loads torch: 3 s. With a launcher,
+    or anything else that needs a process of its own (env, preexec_fn), it gets one.
+    """
+    if launcher is None and not kwargs:
+        return call_main(script, *map(str, args))
+    env = {**os.environ, **kwargs.pop("env", {})}
+    return subprocess.run([*(launcher or (sys.executable,)), str(ROOT / script), *map(str, args)], cwd=ROOT, env=env,
+                          capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def call_main(script, *args):
+    """What `python script args` would do, in this process: same output, same exit status; signal handlers are put back."""
+    import common
+    module = importlib.import_module(script.removesuffix(".py"))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    argv, folder, out, err, status = sys.argv, os.getcwd(), io.StringIO(), io.StringIO(), 0
+    sys.argv = [script, *args]
+    os.chdir(ROOT)
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            try:
+                common.run_stage(module.main)
+            except SystemExit as end:  # as the interpreter treats it
+                status = end.code if isinstance(end.code, int) else int(end.code is not None)
+                if isinstance(end.code, str):
+                    print(end.code, file=err)
+            except Exception:
+                status = 1
+                traceback.print_exc(file=err)
+    finally:
+        sys.argv = argv
+        os.chdir(folder)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return subprocess.CompletedProcess([script, *args], status, out.getvalue(), err.getvalue())
 
 
 def run_ok(script, *args, **kwargs):
