@@ -319,4 +319,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    common.run_stage(main)

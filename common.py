@@ -1,12 +1,12 @@
 """Plumbing that the stages share and a reader may skip: config, files, torchrun, learning rate, checkpoints, log.csv.
 
-Nothing in here knows about neutrinos. torch is imported where it is needed, so that simulate.py and prepare.py
-(and their worker processes) start without it.
+torch is imported where it is needed, so that simulate.py and prepare.py (and their worker processes) start without it.
 """
 import ast
 import csv
 import dataclasses
 import difflib
+import importlib
 import importlib.util
 import inspect
 import json
@@ -18,10 +18,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,13 +36,17 @@ import numpy as np
 from tqdm import tqdm
 
 CHECKPOINT_FORMAT = 1
-open_bars = []  # those that may stand half-drawn on the last line
+DIVERGED_STATUS = 3  # exit status of a run whose loss or weights are not finite any more; other errors have 1
+open_bars = []
 
 
-def fail(message):
-    """End the program with one clear line on stderr and exit status 1."""
-    end_of_bar = "\n" if any(not bar.disable for bar in open_bars) else ""
-    raise SystemExit(f"{end_of_bar}error: {message}")
+class Diverged(SystemExit):
+    """The end of a run that a smaller learning rate might have saved; run_stage gives it an exit status of its own."""
+
+
+def fail(message, kind=SystemExit):
+    """End the program with one clear line on stderr and exit status 1; kind = Diverged: DIVERGED_STATUS."""
+    raise kind(f"error: {message}")
 
 
 def is_main_process():
@@ -48,33 +54,70 @@ def is_main_process():
 
 
 def run_stage(main):
-    """Call a stage's main(); Ctrl-C, a full GPU and the death of another rank end it in one line."""
+    """Call a script's main(). Errors of users, Ctrl-C, a full GPU and the death of another rank end it in one line."""
     try:
-        main()
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on where this one was", file=sys.stderr)
-        raise SystemExit(130) from None
-    except RuntimeError as error:  # torch's errors, told by their names: prepare.py does not import torch
-        if type(error).__name__ == "OutOfMemoryError":
-            fail(f"out of GPU memory ({first_line(error)}); raise micro_batches or lower batch_size")
-        if "gloo" in str(error) and "onnection" in str(error):
-            fail("lost another rank, which died; the same command goes on from the last checkpoint")
+        try:
+            main()
+        except KeyboardInterrupt:
+            if is_main_process():
+                print("\nstopped; the same command goes on where this one was", file=sys.stderr)
+            raise SystemExit(130) from None
+        except RuntimeError as error:  # torch's errors, told by their names: prepare.py does not import torch
+            if type(error).__name__ == "OutOfMemoryError":
+                fail(f"out of GPU memory ({first_line(error)}); raise micro_batches or lower batch_size")
+            if "gloo" in str(error) and "onnection" in str(error):
+                fail("lost another rank, which died; the same command goes on from the last checkpoint")
+            raise
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print_error(end.code)
+            raise SystemExit(DIVERGED_STATUS if isinstance(end, Diverged) else 1) from None
         raise
+
+
+def print_error(line):
+    """Print the line below all bars. What all ranks have to say is said by rank 0, else each puts its rank in front."""
+    for bar in open_bars:
+        bar.close()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if not all_ranks_say(line):
+            line = line.replace("error: ", f"error: rank {os.environ['RANK']}: ", 1)
+        elif not is_main_process():
+            return
+    print(line, file=sys.stderr, flush=True)
+
+
+def all_ranks_say(line):
+    """Whether all ranks call this with the same line within 3 s. They count in torchrun's store, which outlives them."""
+    from torch.distributed import TCPStore
+    world_size = int(os.environ["WORLD_SIZE"])
+    key = f"error {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)} {zlib.crc32(line.encode())}"
+    try:
+        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=3))
+        count = store.add(key, 1)
+        for _ in range(30):
+            if count == world_size:
+                break
+            time.sleep(0.1)
+            count = store.add(key, 0)
+        return count == world_size
+    except (RuntimeError, KeyError):  # no store, or it has gone: then every rank speaks for itself
+        return False
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # configuration: one flat dataclass per stage, python files with assignments, --key=value
 # ----------------------------------------------------------------------------------------------------------------------
 
-def load_config(cls, doc=""):
-    """Build the dataclass `cls` from the command line: any number of config files and --key=value, later wins.
+def load_config(cls, doc="", args=None):
+    """Build the dataclass `cls` from the command line, or `args`: config files and --key=value, later wins.
 
     Returns the config, checked. `config.sources` maps each knob that was set to the place that set it. Exits with one
     line on an unknown key, a wrong type, a missing file or a value that `cls.check()` yields a complaint about.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
     values, sources, stems = {}, {}, []
-    for arg in sys.argv[1:]:
+    for arg in sys.argv[1:] if args is None else args:
         if arg in ("-h", "--help"):
             print(help_text(cls, doc))
             raise SystemExit(0)
@@ -88,9 +131,8 @@ def load_config(cls, doc=""):
             stems.append(Path(arg).stem)
         for key, value in assignments.items():
             if key not in fields:
-                near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
-                hint = f", did you mean {near[0]}?" if near else ""
-                fail(f"{where}: {cls.__name__} has no knob {key}{hint} (python {Path(sys.argv[0]).name} --help lists them)")
+                fail(f"{where}: {cls.__name__} has no knob {key}{hint_for(key, fields)} "
+                     f"(python {Path(sys.argv[0]).name} --help lists them)")
             if where == "command line" and fields[key].type is not str:
                 value = parse_flag(value)
             values[key] = to_type(value, fields[key].type, f"{where}: {key}")
@@ -101,11 +143,25 @@ def load_config(cls, doc=""):
         config.out_dir = "out/" + ("+".join(stems) or Path(sys.argv[0]).stem)
     for complaint in config.check() or ():
         fail(complaint)
-    if is_main_process():
-        for key, where in sources.items():
-            if getattr(config, key) != default_of(fields[key]):
-                print(f"knob {key} = {getattr(config, key)!r} (default {default_of(fields[key])!r}, from {where})")
     return config
+
+
+def print_knobs(config):
+    """What differs from the defaults, and which file or flag set it: for the log, once all checks are passed."""
+    for field in dataclasses.fields(config):
+        where, value = config.sources.get(field.name), getattr(config, field.name)
+        if where and value != default_of(field):
+            print(f"knob {field.name} = {value!r} (default {default_of(field)!r}, from {where})")
+
+
+def hint_for(key, fields):
+    """Where an unknown knob may belong: to another script, or it is misspelt."""
+    for script, name in (("simulate", "SimulateConfig"), ("prepare", "PrepareConfig"), ("train", "TrainConfig"),
+                         ("finetune", "FinetuneConfig")):
+        if key in getattr(importlib.import_module(script), name).__dataclass_fields__:
+            return f"; {key} is a knob of {script}.py"
+    near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
+    return f", did you mean {near[0]}?" if near else ""
 
 
 def default_of(field):
@@ -250,9 +306,32 @@ def first_line(error):
 
 def progress_bar(total, desc, unit, initial=0):
     """A tqdm bar on stderr; redrawn twice a second on a terminal, every 10 s in a log file; rank 0 only."""
-    open_bars[:] = [tqdm(total=total, desc=desc, unit=unit, initial=initial, disable=not is_main_process(),
-                         unit_scale=total > 9999, mininterval=0.5 if sys.stderr.isatty() else 10, dynamic_ncols=True)]
-    return open_bars[0]
+    bar = tqdm(total=total, desc=desc, unit=unit, initial=initial, disable=not is_main_process(),
+               unit_scale=total > 9999, mininterval=0.5 if sys.stderr.isatty() else 10, dynamic_ncols=True)
+    open_bars[:] = [other for other in open_bars if not other.disable] + [bar]  # a closed one is disabled
+    return bar
+
+
+def hold_lock(folder):
+    """Keep other runs out of a folder -> the open lock file, or None where there are no locks (Windows, some network disks).
+
+    The lock lasts as long as the file is open; the system releases it, however the process ends.
+    """
+    if importlib.util.find_spec("fcntl") is None:
+        return None
+    import fcntl
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        file = open(Path(folder) / ".lock", "w", encoding="utf-8")
+    except OSError as error:
+        fail(f"{folder}: cannot be written ({error.strerror}); choose another folder")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"{folder}: another run is at work there; wait until it ends, or choose another folder")
+    except OSError:
+        return None
+    return file
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -297,9 +376,11 @@ def holding_back_ctrl_c():
     """Processes started in here never see Ctrl-C, which a terminal sends to all: it is for this one, which gets it after."""
     if hasattr(signal, "pthread_sigmask"):  # not on Windows
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    yield
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    try:
+        yield
+    finally:
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def start_worker(counter):
@@ -320,7 +401,10 @@ def count_events(n):
 # ----------------------------------------------------------------------------------------------------------------------
 
 def start_device(config):
-    """Choose device and precision, join torchrun's process group. -> rank, world_size, device, dtype, main."""
+    """Choose device and precision, join torchrun's process group. -> rank, world_size, device, dtype, why, main.
+
+    why: the reason for the dtype, in words. All ranks follow rank 0's choice: their machines may differ.
+    """
     import torch
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     name = config.device
@@ -333,33 +417,44 @@ def start_device(config):
     if name == "cuda":
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if local_rank >= torch.cuda.device_count():
-            fail(f"rank {rank} has no GPU of its own: {torch.cuda.device_count()} on this machine, lower --nproc_per_node")
+            fail(f"rank {rank} has no GPU of its own: {torch.cuda.device_count()} on this machine, "
+                 "lower --nproc_per_node")
         torch.cuda.set_device(local_rank)
         torch.backends.cuda.matmul.allow_tf32 = True  # for float32 runs; in the embedding it rounds times by 1 ns
         name = f"cuda:{local_rank}"
-    if world_size > 1:
-        # ranks that torchrun starts again (--max_restarts) get the old store, in which they may find the addresses of those that
-        # died (torch 2.13): hence a prefix. On several nodes the count may differ, see sample_config/slurm.sh for that case
-        store, _, _ = next(torch.distributed.rendezvous("env://"))
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0) if os.environ.get("GROUP_WORLD_SIZE", "1") == "1" else 0
-        # gloo adds up the few numbers that are needed on the CPU, without waiting for the GPU
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if name.startswith("cuda") else "gloo", rank=rank,
-                                             world_size=world_size, store=torch.distributed.PrefixStore(f"attempt_{attempt}", store))
     device = torch.device(name)
-    return SimpleNamespace(rank=rank, world_size=world_size, device=device, dtype=choose_dtype(config.dtype, device),
+    dtype, why = choose_dtype(config.dtype, device)
+    if world_size > 1:
+        # ranks that torchrun starts again (--max_restarts) get the old store, in which they may find the addresses of
+        # those that died (torch 2.13): hence a prefix. On several nodes the count may differ: see
+        # sample_config/slurm.sh for that case
+        store, _, _ = next(torch.distributed.rendezvous("env://"))
+        one_node = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0) if one_node else 0
+        store = torch.distributed.PrefixStore(f"attempt_{attempt}", store)
+        # gloo adds up the few numbers that are needed on the CPU, without waiting for the GPU
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, rank=rank, world_size=world_size, store=store)
+        if rank == 0:
+            store.set("dtype", f"{dtype}|{why}")
+        dtype, _, why = store.get("dtype").decode().partition("|")
+    return SimpleNamespace(rank=rank, world_size=world_size, device=device, dtype=getattr(torch, dtype), why=why,
                            main=rank == 0)
 
 
 def choose_dtype(name, device):
-    """"auto": bfloat16 where the hardware multiplies in it (recent CUDA, CPUs with AMX), float32 elsewhere."""
+    """"auto": bfloat16 where the hardware multiplies in it, else float32 (old CUDA: float16) -> name, and why."""
     import torch
     if name != "auto":
-        return getattr(torch, name)
+        return name, "as asked for"
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return ("bfloat16", "fast on this GPU") if has_bf16 else ("float16", "this GPU has no bfloat16")
     if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
-        return torch.bfloat16  # without AMX, bfloat16 on a CPU is slower than float32
-    return torch.float32
+        return "bfloat16", "this CPU has AMX"
+    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        return "bfloat16", "this CPU has AVX512-BF16"
+    return "float32", "no bfloat16 hardware"
 
 
 def stop_device(ranks):
@@ -400,13 +495,14 @@ def print_run_header(config, ranks, model, n_train):
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False,
                             cwd=Path(__file__).parent).stdout.strip() or "unknown"
     where = torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    print_knobs(config)
     print(f"run {config.out_dir} | commit {commit} | python {sys.version.split()[0]} torch {torch.__version__} | "
-          f"{ranks.world_size} x {ranks.device.type} ({where}) {str(ranks.dtype).removeprefix('torch.')}")
+          f"{ranks.world_size} x {ranks.device.type} ({where}) {str(ranks.dtype).removeprefix('torch.')} ({ranks.why})")
     print(f"run {count_parameters(model.state_dict()) / 1e6:.2f} M parameters | {n_train:,} training events | "
           f"{config.batch_size} events a step | {config.max_steps * config.batch_size / n_train:.2f} epochs")
-    if warmup_steps(config) > config.max_steps:
-        print(f"note: the warm-up of {warmup_steps(config)} steps is longer than the run, which never reaches its learning rate; "
-              "set warmup_steps, or a smaller beta2")
+    if config.train_split == config.val_split:
+        print(f"warning: train_split and val_split are both {config.val_split!r}: val_loss says nothing about new events")
+    print_schedule_notes(config)
 
 
 def count_parameters(weights):
@@ -447,14 +543,18 @@ def end_stopped_run(config, caught, step, ranks):
 
 
 def stop_bad_run(config, step, losses, event_ids, ranks):
-    """More steps in a row than max_bad_steps had a gradient that is not finite: name the events and exit."""
+    """More steps in a row than max_bad_steps had a gradient that is not finite: name the events and exit.
+
+    A loss that is not finite for some events only is a fault of these; otherwise the run has diverged.
+    """
     losses, event_ids = (gather_over_ranks(values, ranks) for values in (losses, event_ids))
     bad = event_ids[~np.isfinite(losses)]
     what = f"the loss is not finite for {len(bad)} of its events" if len(bad) else "all its events have a finite loss"
-    some = (bad if len(bad) else event_ids)[:10].tolist()
-    fail(f"step {step}: the gradient was not finite in more than max_bad_steps = {config.max_bad_steps} steps in a row, which were "
-         f"skipped; {what}: event_id {', '.join(map(str, some))}{', ...' * (len(some) == 10)}. Look at these events in "
-         f"{config.data_dir}, or lower learning_rate; {config.out_dir} keeps its last checkpoint")
+    some = ", ".join(map(str, (bad if len(bad) else event_ids)[:10].tolist()))
+    fail(f"step {step}: the gradient was not finite in more than max_bad_steps = {config.max_bad_steps} steps in a row, "
+         f"which were skipped; {what}: event_id {some}{', ...' if len(bad) > 10 else ''}. Look at these events in "
+         f"{config.data_dir}, or lower learning_rate; {config.out_dir} keeps its last checkpoint",
+         SystemExit if 0 < len(bad) < len(losses) else Diverged)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -477,6 +577,29 @@ def learning_rate(step, config):
     return config.learning_rate * rise  # "constant"
 
 
+def print_schedule_notes(config):
+    """Say so if the run is too short for its schedule: it never reaches its learning rate."""
+    warmup = warmup_steps(config)
+    if warmup > config.max_steps:
+        print(f"note: the warm-up of {warmup} steps is longer than the run, which never reaches its learning rate; "
+              "set warmup_steps, or a smaller beta2")
+    elif config.schedule == "trapezoidal" and warmup + config.cooldown_steps > config.max_steps:
+        peak = max(learning_rate(step, config) for step in range(config.max_steps))
+        print(f"note: warm-up ({warmup} steps) and cooldown ({config.cooldown_steps}) do not fit into max_steps = "
+              f"{config.max_steps}: the learning rate reaches {peak:.2g}, not {config.learning_rate:.2g}; set "
+              f"--cooldown_steps={min(config.max_steps // 2, config.max_steps - warmup)}")
+
+
+def print_reheating(saved, config):
+    """Going on with a run that has cooled down raises its learning rate again: allowed, but not without a word."""
+    step = saved["step"]
+    before, now = learning_rate(step, SimpleNamespace(**saved["config"])), learning_rate(step, config)
+    if now > 1.01 * before:
+        print(f"note: this run was to end at max_steps = {saved['config']['max_steps']}; now its learning rate rises again "
+              f"at step {step}, from {before:.2g} to {now:.2g}. The clean way to several lengths is one long run of "
+              "train.py with keep_every, and a branch_from for each length")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # checkpoints and log.csv
 # ----------------------------------------------------------------------------------------------------------------------
@@ -485,8 +608,8 @@ def save_checkpoint(path, **content):
     """Write a checkpoint of ours; one that holds a NaN is refused, so that the last good one stays."""
     import torch
     if not all(bool(value.isfinite().all()) for value in content["model"].values()):
-        fail(f"{path} is left as it was: after {content['step']} steps the model holds NaN or infinite numbers; go on with a "
-             "smaller learning_rate or grad_clip, or with dtype = 'float32'")
+        fail(f"{path} is left as it was: after {content['step']} steps the model holds NaN or infinite numbers; go on "
+             "with a smaller learning_rate or grad_clip, or with dtype = 'float32'", Diverged)
 
     def write(part):
         with open(part, "wb") as file:  # given a path, torch reports a full disk as something else
@@ -501,9 +624,9 @@ def read_checkpoint(path):
         fail(f"{path}: no such checkpoint; train.py and finetune.py write ckpt.pt and best.pt into their out_dir")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever torch's unpickler makes of a damaged file
-        fail(f"{path}: not a readable checkpoint ({first_line(error)}); it is damaged or of another program: take another one, or "
-             "remove it to start anew")
+    except Exception:  # whatever torch's unpickler makes of a damaged file, in many words
+        fail(f"{path}: not a readable checkpoint; it is damaged or of another program: take another one, or move "
+             "its folder away to start anew")
 
 
 def load_checkpoint(path):
@@ -522,6 +645,10 @@ def find_run(config, path, may_change):
     saved, record = None, f"{config.out_dir}/config.json"
     if os.path.exists(path):
         saved = load_checkpoint(path)
+    left = [name for name in ("best.pt", "log.csv") if has_content(f"{config.out_dir}/{name}")]
+    if saved is None and left:
+        fail(f"{path} is missing, but {config.out_dir} holds {' and '.join(left)} of a run, which starting anew would "
+             f"overwrite; put ckpt.pt back (a copy of best.pt serves as well), or move {config.out_dir} away")
     if saved is None and not os.path.exists(record):
         return None
     if not config.resume:
@@ -529,44 +656,16 @@ def find_run(config, path, may_change):
     known = saved["config"] if saved else read_json(record)  # without a checkpoint it starts anew, but as the same run
     for field in dataclasses.fields(config):
         if field.name not in may_change:  # a knob that is younger than the run was at its default
-            check_same(path if saved else record, field.name, known.get(field.name, default_of(field)), getattr(config, field.name))
+            before, now = known.get(field.name, default_of(field)), getattr(config, field.name)
+            check_same(path if saved else record, field.name, before, now)
     return saved
 
 
-def find_branch(config, saved, may_change):
-    """Where a run with branch_from begins: its own checkpoint, or that of the long run; sets max_steps to the cooldown's end.
-
-    One long run with a constant learning rate gives a whole curve over training time, if a cooldown branches off here and there
-    (Hägele et al. 2024, arXiv:2405.18392).
-    """
-    path = config.branch_from
-    if saved:  # the branch goes on
-        check_same(f"{config.out_dir}/ckpt.pt", "cooldown_steps", saved["config"]["cooldown_steps"], config.cooldown_steps)
-        config.max_steps = saved["config"]["max_steps"]
-        return saved
-    origin = load_checkpoint(path)
-    if "task" in origin["config"]:
-        fail(f"{path} is a fine-tuned checkpoint; a branch begins from one of train.py")
-    for field in dataclasses.fields(config):
-        if field.name not in may_change | {"branch_from"}:
-            before, now = origin["config"].get(field.name, default_of(field)), getattr(config, field.name)
-            if before != now:
-                fail(f"{path} was written with {field.name} = {before!r}, now it is {now!r}; a branch repeats the knobs of its run")
-    flat = warmup_steps(config), origin["config"]["max_steps"] - origin["config"]["cooldown_steps"]
-    if not flat[0] <= origin["step"] <= flat[1]:
-        fail(f"{path} is at step {origin['step']}, outside the flat part of its schedule, steps {flat[0]} to {flat[1]}; "
-             "set keep_every in the long run and branch from one of those checkpoints")
-    config.max_steps = origin["step"] + config.cooldown_steps
-    return origin | {"best_val": math.inf}
-
-
-def check_geometry(saved, geometry, path, data_dir):
-    """A model of one detector on the events of another would give numbers, but no meaning."""
-    known = saved["model"]["encoder.embedding.geometry"].numpy()  # (V, 3) [m]
-    if not np.array_equal(known, geometry):
-        dom = int(np.flatnonzero((known != geometry).any(1))[0])
-        fail(f"{path} was trained on another detector than {data_dir}: DOM {dom} is at {known[dom].tolist()} m there, "
-             f"at {geometry[dom].tolist()} m here; choose the data_dir it belongs to")
+def has_content(path):
+    """Whether there is such a file; a log.csv needs a row below its header."""
+    if not path.endswith(".csv"):
+        return os.path.exists(path)
+    return os.path.exists(path) and Path(path).read_bytes().count(b"\n") > 1
 
 
 def check_same(path, what, before, now):

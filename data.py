@@ -10,6 +10,7 @@ is a pure function of its number: resuming, other ranks and other loader setting
 """
 import json
 import os
+import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+
+from common import fail
 
 FORMAT_VERSION = 1
 N_DOMS = 5160  # IceCube-86: 86 strings of 60 DOMs, sensor_geometry.csv
@@ -127,58 +130,75 @@ def read_meta(data_dir):
     path, settings = Path(data_dir) / "meta.json", Path(data_dir) / UNFINISHED / "settings.json"
     anew = f"remove the folder (rm -r '{data_dir}') and run prepare.py again"
     if not Path(data_dir).is_dir():
-        raise SystemExit(f"error: {data_dir}: no such data folder; make it with prepare.py, for example "
-                         "python prepare.py sample_config/demo_prepare.py")
+        fail(f"{Path(data_dir).absolute()}: no such data folder; make it with: {command_to_prepare(data_dir)}")
     if settings.is_file() and not path.is_file():
         try:
             command = json.loads(settings.read_text())["command"]
         except (ValueError, KeyError):
-            raise SystemExit(f"error: {settings}: damaged; {anew}") from None
-        raise SystemExit(f"error: {path} is missing: preparing this folder never finished; to go on, run: {command}")
+            fail(f"{settings}: damaged; {anew}")
+        fail(f"{path} is missing: preparing this folder never finished; to go on, run: {command}")
     if not path.is_file():
-        raise SystemExit(f"error: {path} is missing: this is no folder that prepare.py made; check data_dir")
+        fail(f"{path} is missing: this is no folder that prepare.py made; check data_dir")
     try:
         meta = json.loads(path.read_text())
     except ValueError:
-        raise SystemExit(f"error: {path}: not valid JSON; {anew}") from None
+        fail(f"{path}: not valid JSON; {anew}")
     found = meta.get("format") if isinstance(meta, dict) and "splits" in meta else None
     if found != FORMAT_VERSION:
-        raise SystemExit(f"error: {path}: format {found}, need {FORMAT_VERSION}; {anew}")
+        fail(f"{path}: format {found}, need {FORMAT_VERSION}; {anew}")
     if meta.get("dtypes") != describe_dtypes():
-        raise SystemExit(f"error: {path}: the records are laid out differently from data.py; {anew}")
+        fail(f"{path}: the records are laid out differently from data.py; {anew}")
     return meta
+
+
+def command_to_prepare(data_dir):
+    """The command that makes this data folder, if one of the sample configs does; else the demo's as an example."""
+    samples = Path(__file__).parent / "sample_config"
+    for path in sorted(samples.rglob("*prepare*.py")):
+        if f'data_dir = "{data_dir}"' in path.read_text():
+            return f"python prepare.py {path.relative_to(samples.parent)}"
+    return f"python prepare.py --input_dir=... --data_dir={data_dir} --splits=..."
+
+
+def fingerprint(data_dir):
+    """A checksum of what meta.json says of the events: other events, or another max_pulses, have another one."""
+    meta = {key: value for key, value in read_meta(data_dir).items() if key != "input_dir"}  # a folder may be moved
+    return f"{zlib.crc32(json.dumps(meta, sort_keys=True).encode()):08x}"
 
 
 def open_split(data_dir, name):
     """Memory-map one split. Exits with one line if it does not exist, is empty or has a file of the wrong size."""
     splits = read_meta(data_dir)["splits"]
     if name not in splits:
-        raise SystemExit(f"error: {data_dir} has no split {name!r}, it has: {', '.join(splits)}")
+        fail(f"{data_dir} has no split {name!r}, it has: {', '.join(splits)}")
     count = splits[name]
     if count["n_events"] == 0:
-        raise SystemExit(f"error: {data_dir}: split {name!r} holds no events")
+        fail(f"{data_dir}: split {name!r} holds no events")
     files = []
     for kind, dtype, n in (("events", EVENT, count["n_events"]), ("pulses", PULSE, count["n_pulses"])):
         path = Path(data_dir) / f"{name}_{kind}.bin"
         size = path.stat().st_size if path.is_file() else 0
         if size != n * dtype.itemsize:
-            raise SystemExit(f"error: {path}: {size} bytes, meta.json says {n * dtype.itemsize}; the file was cut or "
-                             f"replaced: remove the folder (rm -r '{data_dir}') and run prepare.py again")
+            fail(f"{path}: {size} bytes, meta.json says {n * dtype.itemsize}; the file was cut or "
+                 f"replaced: remove the folder (rm -r '{data_dir}') and run prepare.py again")
         files.append(np.asarray(np.memmap(path, dtype, mode="r")))  # a plain view: memmap's own slicing is slower
     first, last = files[0][0], files[0][-1]
     if first["start"] != 0 or last["start"] + last["length"] != count["n_pulses"]:
-        raise SystemExit(f"error: {data_dir}/{name}_events.bin: its first or last event does not fit {name}_pulses.bin; the file "
-                         f"is damaged: remove the folder (rm -r '{data_dir}') and run prepare.py again")
+        fail(f"{data_dir}/{name}_events.bin: its first or last event does not fit {name}_pulses.bin; the file "
+             f"is damaged: remove the folder (rm -r '{data_dir}') and run prepare.py again")
     return Split(f"{data_dir}/{name}", *files)
 
 
-def open_first_events(data_dir, name, n_events):
-    """open_split, and how many of its events to use: the first n_events, 0 = all. -> Split, int"""
+def open_first_events(data_dir, name, n_events, at_most=False):
+    """open_split, and how many of its events to use: the first n_events, 0 = all. -> Split, int
+
+    Asked for more than there are: an error, since sets of labels must not shrink silently, or all of them if at_most.
+    """
     split = open_split(data_dir, name)
-    if n_events > len(split):
-        raise SystemExit(f"error: {split.path} holds {len(split):,} events, the config asks for {n_events:,}; lower "
-                         "train_events or val_events, 0 = all")
-    return split, n_events or len(split)
+    if n_events > len(split) and not at_most:
+        fail(f"{split.path} holds {len(split):,} events, the config asks for train_events = {n_events:,}; lower it, "
+             "0 = all")
+    return split, min(n_events, len(split)) or len(split)
 
 
 def read_geometry(data_dir):
@@ -187,9 +207,26 @@ def read_geometry(data_dir):
     path = Path(data_dir) / "geometry.bin"
     geometry = np.fromfile(path, "<f4") if path.is_file() else np.empty(0)
     if geometry.size != N_DOMS * 3:
-        raise SystemExit(f"error: {path}: {geometry.size} numbers, need {N_DOMS} x 3; remove the folder "
-                         f"(rm -r '{data_dir}') and run prepare.py again")
+        fail(f"{path}: {geometry.size} numbers, need {N_DOMS} x 3; remove the folder "
+             f"(rm -r '{data_dir}') and run prepare.py again")
     return geometry.reshape(N_DOMS, 3)
+
+
+def check_geometry(saved, geometry, path, data_dir):
+    """A model of one detector on the events of another would give numbers, but no meaning. saved: a checkpoint."""
+    known = saved["model"]["encoder.embedding.geometry"].numpy()  # (V, 3) [m]
+    if not np.array_equal(known, geometry):
+        apart = np.linalg.norm(known - geometry, axis=1)
+        fail(f"{path} was trained on another detector than {data_dir}: {np.count_nonzero(apart):,} DOMs lie elsewhere, "
+             f"by {np.median(apart):.1f} m (median) to {apart.max():.1f} m; choose the data_dir it belongs to, or "
+             "simulate its detector: simulate.py --geometry=sensor_geometry.csv")
+
+
+def check_events(saved, path, data_dir):
+    """A run that goes on must find the events it began with. Checkpoints older than the fingerprint are believed."""
+    if saved.get("data", fingerprint(data_dir)) != fingerprint(data_dir):
+        fail(f"{path} was trained on other events than {data_dir} holds (their meta.json differ); choose the data_dir "
+             "it belongs to, or another out_dir")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -5,9 +5,9 @@
     python finetune.py sample_config/demo_finetune.py --eval_only=True --val_split=test --val_events=0 \\
         --predictions=out/test.csv
 
-Prints one line every log_interval steps and writes log.csv, ckpt.pt (last), best.pt (lowest val_loss after step 0), config.json,
-result.txt and evaluation_<val_split>.json (the errors of best.pt, in bins, beside those of a line fit) into out_dir.
-Guessing at random gives a mean angular error of pi/2 = 1.571 rad.
+Prints one line every log_interval steps and writes log.csv, ckpt.pt (last), best.pt (lowest val_loss after step 0),
+config.json, result.txt and evaluation_<val_split>.json (the errors of best.pt, in bins, beside those of a line fit) into
+out_dir. Exit status as train.py's. Guessing at random gives a mean angular error of pi/2 = 1.571 rad.
 """
 import common  # first: it sets how torch's threads wait
 
@@ -37,7 +37,7 @@ class FinetuneConfig(ModelConfig):
     train_split: str = "finetune"  # split with labels to learn from
     val_split: str = "val"  # split to evaluate on, or to predict
     train_events: int = 0  # use the first N events of train_split, so that sets are nested; 0 = all
-    val_events: int = 0  # use the first N events of val_split; 0 = all
+    val_events: int = 0  # evaluate on the first N events of val_split, or as many as there are; 0 = all
     out_dir: str = ""  # where the run is kept; "" = out/<stems of the config files joined by +>
     pretrained: str = "out/base/ckpt.pt"  # checkpoint whose encoder to begin with, ours or a published one; "" = from scratch
     task: str = "direction"  # what to reconstruct; or "energy", log10 of the neutrino's energy in GeV
@@ -91,11 +91,11 @@ class FinetuneConfig(ModelConfig):
         if self.task == "energy" and getattr(self, "sources", {}).get("direction_loss") == "command line":
             yield "direction_loss has no meaning for task = 'energy'; leave it out"
         for path in filter(None, (self.predictions, self.export)):
-            above = nearest_parent(path)
+            folder = Path(path).parent
             if Path(path).is_dir():
                 yield f"{path}: is a folder, a file is needed"
-            if not (above.is_dir() and os.access(above, os.W_OK)):
-                yield f"{path}: {above} is not a folder to write in"
+            if folder != Path(self.out_dir) and not (folder.is_dir() and os.access(folder, os.W_OK)):
+                yield f"{path}: {folder} is no folder to write in; make it (mkdir -p {folder}) or choose another"
         if self.checkpoint and not self.eval_only:
             yield f"checkpoint = {self.checkpoint!r} is what --eval_only=True evaluates; to begin from it, use --pretrained="
         if self.freeze_backbone and not self.pretrained:
@@ -112,11 +112,6 @@ LOG_COLUMNS = ["step", "events", "lr", "loss", "grad_norm", "events_per_s", "val
 MAY_CHANGE = {"data_dir", "out_dir", "micro_batches", "max_steps", "cooldown_steps", "eval_interval", "log_interval",
               "save_interval", "max_bad_steps", "resume", "eval_only", "checkpoint", "predictions", "device", "dtype", "compile",
               "wandb_project", "patience", "export"}
-
-
-def nearest_parent(path):
-    """The first part above `path` that exists: where its folders would have to be made."""
-    return next(parent for parent in Path(path).absolute().parents if parent.exists())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -152,7 +147,7 @@ def load_pretrained(path, config, geometry, data_dir):
         # nor do shapes tell the number of heads and the activation: those are the config's
         saved = {"model": state, "config": {**dataclasses.asdict(ModelConfig()), **knobs, "num_heads": config.num_heads,
                                             "mlp": config.mlp}}
-    common.check_geometry(saved, geometry, path, data_dir)
+    data.check_geometry(saved, geometry, path, data_dir)
     return saved
 
 
@@ -281,26 +276,34 @@ def predict(model, split, n_events, config, ranks, autocast):
     model.train()
 
 
-def prediction_table(event_id, arrays, config):
-    """What is written of some events: angles as Kaggle wants them, azimuth in [0, 2 pi), zenith in [0, pi]."""
+def prediction_table(events, arrays, config, known):
+    """What is written of some events: angles as Kaggle wants them, azimuth in [0, 2 pi), zenith in [0, pi], and the truth.
+
+    known: which of azimuth, zenith, energy, event_class the split has; as true_azimuth, ... they stand beside.
+    """
+    columns = {"event_id": events["event_id"]}
     if config.task == "energy":
-        return pa.table({"event_id": event_id, "energy": 10.0 ** arrays["log_energy"].astype(np.float64)})
-    x, y, z = arrays["direction"].T.astype(np.float64)
-    azimuth = np.arctan2(y, x) % (2 * np.pi)
-    azimuth[azimuth >= 2 * np.pi] = 0.0  # a tiny negative angle plus 2 pi rounds up to 2 pi
-    columns = {"event_id": event_id, "azimuth": azimuth, "zenith": np.arccos(np.clip(z, -1, 1)), "x": x, "y": y, "z": z}
-    return pa.table(columns | ({"kappa": arrays["kappa"]} if "vmf" in config.direction_loss else {}))
+        columns["energy"] = 10.0 ** arrays["log_energy"].astype(np.float64)
+    else:
+        x, y, z = arrays["direction"].T.astype(np.float64)
+        azimuth = np.arctan2(y, x) % (2 * np.pi)
+        azimuth[azimuth >= 2 * np.pi] = 0.0  # a tiny negative angle plus 2 pi rounds up to 2 pi
+        columns |= {"azimuth": azimuth, "zenith": np.arccos(np.clip(z, -1, 1)), "x": x, "y": y, "z": z}
+        if "vmf" in config.direction_loss:
+            columns["kappa"] = arrays["kappa"]
+    columns["n_pulses"] = events["n_pulses"]
+    return pa.table(columns | {f"true_{name}": np.ascontiguousarray(events[name]) for name in known})
 
 
 def join_predictions(path, n_ranks):
     """Put the files that the ranks wrote one after another; a .csv gets the columns of a Kaggle submission."""
     parts = [f"{path}.rank{rank}" for rank in range(n_ranks)]
-    names = ["event_id", "azimuth", "zenith"] if path.endswith(".csv") else None
     writer = pyarrow.csv.CSVWriter if path.endswith(".csv") else pq.ParquetWriter
 
     def write(part):
         schema = pq.read_schema(parts[0])
-        columns = [name for name in schema.names if names is None or name in names or name == "energy"]
+        wanted = ["event_id", "azimuth", "zenith", "energy"] if path.endswith(".csv") else schema.names
+        columns = [name for name in schema.names if name in wanted]
         with writer(part, pa.schema([schema.field(name) for name in columns])) as file:
             for name in parts:
                 for batch in pq.ParquetFile(name).iter_batches(columns=columns):
@@ -331,9 +334,11 @@ def evaluate(model, split, n_events, config, ranks, autocast, predictions=""):
     scores, writer, part = [], None, f"{predictions}.rank{ranks.rank}"
     if predictions:  # a rank may have no event: its file is begun with an empty table
         nothing = {"log_energy": np.empty(0), "direction": np.empty((0, 3)), "kappa": np.empty(0, np.float32)}
+        known = [name for name in ("azimuth", "zenith", "energy") if not np.isnan(split.events[name][:n_events]).all()]
+        if split.events["event_class"][:n_events].any():
+            known.append("event_class")
         try:
-            Path(predictions).parent.mkdir(parents=True, exist_ok=True)
-            writer = pq.ParquetWriter(part, prediction_table(np.empty(0, np.int64), nothing, config).schema)
+            writer = pq.ParquetWriter(part, prediction_table(split.events[:0], nothing, config, known).schema)
         except OSError as error:
             common.fail(f"{predictions}: cannot be written ({error}); choose another file for predictions")
     for index, arrays in predict(model, split, n_events, config, ranks, autocast):
@@ -342,7 +347,7 @@ def evaluate(model, split, n_events, config, ranks, autocast, predictions=""):
             scores.append(score(arrays, events, config))
         if writer:
             try:
-                writer.write_table(prediction_table(events["event_id"], arrays, config))
+                writer.write_table(prediction_table(events, arrays, config, known))
             except OSError as error:
                 common.fail(f"{part}: cannot be written ({error}); make room or choose another file for predictions")
     if writer:
@@ -379,6 +384,7 @@ def summary(scores, config):
 STATISTICS = {"direction": {"mean": np.mean, "median": np.median, "68 %": lambda error: np.quantile(error, 0.68)},
               "energy": {"bias": np.mean, "resolution": np.std}}
 N_BOOTSTRAP = 100  # resamplings of the events: the spread of a statistic over them is its error, good to 7 %
+MIN_EVENTS = 10  # a smaller bin is not shown, and of fewer events no error is estimated
 LEVELS = np.linspace(0.05, 0.95, 19)  # of probability, at which the contours are checked
 
 
@@ -398,51 +404,68 @@ def bins_of(events):
 
 
 def evaluation_table(scores, events, config):
-    """Rows (dicts) for all events and in bins: n, and each statistic with its bootstrap error; beside it that of the line fit."""
-    rng = np.random.default_rng(0)
+    """Rows (dicts) for all events and in bins -> rows, and those left out as they have fewer than MIN_EVENTS.
+
+    A row has n, each statistic with its bootstrap error (None for too few events), beside it that of the line fit.
+    """
+    rng, rows, left_out = np.random.default_rng(0), [], []
     for kind, label, mask in bins_of(events):
         n = int(mask.sum())
-        if n < 10 and kind != "all":
-            continue
         row = {"kind": kind, "bin": label, "n": n}
+        if kind != "all" and n < MIN_EVENTS:
+            left_out.append(row)
+            continue
         error = scores["error"][mask]
         resampled = [error[rng.integers(n, size=n)] for _ in range(N_BOOTSTRAP)]
         for name, statistic in STATISTICS[config.task].items():
             row[name] = float(statistic(error))
-            row[f"{name}_error"] = float(np.std([statistic(sample) for sample in resampled]))
+            spread = float(np.std([statistic(sample) for sample in resampled]))
+            row[f"{name}_error"] = spread if n >= MIN_EVENTS else None
         if config.task == "direction":
             fit = scores["fit_error"][mask]
             row |= {"line_fit_mean": float(fit.mean()), "line_fit_median": float(np.median(fit))}
-        yield row
+        rows.append(row)
+    return rows, left_out
 
 
-def print_evaluation(rows, config):
-    unit, scale = ("deg", np.degrees(1)) if config.task == "direction" else ("dex", 1)
+def print_evaluation(rows, left_out, config):
+    unit = "rad" if config.task == "direction" else "dex"
     names = list(STATISTICS[config.task])
-    print(f"{'':<8}{'':<18}{'events':>9}" + "".join(f"{f'{name} [{unit}]':>20}" for name in names)
-          + f"{'line fit mean':>16}{'median [deg]':>14}" * (config.task == "direction"))
+    head = f"{'':<8}{'':<18}{'events':>9}" + "".join(f"{f'{name} [{unit}]':>20}" for name in names)
+    if config.task == "direction":
+        head += f"{'line fit mean':>16}{'median [rad]':>14}"
+    print(head)
     for row in rows:
-        cells = [f"{row[name] * scale:.4g} +- {row[name + '_error'] * scale:.2g}" for name in names]
-        cells = "".join(f"{cell:>20}" for cell in cells)
+        cells = "".join(f"{with_error(row, name, '.4g', '.2g'):>20}" for name in names)
         if config.task == "direction":
-            cells += f"{row['line_fit_mean'] * scale:>16.4g}{row['line_fit_median'] * scale:>14.4g}"
+            cells += f"{row['line_fit_mean']:>16.4g}{row['line_fit_median']:>14.4g}"
         print(f"{row['kind']:<8}{row['bin']:<18}{row['n']:>9,}{cells}")
+    small = [f"{row['kind']} {row['bin']} ({row['n']})" for row in left_out if row["n"]]
+    if small:
+        print(f"not shown, fewer than {MIN_EVENTS} events: {', '.join(small)}")
+
+
+def with_error(row, name, form, error_form):
+    """A statistic as text, with its error where that is known."""
+    error = row[f"{name}_error"]
+    return f"{row[name]:{form}}" if error is None else f"{row[name]:{form}} +- {error:{error_form}}"
 
 
 def report(scores, events, config, path, saved):
     """Print the table of a checkpoint's errors -> what result.txt and evaluation_<split>.json hold."""
-    rows = list(evaluation_table(scores, events, config))
+    rows, left_out = evaluation_table(scores, events, config)
     whole = rows[0]
     start = f"pretrained {saved['config']['pretrained']}" if saved["config"]["pretrained"] else "from scratch"
     result = f"{path} | {start} | {saved['n_train']:,} labels | {len(events):,} events of {config.val_split} | " + (
-        f"angular error mean {whole['mean']:.4f} +- {whole['mean_error']:.4f} rad, median {whole['median']:.4f} rad"
+        f"angular error mean {with_error(whole, 'mean', '.4f', '.4f')} rad, median {whole['median']:.4f} rad"
         if config.task == "direction" else
-        f"log10(energy) bias {whole['bias']:+.4f} +- {whole['bias_error']:.4f}, resolution {whole['resolution']:.4f} dex")
-    content = {"checkpoint": path, "pretrained": saved["config"]["pretrained"], "freeze_backbone": saved["config"]["freeze_backbone"],
-               "n_train": saved["n_train"], "task": config.task, "direction_loss": config.direction_loss,
-               "data_dir": config.data_dir, "split": config.val_split, "n_events": len(events),
-               "errors_by": f"{N_BOOTSTRAP} bootstrap samples of the events", "rows": rows}
-    print_evaluation(rows, config)
+        f"log10(energy) bias {with_error(whole, 'bias', '+.4f', '.4f')}, resolution {whole['resolution']:.4f} dex")
+    content = {"checkpoint": Path(path).name, "step": saved["step"], "pretrained": saved["config"]["pretrained"],
+               "freeze_backbone": saved["config"]["freeze_backbone"], "n_train": saved["n_train"], "task": config.task,
+               "direction_loss": config.direction_loss, "data_dir": config.data_dir,
+               "data": data.fingerprint(config.data_dir), "split": config.val_split, "n_events": len(events),
+               "errors_by": f"{N_BOOTSTRAP} bootstrap samples of the events", "rows": rows, "left_out": left_out}
+    print_evaluation(rows, left_out, config)
     if config.task == "direction":
         edges = np.linspace(0, np.pi, 61)
         content["histogram"] = {"edges": edges.tolist(), **{name: np.histogram(scores[name], edges)[0].tolist()
@@ -454,6 +477,24 @@ def report(scores, events, config, path, saved):
               f"{np.interp(0.9, LEVELS, inside):.1%} inside that of 90 %")
     print(result)
     return result, content
+
+
+def evaluation_path(path, saved, config, n_val, n_split):
+    """Where the evaluation of a checkpoint is kept, beside it: the plain name is for best.pt on the events of its run.
+
+    These are the first val_events of its val_split, or all of another split of its data; other names say what differs.
+    """
+    run = saved["config"]
+    n_run = min(run["val_events"] or n_split, n_split) if config.val_split == run["val_split"] else n_split
+    name = f"evaluation_{config.val_split}"
+    if Path(path).stem != "best":
+        name += f"_{Path(path).stem}"
+    fingerprint = data.fingerprint(config.data_dir)
+    if saved.get("data", fingerprint) != fingerprint:
+        name += f"_{Path(config.data_dir).absolute().name}"
+    if n_val != n_run:
+        name += f"_{n_val}"
+    return Path(path).parent / f"{name}.json"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -498,11 +539,12 @@ def main():
 
     # ---- data --------------------------------------------------------------------------------------------------------
     geometry = data.read_geometry(config.data_dir)
-    val_split, n_val = data.open_first_events(config.data_dir, config.val_split, config.val_events)
+    val_split, n_val = data.open_first_events(config.data_dir, config.val_split, config.val_events, at_most=True)
+    fingerprint = data.fingerprint(config.data_dir)
 
     def evaluate_best(path, saved):
         """Evaluate a fine-tuned checkpoint, print and keep the result, write the predictions."""
-        common.check_geometry(saved, geometry, path, config.data_dir)
+        data.check_geometry(saved, geometry, path, config.data_dir)
         model = Reconstructor(config, geometry)
         model.load_state_dict(saved["model"])
         if config.export and ranks.main:
@@ -510,10 +552,9 @@ def main():
         scores = evaluate(model.to(ranks.device), val_split, n_val, config, ranks, autocast, config.predictions)
         if ranks.main and scores:
             result, content = report(scores, val_split.events[:n_val], config, path, saved)
-            folder = Path(path).parent  # of the run whose checkpoint it is
-            common.write_json(folder / f"evaluation_{config.val_split}.json", content)
+            common.write_json(evaluation_path(path, saved, config, n_val, len(val_split)), content)
             if not config.eval_only:
-                common.write_atomic(folder / "result.txt", lambda part: part.write_text(result + "\n"))
+                common.write_atomic(Path(path).parent / "result.txt", lambda part: part.write_text(result + "\n"))
 
     if config.eval_only:
         path = config.checkpoint or best_path
@@ -553,11 +594,15 @@ def main():
     saved = common.find_run(config, checkpoint_path, MAY_CHANGE)
     if saved:
         common.check_same(checkpoint_path, "labels in train_split", saved["n_train"], n_train)
-        common.check_geometry(saved, geometry, checkpoint_path, config.data_dir)
+        data.check_geometry(saved, geometry, checkpoint_path, config.data_dir)
+        data.check_events(saved, checkpoint_path, config.data_dir)
         if saved["step"] >= config.max_steps or ran_out_of_patience(saved["step"], saved["best_step"], config):
             if ranks.main:
-                print(f"{config.out_dir} is complete at step {saved['step']}; raise max_steps (or patience, if that ended it) to go on, "
-                      "or choose another out_dir")
+                print(f"{config.out_dir} is complete at step {saved['step']}; raise max_steps (or patience, if that ended it) "
+                      "to go on, or choose another out_dir")
+            if not os.path.exists(best_path):
+                common.fail(f"{best_path} is missing; the last weights can be evaluated with: python finetune.py "
+                            f"--eval_only=True --data_dir={config.data_dir} --checkpoint={checkpoint_path}")
             evaluate_best(best_path, common.load_checkpoint(best_path))
             common.stop_device(ranks)
             return
@@ -586,13 +631,16 @@ def main():
     def save(path, step):
         common.save_checkpoint(path, model=raw_model.state_dict(), optimizer=optimizer.state_dict(),
                                scaler=scaler.state_dict(), step=step, best_val=best_val, best_step=best_step,
-                               bad_steps=bad_steps.item(), n_train=n_train, config=dataclasses.asdict(config))
+                               bad_steps=bad_steps.item(), n_train=n_train, data=fingerprint,
+                               config=dataclasses.asdict(config))
 
     if ranks.main:
+        lock = common.hold_lock(config.out_dir)  # held until main() ends
         common.print_run_header(config, ranks, raw_model, n_train)
         common.write_json(f"{config.out_dir}/config.json", dataclasses.asdict(config))
         log = common.start_log(config, LOG_COLUMNS, first_step)
         if saved:
+            common.print_reheating(saved, config)
             print(f"resume from {checkpoint_path} at step {first_step}")
 
     # ---- training loop -----------------------------------------------------------------------------------------------
@@ -609,15 +657,15 @@ def main():
             bar.close()
             common.end_stopped_run(config, caught, step, ranks)
 
+        paused = time.perf_counter()
         if step % config.eval_interval == 0 or last_step:
-            paused = time.perf_counter()
-            row |= summary(evaluate(compiled_model, val_split, n_val, config, ranks, autocast), config)
+            row |= summary(evaluate(raw_model, val_split, n_val, config, ranks, autocast), config)
             if ranks.main:
                 bar.write(f"eval {step:6d}/{config.max_steps} | " + " ".join(f"{name} {value:.4f}" for name, value in row.items()
                                                                              if name.startswith("val_")))
             if not np.isfinite(row["val_loss"]):
-                common.fail(f"step {step}: val_loss is {row['val_loss']}; {config.out_dir} keeps the last good checkpoint, go on "
-                            "with a smaller learning_rate")
+                common.fail(f"step {step}: val_loss is {row['val_loss']}; {config.out_dir} keeps the last good "
+                            "checkpoint, go on with a smaller learning_rate", common.Diverged)
             if row["val_loss"] < best_val and step > 0:
                 best_val, best_step = row["val_loss"], step
                 if ranks.main:
@@ -625,10 +673,11 @@ def main():
             if ran_out_of_patience(step, best_step, config) and not last_step:
                 last_step = True
                 if ranks.main:
-                    bar.write(f"no lower val_loss than at step {best_step} in patience = {config.patience} evaluations: this is the end")
-            clock += time.perf_counter() - paused
-        if ranks.main and step > first_step and (step % config.save_interval == 0 or last_step):
+                    bar.write(f"no lower val_loss than at step {best_step} in patience = {config.patience} "
+                              "evaluations: this is the end")
+        if ranks.main and (step % config.save_interval == 0 or last_step):
             save(checkpoint_path, step)
+        clock += time.perf_counter() - paused  # evaluating and saving do not count as training
         if last_step:
             if ranks.main:
                 log(row)
@@ -657,7 +706,7 @@ def main():
         optimizer.found_inf = is_bad.float()  # on the device: the fused kernel then changes nothing
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        raw_model.zero_grad(set_to_none=True)
         bad_steps = bad_steps + is_bad
         too_bad = bad_in_a_row > config.max_bad_steps  # stays so until the next log line looks at it
         bad_in_a_row = torch.where(too_bad, bad_in_a_row, (bad_in_a_row + 1) * is_bad)

@@ -24,8 +24,8 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from common import (check_not_negative, check_positive, count_cores, count_events, fail, load_config, progress_bar,
-                    read_json, run_in_workers, run_stage, write_atomic, write_json)
+from common import (check_not_negative, check_positive, count_cores, count_events, fail, hold_lock, load_config,
+                    print_knobs, progress_bar, read_json, run_in_workers, run_stage, write_atomic, write_json)
 from data import DOMS_PER_STRING, N_DOMS, local_coincidence
 
 # Sources: [D] the detector, arXiv:1612.05093; [DC] DeepCore, arXiv:1109.6096; [A] AMANDA's track reconstruction,
@@ -444,6 +444,8 @@ def main():
     elif any(os.path.exists(path) for path in (*outputs, out_dir / "train", out_dir / "test")):
         fail(f"{out_dir} holds data that simulate.py did not write; choose another --out_dir")
 
+    lock = hold_lock(out_dir)  # held until main() ends
+    print_knobs(config)
     write_json(record, {"complete": False} | settings)
     rows = "".join(f"{dom},{x},{y},{z}\n" for dom, (x, y, z) in enumerate(doms.tolist()))
     write_atomic(outputs[0], lambda path: path.write_text("sensor_id,x,y,z\n" + rows))

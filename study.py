@@ -13,6 +13,7 @@ where the arms of a later study find them. A study that was stopped goes on: wha
 import common
 
 import csv
+import importlib
 import json
 import math
 import os
@@ -26,6 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+
+import data
 
 METRICS = ["val_loss", "val_dom_loss", "val_charge_loss", "val_perplexity", "val_top1", "val_top5", "val_string", "val_distance",
            "val_charge_rms", "val_center_rms", "val_angle_mean", "val_angle_median", "coverage_50", "coverage_90"]
@@ -65,6 +68,22 @@ class StudyConfig:
             rates = []
         if len(rates) in (0, 2) or not (rates[0] > 0 and math.isfinite(sum(rates))):
             yield f"learning_rates = {self.learning_rates!r}: one (not tuned), or three and more numbers, separated by commas"
+
+
+def check_arms(config):
+    """Read the arguments of every arm as its script would, and look for its files: better now than hours later."""
+    script = importlib.import_module(Path(config.script).stem)
+    cls = script.TrainConfig if config.script == "train.py" else script.FinetuneConfig
+    for arm in config.arms:
+        for seed in range(1, config.seeds + 1):
+            try:
+                knobs = common.load_config(cls, args=shlex.split(arguments_of(config, arm, seed)))
+                data.read_meta(knobs.data_dir)
+                for path in filter(None, (getattr(knobs, "pretrained", ""), getattr(knobs, "branch_from", ""))):
+                    if not os.path.isfile(path):
+                        common.fail(f"{path}: no such checkpoint; run the study that makes it first")
+            except SystemExit as end:
+                common.fail(f"arm {arm}: {str(end.code).removeprefix('error: ')}")
 
 
 def learning_rates(config):
@@ -161,20 +180,23 @@ def run(config, arm, rate, seed):
     folder, arguments = folder_of(config, arm, rate, seed), arguments_of(config, arm, seed)
     command = [sys.executable, config.script, *shlex.split(arguments), f"--learning_rate={rate}", f"--seed={seed}", f"--out_dir={folder}"]
     folder.mkdir(parents=True, exist_ok=True)
+    n_threads = max(common.count_cores() // config.jobs, 1)
     with open(folder / "output.txt", "a+", encoding="utf-8") as output:  # behind what it said before it was stopped
         before = output.tell()
         status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False,
-                                env={**os.environ, "OMP_NUM_THREADS": str(max(common.count_cores() // config.jobs, 1))}).returncode
+                                env={**os.environ, "OMP_NUM_THREADS": str(n_threads)}).returncode
         output.seek(before)
         errors = [line for line in output.read().splitlines() if line.startswith("error: ")]
         output.seek(0)
         headers = [line for line in output.read().splitlines() if line.startswith("run ") and " | commit " in line]
-    row = dict.fromkeys(RESULTS, "") | {"study": Path(config.out_dir).name, "arm": arm, "learning_rate": f"{rate:g}", "seed": str(seed),
-                                        "metric": config.metric, "arguments": arguments, "knobs": knobs_of(arguments)}
-    if errors and ("smaller learning_rate" in errors[0] or "lower learning_rate" in errors[0]):
+    row = dict.fromkeys(RESULTS, "") | {
+        "study": Path(config.out_dir).name, "arm": arm, "learning_rate": f"{rate:g}", "seed": str(seed),
+        "metric": config.metric, "arguments": arguments, "knobs": knobs_of(arguments)}
+    if status == common.DIVERGED_STATUS:
         return [row | {"step": "0"}]
     if status:
-        common.fail(f"{shlex.join(command)} ended with status {status}; {errors[0] if errors else f'see {folder}/output.txt'}")
+        common.fail(f"{shlex.join(command)} ended with status {status}; "
+                    f"{errors[0] if errors else f'see {folder}/output.txt'}")
     checkpoint = common.load_checkpoint(folder / "ckpt.pt")
     if checkpoint["step"] < checkpoint["config"]["max_steps"] and not checkpoint["config"].get("patience"):
         common.fail(f"{folder} was stopped at step {checkpoint['step']}; the same command goes on from there")
@@ -188,12 +210,26 @@ def run(config, arm, rate, seed):
             if line["val_loss"] and line["step"] != "0"]
     if not rows[-1][config.metric]:
         common.fail(f"{folder}/log.csv has no {config.metric}; choose another metric")
-    evaluation = folder / "evaluation_val.json"
-    if evaluation.exists() and "calibration" in (found := common.read_json(evaluation)):  # of best.pt
-        for level in (50, 90):
-            share = np.interp(level / 100, found["calibration"]["level"], found["calibration"]["inside"])
-            rows[-1][f"coverage_{level}"] = f"{share:.4f}"
+    val_split = checkpoint["config"]["val_split"]
+    if (folder / f"evaluation_{val_split}.json").exists():
+        found = read_evaluation(folder, val_split)
+        if "calibration" in found:
+            for level in (50, 90):
+                share = np.interp(level / 100, found["calibration"]["level"], found["calibration"]["inside"])
+                rows[-1][f"coverage_{level}"] = f"{share:.4f}"
     return rows
+
+
+def read_evaluation(run, split):
+    """The evaluation_<split>.json of a fine-tuning run, if it is that of the run's present best.pt."""
+    path, best = Path(run) / f"evaluation_{split}.json", Path(run) / "best.pt"
+    again = f"evaluate it: python finetune.py --eval_only=True --out_dir={run} --val_split={split} --data_dir=..."
+    if not path.is_file():
+        common.fail(f"{path}: no such file; it must be a run of finetune.py; {again}")
+    found, step = common.read_json(path), common.load_checkpoint(best)["step"]
+    if (found.get("checkpoint"), found.get("step")) != (best.name, step):
+        common.fail(f"{path} is of {found.get('checkpoint')} at step {found.get('step')}, {best} is at step {step}; {again}")
+    return found
 
 
 def keep_best(config, arm, rate, seed):
@@ -230,6 +266,7 @@ def main():
     config = common.load_config(StudyConfig, __doc__)
     study = Path(config.out_dir).name
 
+
     def done():
         return final_rows(read_results(config.results), study)
 
@@ -237,6 +274,9 @@ def main():
         if arm in config.arms and row["knobs"] != knobs_of(arguments_of(config, arm, seed)):
             common.fail(f"{config.results}: arm {arm} of {study} was run with other knobs, {row['arguments']}; set them back, or choose "
                         "another out_dir, whose last part is the study's name")
+    if missing_runs(config, done()):
+        check_arms(config)
+        common.print_knobs(config)
     while jobs := missing_runs(config, done()):
         with common.progress_bar(len(jobs), f"study {study}", "run") as bar, ThreadPoolExecutor(config.jobs) as pool:
             try:

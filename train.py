@@ -3,11 +3,12 @@
     python train.py sample_config/demo.py                                  a small model on simulated events
     torchrun --nproc_per_node=8 train.py config/base.py                    the paper's run on 8 GPUs
     python train.py config/base.py --mask_prob=0.5 --out_dir=out/mask50    an ablation
-    python train.py config/base.py --branch_from=out/base/ckpt_20000.pt --out_dir=out/base20k    its learning rate to 0 from there
+    python train.py config/base.py --branch_from=out/base/ckpt_20000.pt --out_dir=out/base20k    to 0 from there
 
 Prints one line every log_interval steps and writes log.csv, ckpt.pt (last), best.pt (lowest val_loss) and config.json
-into out_dir. Ctrl-C or SIGTERM: it finishes the step and saves. The same command again goes on where a run stopped. Expect
-dom_loss to fall from ln 5160 = 8.55.
+into out_dir. Ctrl-C or SIGTERM: it finishes the step and saves. The same command again goes on where a run stopped.
+Exit status: 0 done, or stopped by SIGTERM; 1 an error of the user; 3 diverged; 130 Ctrl-C. Expect dom_loss to fall from
+ln 5160 = 8.55.
 """
 import common  # first: it sets how torch's threads wait
 
@@ -30,7 +31,7 @@ class TrainConfig(ModelConfig):
     train_split: str = "pretrain"  # split to learn from; needs no labels
     val_split: str = "val"  # split to evaluate on
     train_events: int = 0  # use the first N events of train_split; 0 = all
-    val_events: int = 100_000  # evaluate on the first N events of val_split; 0 = all
+    val_events: int = 100_000  # evaluate on the first N events of val_split, or as many as there are; 0 = all
     out_dir: str = ""  # where the run is kept; "" = out/<stems of the config files joined by +>
     batch_size: int = 4096  # events a step, over all ranks
     micro_batches: int = 8  # pieces a rank's share is cut into, sorted by length; more pieces need less memory
@@ -66,8 +67,9 @@ class TrainConfig(ModelConfig):
         yield from common.check_share(self, "mask_prob")
         yield from common.check_not_negative(self, "lambda_charge", "keep_every")
         yield from common.check_choice(self, "optimizer", ("adamw", "muon"))
-        if self.optimizer == "muon" and self.mup_base_width:
-            yield "mup_base_width: its learning rates are AdamW's, not those of optimizer = 'muon'"
+        if self.optimizer == "muon" and (self.mup_base_width or self.mup_base_layers):
+            yield ("mup_base_width and mup_base_layers carry learning rates of AdamW, not of optimizer = 'muon'; put "
+                   "sample_config/adamw.py after the other config files")
         if self.branch_from and (self.schedule != "trapezoidal" or self.cooldown_steps == 0):
             yield "branch_from is a cooldown: it needs schedule = 'trapezoidal' and cooldown_steps > 0"
 
@@ -132,11 +134,49 @@ def evaluate(model, split, n_events, config, ranks, autocast):
     sums, n_hidden = dict(zip(METRICS, sums)), max(n_hidden, 1)
     dom_loss = sums["dom_loss"] / (max(n_scored, 1) if config.loss_weighting == "per_event" else n_hidden)
     charge_loss = sums["cls_loss"] / n
-    return {"val_loss": dom_loss + config.lambda_charge * charge_loss, "val_dom_loss": dom_loss,
-            "val_charge_loss": charge_loss, "val_perplexity": float(np.exp(sums["cross_entropy"] / n_hidden)),
-            "val_top1": sums["top1"] / n_hidden, "val_top5": sums["top5"] / n_hidden,
-            "val_string": sums["right_string"] / n_hidden, "val_distance": sums["distance"] / n_hidden,
-            "val_charge_rms": (sums["charge_error2"] / n) ** 0.5, "val_center_rms": (sums["center_error2"] / n) ** 0.5}
+    found = {"val_loss": dom_loss + config.lambda_charge * charge_loss, "val_dom_loss": dom_loss,
+             "val_charge_loss": charge_loss, "val_perplexity": float(np.exp(sums["cross_entropy"] / n_hidden)),
+             "val_top1": sums["top1"] / n_hidden, "val_top5": sums["top5"] / n_hidden,
+             "val_string": sums["right_string"] / n_hidden, "val_distance": sums["distance"] / n_hidden}
+    for target in ("charge", "center"):
+        if config.cls_target in (target, "both"):  # what no head predicts is not measured
+            found[f"val_{target}_rms"] = (sums[f"{target}_error2"] / n) ** 0.5
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# branches
+# ----------------------------------------------------------------------------------------------------------------------
+
+def find_branch(config, saved):
+    """Where a run with branch_from begins -> its own checkpoint, or that of the long run; and its max_steps.
+
+    One long run with a constant learning rate gives a whole curve over training time, if a cooldown branches off here and
+    there (Hägele et al. 2024, arXiv:2405.18392).
+    """
+    path = config.branch_from
+    if saved:  # the branch goes on
+        before = saved["config"]["cooldown_steps"]
+        common.check_same(f"{config.out_dir}/ckpt.pt", "cooldown_steps", before, config.cooldown_steps)
+        return saved, saved["config"]["max_steps"]
+    origin = common.load_checkpoint(path)
+    if "task" in origin["config"]:
+        common.fail(f"{path} is a fine-tuned checkpoint; a branch begins from one of train.py")
+    for field in dataclasses.fields(config):
+        if field.name not in MAY_CHANGE | {"branch_from"}:
+            before = origin["config"].get(field.name, common.default_of(field))
+            now = getattr(config, field.name)
+            if before != now:
+                common.fail(f"{path} was written with {field.name} = {before!r}, now it is {now!r}; a branch repeats the "
+                            "knobs of its run")
+    first, last = common.warmup_steps(config), origin["config"]["max_steps"] - origin["config"]["cooldown_steps"]
+    if first > last:
+        common.fail(f"{path}: its run has no flat part to branch from: a warm-up of {first} steps, and a cooldown from step "
+                    f"{last} on; branch from a longer run, or one with a shorter warm-up")
+    if not first <= origin["step"] <= last:
+        common.fail(f"{path} is at step {origin['step']}, outside the flat part of its schedule, steps {first} to {last}; "
+                    "set keep_every in the long run and branch from one of those checkpoints")
+    return origin | {"best_val": float("inf")}, origin["step"] + config.cooldown_steps
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -148,17 +188,18 @@ def main():
     saved = common.find_run(config, checkpoint_path, MAY_CHANGE)
     begins_from = checkpoint_path if saved else config.branch_from
     if config.branch_from:
-        saved = common.find_branch(config, saved, MAY_CHANGE)
+        saved, config.max_steps = find_branch(config, saved)
     if saved and saved["step"] >= config.max_steps:
         if ranks.main:
-            print(f"{config.out_dir} is complete at step {saved['step']}; raise max_steps to go on, or choose another out_dir")
+            print(f"{config.out_dir} is complete at step {saved['step']}; raise max_steps to go on, or choose another "
+                  "out_dir")
         common.stop_device(ranks)
         return
 
     # ---- data --------------------------------------------------------------------------------------------------------
     train_split, n_train = data.open_first_events(config.data_dir, config.train_split, config.train_events)
-    val_split, n_val = data.open_first_events(config.data_dir, config.val_split, config.val_events)
-    geometry = data.read_geometry(config.data_dir)
+    val_split, n_val = data.open_first_events(config.data_dir, config.val_split, config.val_events, at_most=True)
+    geometry, fingerprint = data.read_geometry(config.data_dir), data.fingerprint(config.data_dir)
 
     def load_step(step):
         """This rank's share of a step; the step's events and masks do not depend on the number of ranks."""
@@ -182,7 +223,8 @@ def main():
     bad_steps = bad_in_a_row = torch.zeros((), dtype=torch.int64, device=ranks.device)  # counted without waiting for the GPU
     if saved:
         common.check_same(begins_from, "events in train_split", saved["n_train"], n_train)
-        common.check_geometry(saved, geometry, begins_from, config.data_dir)
+        data.check_geometry(saved, geometry, begins_from, config.data_dir)
+        data.check_events(saved, begins_from, config.data_dir)
         raw_model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizer"]):
             optimizer.load_state_dict(state)
@@ -195,12 +237,15 @@ def main():
     def save(path, step):
         common.save_checkpoint(path, model=raw_model.state_dict(), optimizer=[o.state_dict() for o in optimizers],
                                scaler=scaler.state_dict(), step=step, best_val=best_val, bad_steps=bad_steps.item(),
-                               n_train=n_train, config=dataclasses.asdict(config))
+                               n_train=n_train, data=fingerprint, config=dataclasses.asdict(config))
 
     if ranks.main:
+        lock = common.hold_lock(config.out_dir)  # held until main() ends
         common.print_run_header(config, ranks, raw_model, n_train)
         common.write_json(f"{config.out_dir}/config.json", dataclasses.asdict(config))
         log = common.start_log(config, LOG_COLUMNS, first_step)
+        if saved and begins_from == checkpoint_path:
+            common.print_reheating(saved, config)
         if saved:
             print(f"{'branch' if begins_from == config.branch_from else 'resume'} from {begins_from} at step {first_step}")
 
@@ -218,25 +263,26 @@ def main():
             bar.close()
             common.end_stopped_run(config, caught, step, ranks)
 
+        paused = time.perf_counter()
         if step % config.eval_interval == 0 or last_step:
-            paused = time.perf_counter()
             row |= evaluate(raw_model, val_split, n_val, config, ranks, autocast)
             if ranks.main:
                 bar.write(f"eval {step:6d}/{config.max_steps} | val_loss {row['val_loss']:.4f} "
                           f"dom {row['val_dom_loss']:.4f} charge {row['val_charge_loss']:.4f} | top1 {row['val_top1']:.1%} "
                           f"top5 {row['val_top5']:.1%} string {row['val_string']:.1%} off by {row['val_distance']:.0f} m")
             if not np.isfinite(row["val_loss"]):
-                common.fail(f"step {step}: val_loss is {row['val_loss']}; {config.out_dir} keeps the last good checkpoint, go on "
-                            "with a smaller learning_rate")
+                common.fail(f"step {step}: val_loss is {row['val_loss']}; {config.out_dir} keeps the last good "
+                            "checkpoint, go on with a smaller learning_rate", common.Diverged)
             if row["val_loss"] < best_val and step > 0:
                 best_val = row["val_loss"]
                 if ranks.main:
                     save(f"{config.out_dir}/best.pt", step)
-            clock += time.perf_counter() - paused
-        if ranks.main and step > first_step and (step % config.save_interval == 0 or last_step):
+        # at the first step too: a run that was stopped between the two files has only one of them
+        if ranks.main and (step % config.save_interval == 0 or last_step):
             save(checkpoint_path, step)
-        if ranks.main and step > first_step and config.keep_every and step % config.keep_every == 0:
+        if ranks.main and config.keep_every and step % config.keep_every == 0 and step > 0:
             save(f"{config.out_dir}/ckpt_{step}.pt", step)
+        clock += time.perf_counter() - paused  # evaluating and saving do not count as training
         if last_step:
             if ranks.main:
                 log(row)
@@ -301,6 +347,7 @@ def main():
         bar.update()
 
     bar.close()
+    common.release_signals()
     if ranks.main:
         print(f"done: {checkpoint_path}, best val_loss {best_val:.4f} in {config.out_dir}/best.pt, curves in log.csv")
     common.stop_device(ranks)

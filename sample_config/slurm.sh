@@ -18,14 +18,18 @@ set -eu
 export OMP_NUM_THREADS=4
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # ranks that are started again find no addresses of those that died
 
+out_dir=out/base
+for arg in "$@"; do
+    case $arg in --out_dir=*) out_dir=${arg#--out_dir=} ;; esac
+done
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-last_step() { tail -n 1 out/base/log.csv 2>/dev/null | cut -d, -f1; }
+last_step() { tail -n 1 "$out_dir/log.csv" 2>/dev/null | cut -d, -f1; }
 before=$(last_step)
 
 # data/ and out/ must be on a disk that all machines share
 srun --kill-on-bad-exit=1 torchrun --nnodes="$SLURM_NNODES" --nproc_per_node=8 --max_restarts=3 \
     --rdzv_id="$SLURM_JOB_ID" --rdzv_backend=c10d --rdzv_endpoint="$head_node:29500" \
-    train.py config/base.py "$@" || echo "torchrun ended with status $?"
+    train.py config/base.py --out_dir="$out_dir" "$@" || echo "torchrun ended with status $?"
 
 # queue it again as long as that brings it further: a complete run makes no step, nor does one with an error at its start
 if [ "$(last_step)" != "$before" ]; then scontrol requeue "$SLURM_JOB_ID"; fi

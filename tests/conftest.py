@@ -69,11 +69,11 @@ def run_ok(script, *args, **kwargs):
     return done
 
 
-def user_error(script, *args, **kwargs):
-    """Run a script that must refuse: exit status 1, one line of error, no traceback -> that line."""
+def user_error(script, *args, status=1, **kwargs):
+    """Run a script that must refuse: exit status, one line of error, no traceback -> that line."""
     done = run(script, *args, **kwargs)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 1 and len(lines) == 1 and "Traceback" not in done.stderr, done.stdout + done.stderr
+    assert done.returncode == status and len(lines) == 1 and "Traceback" not in done.stderr, done.stdout + done.stderr
     return lines[0]
 
 

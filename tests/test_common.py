@@ -36,6 +36,8 @@ def test_files_and_flags_apply_left_to_right(monkeypatch, tmp_path, capsys):
     assert isinstance(config.batch_size, int) and isinstance(config.learning_rate, float)
     assert config.out_dir == "out/a+b"
     assert config.sources == {"max_steps": "command line", "batch_size": "command line", "learning_rate": f"{tmp_path}/a.py"}
+    assert capsys.readouterr().out == ""  # not before all is checked
+    common.print_knobs(config)
     assert "knob max_steps = 7 (default 127000, from command line)" in capsys.readouterr().out
 
 

@@ -143,6 +143,6 @@ def test_damaged_geometry_is_refused(demo_data, tmp_path):
 
 
 def test_asking_for_more_events_than_there_are(demo_data):
-    with pytest.raises(SystemExit, match="holds 103 events, the config asks for 104"):
+    with pytest.raises(SystemExit, match="holds 103 events, the config asks for train_events = 104"):
         data.open_first_events(demo_data, "val", 104)
     assert data.open_first_events(demo_data, "val", 0)[1] == 103

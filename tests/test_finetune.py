@@ -1,5 +1,7 @@
 """finetune.py as users run it: from a checkpoint, from scratch, frozen, evaluation, predictions."""
 import csv
+import re
+import shutil
 
 import numpy as np
 import pyarrow.parquet
@@ -26,7 +28,7 @@ def tuned(demo_data, pretrained, tmp_path_factory):
 
 def test_a_run_leaves_what_the_readme_says(tuned):
     out_dir, done = tuned
-    assert {p.name for p in out_dir.iterdir()} == {"ckpt.pt", "best.pt", "log.csv", "config.json", "result.txt",
+    assert {p.name for p in out_dir.iterdir()} == {".lock", "ckpt.pt", "best.pt", "log.csv", "config.json", "result.txt",
                                                    "evaluation_val.json", "predictions.csv"}
     assert column(out_dir, "step") == [0, 1, 2, 3, 4, 5, 6]
     assert len(column(out_dir, "val_angle_mean")) == len(column(out_dir, "val_angle_median")) == 3
@@ -51,7 +53,8 @@ def test_predictions_are_the_directions_that_were_scored(tuned, demo_data):
 
 def test_azimuths_stay_below_two_pi():
     directions = np.array([[1, -1e-20, 0], [0, -1, 0], [0, 0, 1], [-1, 0, 0]], np.float32)
-    table = finetune.prediction_table(np.arange(4), {"direction": directions}, finetune.FinetuneConfig())
+    events = np.zeros(4, data.EVENT)
+    table = finetune.prediction_table(events, {"direction": directions}, finetune.FinetuneConfig(), [])
     assert table["azimuth"].to_numpy() == pytest.approx([0, 1.5 * np.pi, 0, np.pi])
     assert table["zenith"].to_numpy() == pytest.approx([np.pi / 2, np.pi / 2, 0, np.pi / 2])
 
@@ -152,8 +155,16 @@ def test_vmf_tells_its_uncertainty(demo_data, tmp_path):
     done = run_ok("finetune.py", *args)
     assert "inside their 50 % contour" in done.stdout
     table = pyarrow.parquet.read_table(tmp_path / "p.parquet")
-    assert table.column_names == ["event_id", "azimuth", "zenith", "x", "y", "z", "kappa"] and len(table) == 3
-    assert min(table["kappa"].to_pylist()) > 0
+    truth = ["true_azimuth", "true_zenith", "true_energy", "true_event_class"]
+    assert table.column_names == ["event_id", "azimuth", "zenith", "x", "y", "z", "kappa", "n_pulses", *truth]
+    assert min(table["kappa"].to_pylist()) > 0 and len(table) == 3
+    events = data.open_split(demo_data, "val").events[:3]
+    for name, column_name in (("n_pulses", "n_pulses"), ("zenith", "true_zenith"), ("event_class", "true_event_class")):
+        assert table[column_name].to_numpy().tolist() == events[name].tolist()
+    # too few events to tell an error: none is claimed
+    whole, = common.read_json(tmp_path / "evaluation_val.json")["rows"]
+    assert whole["n"] == 3 and whole["mean_error"] is None and "+-" not in (tmp_path / "result.txt").read_text()
+    assert re.search(r"not shown, fewer than 10 events: .*zenith 60 to 120 deg \(\d\)", done.stdout)
 
 
 def test_calibration_of_events_that_follow_their_kappa():
@@ -237,7 +248,10 @@ def test_user_errors(tuned, demo_data, pretrained, tmp_path):
     assert "have no direction" in user_error("finetune.py", *args, checkpoint, "--train_split=test", "--train_events=0")
     assert "have no direction" in user_error("finetune.py", *args, checkpoint, "--val_split=test", "--val_events=0")
     assert "must end in .csv" in user_error("finetune.py", *args, checkpoint, "--predictions=x.txt")
-    assert "not a folder to write in" in user_error("finetune.py", *args, checkpoint, "--predictions=/dev/null/x.csv")
+    assert "no folder to write in" in user_error("finetune.py", *args, checkpoint, "--predictions=/dev/null/x.csv")
+    nowhere = user_error("finetune.py", *args, checkpoint, f"--predictions={tmp_path}/new/x.csv")
+    assert "mkdir -p" in nowhere and not (tmp_path / "new").exists()
+    assert "optimizer is a knob of train.py" in user_error("finetune.py", "sample_config/demo.py")
     (tmp_path / "d.csv").mkdir()
     assert "is a folder" in user_error("finetune.py", *args, checkpoint, f"--predictions={tmp_path}/d.csv")
     assert "no meaning for task = 'energy'" in user_error("finetune.py", *args, checkpoint, "--task=energy", "--direction_loss=vmf")
@@ -250,14 +264,51 @@ def test_user_errors(tuned, demo_data, pretrained, tmp_path):
 
 
 def test_another_detector_is_refused(tuned, demo_data, pretrained, tmp_path):
-    import shutil
     shutil.copytree(demo_data, tmp_path / "moved")
     geometry = data.read_geometry(demo_data)
     geometry[77, 2] += 1
     geometry.tofile(tmp_path / "moved/geometry.bin")
     line = user_error("finetune.py", f"--data_dir={tmp_path}/moved", f"--out_dir={tmp_path}/run", *KNOBS,
                       f"--pretrained={pretrained[0]}/ckpt.pt")
-    assert "another detector" in line and "DOM 77" in line
+    assert "another detector" in line and "1 DOMs lie elsewhere, by 0.0 m (median) to 1.0 m" in line
+
+
+def test_each_evaluation_keeps_to_itself(tuned, demo_data, tmp_path):
+    """Another checkpoint, other events or other data do not overwrite what is known of best.pt."""
+    run, again = tmp_path / "run", ["--eval_only=True", "--device=cpu", "--dtype=float32"]
+    shutil.copytree(tuned[0], run)
+    run_ok("prepare.py", f"--input_dir={demo_data.parent}/raw", f"--data_dir={tmp_path}/other", "--splits={'val': (4, 4)}",
+           "--max_pulses=20")
+    before = common.read_json(run / "evaluation_val.json")
+    assert (before["checkpoint"], before["n_events"]) == ("best.pt", 50)
+    assert before["step"] == common.load_checkpoint(run / "best.pt")["step"]
+    args = [f"--out_dir={run}", f"--data_dir={demo_data}", *again]
+    run_ok("finetune.py", *args, "--val_events=0")
+    run_ok("finetune.py", *args, "--val_events=50", f"--checkpoint={run}/ckpt.pt")
+    run_ok("finetune.py", *args, "--val_events=0", "--val_split=pretrain")
+    run_ok("finetune.py", f"--out_dir={run}", f"--data_dir={tmp_path}/other", *again, "--val_events=50")
+    names = ["val", "pretrain", "val_103", "val_ckpt", "val_other"]
+    assert {path.name for path in run.glob("evaluation*")} == {f"evaluation_{name}.json" for name in names}
+    assert common.read_json(run / "evaluation_val.json") == before
+    found = {name: common.read_json(run / f"evaluation_{name}.json") for name in names}
+    assert found["val_103"]["n_events"] == 103 and found["val_ckpt"]["checkpoint"] == "ckpt.pt"
+    assert found["val_other"]["data"] != before["data"]
+    run_ok("finetune.py", *args, "--val_events=50")
+    assert common.read_json(run / "evaluation_val.json")["rows"] == before["rows"]
+
+
+def test_a_complete_run_without_its_best_weights_says_what_can_be_evaluated(tuned, demo_data, pretrained, tmp_path):
+    shutil.copytree(tuned[0], tmp_path / "run")
+    (tmp_path / "run/best.pt").unlink()
+    line = user_error("finetune.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}/run", *KNOBS,
+                      f"--pretrained={pretrained[0]}/ckpt.pt")
+    assert "best.pt is missing" in line and f"--checkpoint={tmp_path}/run/ckpt.pt" in line
+
+
+def test_a_run_that_diverges_has_an_exit_status_of_its_own(demo_data, tmp_path):
+    args = [f"--data_dir={demo_data}", *KNOBS, *TINY_MODEL, f"--out_dir={tmp_path}", "--pretrained=", "--warmup_steps=1",
+            "--learning_rate=1e30", "--grad_clip=1e30"]
+    assert "smaller learning_rate" in user_error("finetune.py", *args, status=common.DIVERGED_STATUS)
 
 
 @pytest.mark.parametrize("name", ["weights.pth", "lightning.ckpt"])

@@ -1,6 +1,7 @@
 """train.py as users run it: whole runs, torchrun, kill and resume."""
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,13 +39,14 @@ def assert_same_weights(a, b, atol=0.0):
 
 def test_a_run_leaves_what_the_readme_says(pretrained, demo_data):
     out_dir, done = pretrained
-    assert {p.name for p in out_dir.iterdir()} == {"ckpt.pt", "best.pt", "log.csv", "config.json"}
+    assert {p.name for p in out_dir.iterdir()} == {".lock", "ckpt.pt", "best.pt", "log.csv", "config.json"}
     rows = read_log(out_dir)
     assert [int(row["step"]) for row in rows] == list(range(7)) and list(rows[0]) == train.LOG_COLUMNS
     assert [int(row["events"]) for row in rows] == [16 * step for step in range(7)]
     assert [row["step"] for row in rows if row["val_loss"]] == ["0", "3", "6"]
     for row in rows[:6]:
         assert float(row["loss"]) == pytest.approx(float(row["dom_loss"]) + float(row["charge_loss"]), rel=1e-4)
+    assert len(column(out_dir, "val_charge_rms")) == 3 and column(out_dir, "val_center_rms") == []  # no head, no number
     assert done.stdout.count("| loss ") == 6 and done.stdout.count("| val_loss ") == 3
     assert common.read_json(out_dir / "config.json")["data_dir"] == str(demo_data)
     saved = common.load_checkpoint(out_dir / "ckpt.pt")
@@ -194,7 +196,6 @@ def test_a_rank_that_dies_takes_the_others_down_and_torchrun_starts_them_again(s
 
 def test_a_full_disk_leaves_the_last_checkpoint(straight, demo_data, tmp_path):
     import resource
-    import shutil
     shutil.copytree(straight, tmp_path / "run")
     (tmp_path / "run/ckpt_20.pt").rename(tmp_path / "run/ckpt.pt")
     before = (tmp_path / "run/ckpt.pt").read_bytes()
@@ -214,13 +215,15 @@ def test_a_branch_is_the_run_that_would_have_ended_there(straight, demo_data, tm
     assert "is complete at step 25" in run_ok("train.py", *branch).stdout
     too_late = user_error("train.py", *args, f"--out_dir={tmp_path}/late", f"--branch_from={straight}/ckpt_40.pt")
     assert "outside the flat part" in too_late and "10 to 38" in too_late
+    slow = [f"--data_dir={demo_data}", *TINY_RUN, "--beta2=0.99", "--max_steps=4", f"--out_dir={tmp_path}/slow"]
+    run_ok("train.py", *slow)
+    assert "no flat part" in user_error("train.py", *slow, f"--out_dir={tmp_path}/x", f"--branch_from={tmp_path}/slow/ckpt.pt")
     assert "mask_prob = 0.25" in user_error("train.py", *branch, f"--out_dir={tmp_path}/other", "--mask_prob=0.5")
 
 
 @pytest.mark.parametrize("knob", ["--dtype=float32", "--dtype=float16", "--optimizer=muon"])
 def test_bad_steps_are_skipped_counted_and_end_the_run_if_they_go_on(demo_data, tmp_path, knob):
     """One event of the data holds a NaN: a step of 100 of the 300 events meets it once an epoch."""
-    import shutil
     shutil.copytree(demo_data, tmp_path / "data")
     split = data.open_split(tmp_path / "data", "pretrain")
     pulses = split.pulses.copy()
@@ -267,7 +270,7 @@ def test_what_may_not_change_when_a_run_goes_on(pretrained, demo_data):
 
 def test_a_run_that_explodes_ends_in_one_line_and_keeps_its_last_good_checkpoint(demo_data, tmp_path):
     line = user_error("train.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}", *TINY_RUN, "--learning_rate=1e30",
-                      "--warmup_steps=1")
+                      "--warmup_steps=1", status=common.DIVERGED_STATUS)
     assert "smaller learning_rate" in line and str(tmp_path) in line
     for file in tmp_path.glob("*.pt"):
         assert all(value.isfinite().all() for value in common.load_checkpoint(file)["model"].values())
@@ -284,10 +287,74 @@ def test_precision_may_change_when_a_run_goes_on(demo_data, tmp_path):
 def test_a_run_killed_before_its_first_checkpoint_is_not_taken_for_another(demo_data, tmp_path):
     args = [f"--data_dir={demo_data}", f"--out_dir={tmp_path}", *TINY_RUN]
     run_ok("train.py", *args, "--max_steps=2")
-    (tmp_path / "ckpt.pt").unlink()
+    for name in ("ckpt.pt", "best.pt", "log.csv"):
+        (tmp_path / name).unlink()
     assert "seed = 0, now it is 3" in user_error("train.py", *args, "--seed=3")
     assert "holds a run" in user_error("train.py", *args, "--resume=False")
     run_ok("train.py", *args, "--max_steps=2")
+
+
+@pytest.mark.parametrize("script", ["train.py", "finetune.py"])
+def test_a_lost_checkpoint_does_not_cost_the_rest(demo_data, tmp_path, script):
+    args = [f"--data_dir={demo_data}", f"--out_dir={tmp_path}", *TINY_RUN, "--max_steps=2"]
+    if script == "finetune.py":
+        args += ["--pretrained=", "--head_hidden_size=8"]
+    run_ok(script, *args)
+    (tmp_path / "ckpt.pt").unlink()
+    assert "ckpt.pt is missing" in user_error(script, *args)
+    (tmp_path / "best.pt").rename(tmp_path / "elsewhere.pt")
+    assert "holds log.csv of a run" in user_error(script, *args)
+    assert len(read_log(tmp_path)) == 3
+    for name in ("ckpt.pt", "best.pt"):
+        shutil.copy(tmp_path / "elsewhere.pt", tmp_path / name)
+    assert "is complete at step 2" in run_ok(script, *args).stdout
+
+
+def test_a_checkpoint_to_keep_is_written_when_the_run_goes_on(straight, demo_data, tmp_path):
+    """Killed after ckpt.pt was written at such a step, before the other file was."""
+    shutil.copytree(straight, tmp_path / "run")
+    (tmp_path / "run/ckpt_20.pt").rename(tmp_path / "run/ckpt.pt")
+    (tmp_path / "run/ckpt_40.pt").unlink()
+    run_ok("train.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}/run", *LONG_RUN, "--keep_every=20")
+    assert common.load_checkpoint(tmp_path / "run/ckpt_20.pt")["step"] == 20
+    assert_same_run(straight, tmp_path / "run")
+
+
+def test_two_runs_do_not_share_a_folder(demo_data, tmp_path):
+    args = [f"--data_dir={demo_data}", f"--out_dir={tmp_path}", *TINY_RUN, "--max_steps=5000"]
+    process = start(*args)
+    wait_for_step(process, tmp_path, 2)
+    assert "another run is at work there" in user_error("train.py", *args)
+    process.kill()
+    process.communicate()
+    step = common.load_checkpoint(tmp_path / "ckpt.pt")["step"]
+    run_ok("train.py", *args, f"--max_steps={step + 2}", "--cooldown_steps=1")  # the lock died with its process
+
+
+def test_other_events_are_refused(demo_data, tmp_path):
+    args = [f"--out_dir={tmp_path}/run", *TINY_RUN]
+    run_ok("train.py", f"--data_dir={demo_data}", *args, "--max_steps=1")
+    run_ok("prepare.py", f"--input_dir={demo_data.parent}/raw", f"--data_dir={tmp_path}/short", "--max_pulses=20",
+           "--splits={'pretrain': (1, 2), 'val': (4, 4)}")
+    assert "other events" in user_error("train.py", f"--data_dir={tmp_path}/short", *args, "--max_steps=2")
+    shutil.copytree(demo_data, tmp_path / "moved")
+    run_ok("train.py", f"--data_dir={tmp_path}/moved", *args, "--max_steps=2")
+
+
+def test_a_run_says_when_its_learning_rate_is_not_what_was_meant(demo_data, tmp_path):
+    args = [f"--data_dir={demo_data}", f"--out_dir={tmp_path}/run", *TINY_RUN, "--val_split=pretrain"]
+    short = run_ok("train.py", *args, "--max_steps=12", "--cooldown_steps=8").stdout
+    assert "reaches 0.0007, not 0.001; set --cooldown_steps=2" in short and "rises again" not in short
+    assert "warning: train_split and val_split are both 'pretrain'" in short
+    longer = run_ok("train.py", *args, "--max_steps=24", "--cooldown_steps=8").stdout
+    assert "rises again at step 12, from 0 to 0.001" in longer and "keep_every" in longer and "do not fit" not in longer
+
+
+def test_more_validation_events_than_there_are_means_all(demo_data, tmp_path):
+    run_ok("train.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}/all", *TINY_RUN, "--val_events=0", "--max_steps=1")
+    run_ok("train.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}/more", *TINY_RUN, "--val_events=99999",
+           "--max_steps=1")
+    assert column(tmp_path / "all", "val_loss") == column(tmp_path / "more", "val_loss")
 
 
 def test_fewer_validation_events_than_ranks(demo_data, tmp_path):
