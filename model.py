@@ -40,6 +40,7 @@ class ModelConfig:
     loss_weighting: str = "per_event"  # events count alike; or "per_pulse", hidden pulses do (paper v0.1)
     cls_target: str = "charge"  # what [CLS] predicts: log10 of the total charge; or "center" of charge; or "both"
     mup_base_width: int = 0  # muP: keep what was tuned at this embedding_dim when embedding_dim changes; 0 = off
+    mup_base_heads: int = 0  # num_heads of that base model; 0 = as many as here, so that wider models have wider heads
     mup_base_layers: int = 0  # CompleteP: the same for num_layers; 0 = off
 
     def check(self):
@@ -59,9 +60,14 @@ class ModelConfig:
             yield f"backbone = {self.backbone!r} needs an embedding_dim that 2 num_heads = {2 * self.num_heads} divides"
         if self.backbone != "transformer" and (self.mup_base_width or self.qk_norm):
             yield f"mup_base_width and qk_norm are for the transformer, not for backbone = {self.backbone!r}"
-        for key in ("mup_base_width", "mup_base_layers"):
+        if self.backbone == "mamba" and self.embedding_dim % 4:
+            yield f"backbone = 'mamba' needs an embedding_dim that 4 divides: its state is {self.embedding_dim} / 4 wide"
+        for key in ("mup_base_width", "mup_base_heads", "mup_base_layers"):
             if getattr(self, key) < 0:
                 yield f"{key} = {getattr(self, key)}: must not be negative"
+        if self.mup_base_heads and (not self.mup_base_width or self.mup_base_width % self.mup_base_heads):
+            yield (f"mup_base_heads = {self.mup_base_heads}: must divide mup_base_width = {self.mup_base_width}, the width "
+                   "of the same base model")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -173,7 +179,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(D, 3 * D, bias=False)
         self.out = nn.Linear(D, D, bias=False)
         self.qk_norm = nn.RMSNorm(D // config.num_heads) if config.qk_norm else None
-        self.scale = (D // config.num_heads * width_ratio(config)) ** -0.5  # muP: 1/d instead of 1/sqrt(d)
+        self.scale = attention_scale(config)
 
     def forward(self, x, valid):
         B, L, D = x.shape
@@ -435,6 +441,17 @@ DIRECTION_LOSSES = {"angular": lambda direction, kappa, truth: angular_error(dir
 def width_ratio(config):
     """muP: how much wider than the model whose learning rate was tuned; 1 without muP."""
     return config.embedding_dim / config.mup_base_width if config.mup_base_width else 1.0
+
+
+def attention_scale(config):
+    """1/sqrt(d) of heads d wide; with muP sqrt(d of the base model)/d, which is the same at the base (its table 8).
+
+    Trained queries and keys correlate, so that their products grow with d, not with sqrt(d).
+    """
+    d = config.embedding_dim // config.num_heads
+    if not config.mup_base_width:
+        return d ** -0.5
+    return (config.mup_base_width / (config.mup_base_heads or config.num_heads)) ** 0.5 / d
 
 
 def init_weights(model, config):

@@ -52,6 +52,9 @@ def test_files_and_flags_apply_left_to_right(monkeypatch, tmp_path, capsys):
     ("--learning_rate=-1", "must be greater than 0"),
     ("--mask_prob=1.5", "between 0 and 1"),
     ("--num_heads=7", "embedding_dim = 256 cannot be shared among num_heads = 7"),
+    (("--backbone=mamba", "--embedding_dim=66", "--dom_embed_dim=6", "--num_heads=3"), "an embedding_dim that 4 divides"),
+    (("--mup_base_width=64", "--mup_base_heads=3"), "mup_base_heads = 3: must divide mup_base_width = 64"),
+    (("--mup_base_width=64", "--optimizer=muon"), "put sample_config/adamw.py after"),
     ("--backbone=transfomer", "choose one of"),
     ("--schedule=cosin", "did you mean 'cosine'"),
     ("--dom_embed_dim=256", "smaller than"),
@@ -71,7 +74,7 @@ def test_bad_configs_end_in_one_line(monkeypatch, tmp_path, argument, words):
         (tmp_path / "bad.py").write_text(argument)
         argument = "bad.py"
     with pytest.raises(SystemExit) as stop:
-        load(monkeypatch, TrainConfig, argument)
+        load(monkeypatch, TrainConfig, *(argument if isinstance(argument, tuple) else [argument]))
     assert words in str(stop.value) and "\n" not in str(stop.value)
 
 

@@ -334,9 +334,40 @@ def update_size(width=64, layers=2, **knobs):
         return (net.encoder.backbone(x, valid)[valid] - before).std().item()
 
 
-def test_mup_keeps_the_size_of_an_update_over_width():
-    assert 0.6 < update_size(width=512, mup_base_width=64) / update_size(width=64) < 1.5
-    assert update_size(width=512) / update_size(width=64) > 2
+def coordinates(width, heads, steps=20, **knobs):
+    """How far some AdamW steps move what flows through the model -> spreads of the change of attention logits and blocks."""
+    batches = [one_batch([20, 40, 30], seed=seed)[0] for seed in range(2)]
+    torch.manual_seed(0)
+    net = m.Pretrainer(TrainConfig(embedding_dim=width, dom_embed_dim=width // 2, num_heads=heads, hidden_size=4 * width,
+                                   num_layers=2, **knobs), GEOMETRY)
+    optimizer = torch.optim.AdamW([{**g, "lr": 3e-3 * g["lr_scale"]} for g in m.parameter_groups(net, 0.0)],
+                                  betas=(0.9, 0.95))
+
+    @torch.no_grad()
+    def look():
+        x, valid = net.encoder.embedding(batches[0])
+        found = []
+        for block in net.encoder.backbone.blocks:
+            q, k, _ = block.mixer.qkv(block.norm1(x)).view(*x.shape[:2], 3, heads, -1).unbind(2)
+            logits = torch.einsum("blhd,bmhd->bhlm", q, k) * block.mixer.scale
+            x = block(x, valid)
+            found += [logits[(valid[:, None, :, None] & valid[:, None, None]).expand_as(logits)], x[valid]]
+        return found
+
+    before = look()
+    for step in range(steps):
+        sum(loss.mean() for loss in net(batches[step % 2])).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return np.array([(new - old).std().item() for old, new in zip(before, look())])
+
+
+@pytest.mark.parametrize("heads", [lambda width: width // 32, lambda width: 1], ids=["more heads", "wider heads"])
+def test_mup_keeps_the_size_of_an_update_over_width(heads):
+    """The coordinate check (Yang et al. 2022, appendix D.1): of one size over widths 32 to 256, whichever way they widen."""
+    mup = [coordinates(width, heads(width), mup_base_width=32, mup_base_heads=1) for width in (32, 64, 128, 256)]
+    assert np.max(np.max(mup, axis=0) / np.min(mup, axis=0)) < 2.1
+    assert np.all(coordinates(256, heads(256)) > 2 * mup[-1])  # what standard parametrisation does
 
 
 def test_completep_keeps_the_size_of_an_update_over_depth():
