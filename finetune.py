@@ -466,10 +466,9 @@ def report(scores, events, config, path, saved):
                "data": data.fingerprint(config.data_dir), "split": config.val_split, "n_events": len(events),
                "errors_by": f"{N_BOOTSTRAP} bootstrap samples of the events", "rows": rows, "left_out": left_out}
     print_evaluation(rows, left_out, config)
-    if config.task == "direction":
-        edges = np.linspace(0, np.pi, 61)
-        content["histogram"] = {"edges": edges.tolist(), **{name: np.histogram(scores[name], edges)[0].tolist()
-                                                            for name in ("error", "fit_error")}}
+    edges = np.linspace(0, np.pi, 61) if config.task == "direction" else np.linspace(-2, 2, 61)  # [rad], [dex]
+    content["histogram"] = {"edges": edges.tolist(), **{name: np.histogram(scores[name], edges)[0].tolist()
+                                                        for name in ("error", "fit_error") if name in scores}}
     if config.task == "direction" and "vmf" in config.direction_loss:
         inside = [float((scores["quantile"] < level).mean()) for level in LEVELS]
         content["calibration"] = {"level": LEVELS.tolist(), "inside": inside}

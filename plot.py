@@ -1,7 +1,7 @@
 """Pictures of runs and of single events. Needs matplotlib (pip install matplotlib), which nothing else here does.
 
     python plot.py --what=curves --runs=out/demo,out/demo+gru             loss and learning rate over steps
-    python plot.py --what=errors --runs=out/demo_finetune                 angular error: histogram, against energy and pulses
+    python plot.py --what=errors --runs=out/demo_finetune                 errors: histogram, against energy and pulses
     python plot.py --what=calibration --runs=out/vmf                      is the predicted uncertainty right? (direction_loss vmf)
     python plot.py --what=labels --runs=out/a,out/b,out/c,out/d           error against number of labels, pretrained or not
     python plot.py --what=scaling --runs=out/a,out/b,out/c --x=events     validation loss against events seen or parameters
@@ -23,10 +23,10 @@ from types import SimpleNamespace
 import numpy as np
 
 import data
-from study import METRICS, best_rate, final_rows, read_results, value
+from study import METRICS, best_rate, final_rows, read_evaluation, read_results, spread, value
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito: told apart by all eyes
-STYLES = ("-", "--", ":", "-.")  # after seven colours
+DASHES = ("-", "--", ":", "-.")  # after seven colours
 AXES = {"val_angle_mean": "mean angular error [deg]", "val_angle_median": "median angular error [deg]", "val_dom_loss": "DOM loss",
         "val_charge_rms": "charge error, rms of log10 [dex]", "val_distance": "best guess off by [m]", "events": "events seen",
         "learning_rate": "learning rate", "number": "number in the arm's name", "seconds": "seconds of training"}
@@ -37,11 +37,11 @@ class PlotConfig:
     what: str = "curves"  # or "errors", "calibration", "labels", "scaling", "study", "event"
     runs: str = ""  # folders of runs, separated by commas
     split: str = "val"  # whose evaluation_<split>.json; event: the split it is in
-    x: str = "events"  # scaling: against "events" seen or "parameters"; study: or "learning_rate", "number" of the arm, "seconds"
+    x: str = "events"  # scaling: "events" seen or "parameters"; study: also "learning_rate", "number" in the arm, "seconds"
     y: str = "val_dom_loss"  # scaling, study: a column of log.csv or of the results
     study: str = ""  # study: its name, or several separated by commas
     results: str = "out/study/results.csv"  # study: the file that study.py wrote
-    fit: bool = False  # study: a power law through each arm
+    fit: bool = False  # scaling, study: a power law through the points
     x_label: str = ""  # study: what the number in an arm's name means; "" = x
     baselines: dict = field(default_factory=dict)  # study: horizontal lines to draw, name to height
     data_dir: str = "data/demo"  # event: the data folder it is in
@@ -62,7 +62,8 @@ class PlotConfig:
             if not self.study:
                 yield "study is empty: name one or more studies, separated by commas"
             if self.fit and self.x not in ("number", "parameters"):
-                yield f"fit = True: a power law is for runs that have ended, over x = 'number' or 'parameters', not over {self.x!r}"
+                yield (f"fit = True: a power law is for runs that have ended, over x = 'number' or 'parameters', not over "
+                       f"{self.x!r}")
         if importlib.util.find_spec("matplotlib") is None:
             yield "plot.py needs matplotlib: pip install matplotlib"
 
@@ -86,20 +87,34 @@ def read_log(run):
         common.fail(f"{path}: damaged, not all its cells are numbers")
 
 
-def read_evaluation(run, split):
-    path = Path(run) / f"evaluation_{split}.json"
-    if not path.is_file():
-        common.fail(f"{path}: no such file; it must be a run of finetune.py, evaluated with: python finetune.py --eval_only=True "
-                    f"--out_dir={run} --val_split={split} --data_dir=...")
-    return common.read_json(path)
+def read_evaluations(runs, split):
+    """study.read_evaluation of each run; says so if they are not of the same events."""
+    found = [read_evaluation(run, split) for run in runs]
+    if len({(one["data"], one["n_events"]) for one in found}) > 1:
+        print("note: these runs were evaluated on different events")
+    return found
 
 
 def name_of(run):
     return Path(run).name
 
 
-def looks(i):
-    return {"color": COLORS[i % len(COLORS)], "linestyle": STYLES[i // len(COLORS) % len(STYLES)]}
+def style(i, dashes=None):
+    dashes = i // len(COLORS) if dashes is None else dashes
+    return {"color": COLORS[i % len(COLORS)], "linestyle": DASHES[dashes % len(DASHES)]}
+
+
+def plain_log(axis, ticks=()):
+    """A logarithmic x or y axis with plain numbers: at these values, or at round ones."""
+    from matplotlib.ticker import LogLocator, MaxNLocator
+    axis._set_axes_scale("log")
+    low, high = axis.get_view_interval()
+    if len(ticks):
+        axis.set_ticks(ticks, labels=[f"{float(f'{tick:.3g}'):,.10g}" for tick in ticks])
+    else:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 5 * low else MaxNLocator(7))
+        axis.set_major_formatter("{x:,.10g}")
+    axis.set_ticks([], minor=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -107,44 +122,64 @@ def looks(i):
 # ----------------------------------------------------------------------------------------------------------------------
 
 def curves(config, runs, plt):
+    """Training as a line, evaluations as dots: the DOM loss of pretraining runs, or the loss of fine-tuning runs."""
+    logs = [read_log(run) for run in runs]
+    is_pretraining = ["dom_loss" in log for log in logs]
+    if len(set(is_pretraining)) > 1:
+        common.fail(f"{config.runs}: runs of pretraining and of fine-tuning have different losses; draw them apart")
+    name = "dom_loss" if is_pretraining[0] else "loss"
     figure, (above, below) = plt.subplots(2, 1, figsize=(7, 6), sharex=True, height_ratios=(3, 1), layout="constrained")
-    for i, run in enumerate(runs):
-        log = read_log(run)
-        at = ~np.isnan(log["loss"])
-        above.plot(log["step"][at], log["loss"][at], alpha=0.6, linewidth=1, label=name_of(run), **looks(i))
-        at = ~np.isnan(log["val_loss"]) & (log["step"] > 0)
-        above.plot(log["step"][at], log["val_loss"][at], "o", markersize=5, color=COLORS[i % len(COLORS)])
+    for i, (run, log) in enumerate(zip(runs, logs)):
+        at = ~np.isnan(log[name])
+        above.plot(log["step"][at], log[name][at], alpha=0.6, linewidth=1, label=name_of(run), **style(i))
+        at = ~np.isnan(log[f"val_{name}"])
+        above.plot(log["step"][at], log[f"val_{name}"][at], "o", markersize=5, color=COLORS[i % len(COLORS)])
         at = ~np.isnan(log["lr"])
-        below.plot(log["step"][at], log["lr"][at], **looks(i))
-    above.set(ylabel="loss (line: training, dots: validation)")
+        below.plot(log["step"][at], log["lr"][at], **style(i))
+    if is_pretraining[0]:
+        above.axhline(np.log(data.N_DOMS), color="0.55", linewidth=1, linestyle="--")
+        above.annotate(f"guessing, ln {data.N_DOMS}", (1, np.log(data.N_DOMS)), ha="right", va="bottom", fontsize=8,
+                       color="0.4", xycoords=("axes fraction", "data"))
+        plain_log(above.yaxis)
+    above.set(ylabel=f"{'DOM loss' if is_pretraining[0] else 'loss'} (line: training, dots: validation)")
     below.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
-    above.legend()
+    above.legend(loc="lower left" if is_pretraining[0] else "best")
     return figure
 
 
 def errors(config, runs, plt):
-    """Of the first run: histogram; of all: mean error in bins. Line fit beside them."""
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    for i, run in enumerate(runs):
-        found = read_evaluation(run, config.split)
-        if found["task"] != "direction":
-            common.fail(f"{run} reconstructs the {found['task']}; errors shows angular errors")
-        edges, fit, share = (np.array(found["histogram"][name]) for name in ("edges", "fit_error", "error"))
-        edges, fit, share = np.degrees(edges), fit / found["n_events"], share / found["n_events"]
-        if i == 0:
-            left.stairs(fit, edges, color="0.55", label="line fit", fill=True, alpha=0.4)
-        left.stairs(share, edges, label=name_of(run), linewidth=1.5, **looks(i))
-        for axis, kind in ((middle, "energy"), (right, "pulses")):
-            rows = [row for row in found["rows"] if row["kind"] == kind]
-            places = np.arange(len(rows))
-            axis.errorbar(places + 0.06 * i, np.degrees([row["median"] for row in rows]),
-                          np.degrees([row["median_error"] for row in rows]), label=name_of(run), marker="o", capsize=3, **looks(i))
-            if i == 0:
-                axis.plot(places, np.degrees([row["line_fit_median"] for row in rows]), color="0.55", marker="s", label="line fit")
-                axis.set_xticks(places, [row["bin"].replace(" to ", "\nto ") for row in rows], fontsize=7)
-    left.set(xlabel="angular error [deg]", ylabel="share of events", xlim=(0, 180))
-    middle.set(xlabel="energy", ylabel="median angular error [deg]", ylim=(0, None))
-    right.set(xlabel="pulses of the event", ylabel="median angular error [deg]", ylim=(0, None))
+    """Histogram of the errors, and their size in bins of energy and pulses; beside directions those of the line fit."""
+    evaluations = read_evaluations(runs, config.split)
+    task = evaluations[0]["task"]
+    for run, found in zip(runs, evaluations):
+        if found["task"] != task:
+            common.fail(f"{run} reconstructs the {found['task']}, the runs before it do not; they cannot share an axis")
+    unit, scale, statistic = ("deg", np.degrees(1), "median") if task == "direction" else ("dex", 1, "resolution")
+    figure, (left, *others) = plt.subplots(1, 3, figsize=(13, 4.3), layout="constrained")
+    for i, (run, found) in enumerate(zip(runs, evaluations)):
+        shares = {name: np.array(found["histogram"][name]) for name in found["histogram"]}
+        edges = shares.pop("edges") * scale
+        if i == 0 and "fit_error" in shares:
+            left.stairs(shares["fit_error"] / found["n_events"], edges, color="0.55", label="line fit", fill=True, alpha=0.4)
+        left.stairs(shares["error"] / found["n_events"], edges, label=name_of(run), linewidth=1.5, **style(i))
+    for axis, kind in zip(others, ("energy", "pulses")):
+        tables = [{row["bin"]: row for row in found["rows"] if row["kind"] == kind} for found in evaluations]
+        bins = sorted(set().union(*tables), key=lambda name: float(name.split()[0]))  # a run may lack some: few events
+        for i, (run, table) in enumerate(zip(runs, tables)):
+            places = np.array([k for k, name in enumerate(bins) if name in table])
+            rows = [table[bins[k]] for k in places]
+            axis.errorbar(places + 0.06 * i, [row[statistic] * scale for row in rows],
+                          [row[f"{statistic}_error"] * scale for row in rows], marker="o", capsize=3, **style(i))
+        if task == "direction":
+            places = [k for k, name in enumerate(bins) if name in tables[0]]
+            axis.plot(places, [tables[0][bins[k]]["line_fit_median"] * scale for k in places], color="0.55", marker="s")
+        counts = [next(table[name]["n"] for table in tables if name in table) for name in bins]
+        axis.set_xticks(range(len(bins)), fontsize=7, labels=[
+            name.replace(" to ", "\nto ").replace(" or ", "\nor ") + f"\nn = {n:,}" for name, n in zip(bins, counts)])
+        axis.set(xlabel=kind if kind == "energy" else "pulses of the event", ylim=(0, None),
+                 ylabel=f"{'median angular error' if task == 'direction' else 'energy resolution'} [{unit}]")
+    left.set(xlabel="angular error [deg]" if task == "direction" else "log10 of predicted over true energy [dex]",
+             ylabel=f"share of {evaluations[0]['n_events']:,} events", xlim=(edges[0], edges[-1]))
     left.legend()
     return figure
 
@@ -152,12 +187,11 @@ def errors(config, runs, plt):
 def calibration(config, runs, plt):
     figure, axis = plt.subplots(figsize=(5, 5), layout="constrained")
     axis.plot([0, 100], [0, 100], color="0.55", linewidth=1, label="right")
-    for i, run in enumerate(runs):
-        found = read_evaluation(run, config.split)
+    for i, (run, found) in enumerate(zip(runs, read_evaluations(runs, config.split))):
         if "calibration" not in found:
             common.fail(f"{run} knows no uncertainty: train it with a direction_loss that holds vmf")
-        axis.plot(100 * np.array(found["calibration"]["level"]), 100 * np.array(found["calibration"]["inside"]), marker="o",
-                  markersize=4, label=name_of(run), **looks(i))
+        level, inside = (100 * np.array(found["calibration"][name]) for name in ("level", "inside"))
+        axis.plot(level, inside, marker="o", markersize=4, label=name_of(run), **style(i))
     axis.set(xlabel="predicted probability of a contour [%]", ylabel="events inside it [%]", xlim=(0, 100), ylim=(0, 100))
     axis.set_aspect("equal")
     axis.text(97, 4, "below the line: too sure of itself", ha="right", fontsize=8, color="0.4")
@@ -166,36 +200,42 @@ def calibration(config, runs, plt):
 
 
 def labels(config, runs, plt):
-    """Runs are put together by how they began: pretrained, frozen, from scratch; several of one kind and size: mean and spread."""
+    """Runs together by how they began: pretrained, frozen, from scratch; several of one kind and size: mean and spread.
+
+    A single run has the error of the choice of its validation events.
+    """
     groups, tasks = {}, set()
-    for run in runs:
-        found = read_evaluation(run, config.split)
+    for run, found in zip(runs, read_evaluations(runs, config.split)):
         tasks.add(found["task"])
         if len(tasks) > 1:
             common.fail(f"{run} reconstructs the {found['task']}, the runs before it do not; they cannot share an axis")
-        kind = "from scratch" if not found["pretrained"] else "pretrained, frozen" if found["freeze_backbone"] else "pretrained"
-        whole = found["rows"][0]
+        frozen = "pretrained, frozen" if found["freeze_backbone"] else "pretrained"
         name, scale = ("mean", np.degrees(1)) if found["task"] == "direction" else ("resolution", 1)
-        groups.setdefault(kind, {}).setdefault(found["n_train"], []).append((whole[name] * scale, whole[f"{name}_error"] * scale))
-        unit = "mean angular error [deg]" if found["task"] == "direction" else "energy resolution [dex]"
+        whole = found["rows"][0]
+        point = whole[name] * scale, (whole[f"{name}_error"] or np.nan) * scale
+        groups.setdefault(frozen if found["pretrained"] else "from scratch", {}).setdefault(
+            found["n_train"], []).append(point)
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for i, (kind, sizes) in enumerate(sorted(groups.items())):
         n = sorted(sizes)
-        values = [np.array(sizes[k]) for k in n]  # (runs, 2)
-        spread = [value[:, 0].std() if len(value) > 1 else value[0, 1] for value in values]
-        axis.errorbar(n, [value[:, 0].mean() for value in values], spread, label=kind, marker="o", capsize=3, **looks(i))
-    axis.set(xscale="log", xlabel="labelled events", ylabel=unit)
+        points = [np.array(sizes[k]).T for k in n]  # (2, runs): value, its own error
+        bars = [spread(value) if len(value) > 1 else own[0] for value, own in points]
+        axis.errorbar(n, [value.mean() for value, _ in points], bars, label=kind, marker="o", capsize=3, **style(i))
+    axis.set(xlabel="labelled events",
+             ylabel="mean angular error [deg]" if tasks == {"direction"} else "energy resolution [dex]")
+    plain_log(axis.xaxis, sorted({n for sizes in groups.values() for n in sizes}))
     axis.legend()
     return figure
 
 
 def scaling(config, runs, plt):
-    """The last value of a column of log.csv against events seen or parameters, with a power law through the points."""
+    """The last value of a column of log.csv against events seen or parameters."""
     points = []
     for run in runs:
         log = read_log(run)
         if config.y not in log or np.isnan(log[config.y]).all():
-            common.fail(f"{run}/log.csv has no {config.y}; it has {', '.join(name for name in log if name.startswith('val_'))}")
+            known = ", ".join(name for name in log if name.startswith("val_"))
+            common.fail(f"{run}/log.csv has no {config.y}; it has {known}")
         last = np.flatnonzero(~np.isnan(log[config.y]))[-1]
         x = log["events"][last] if config.x == "events" else \
             common.count_parameters(common.load_checkpoint(Path(run) / "ckpt.pt")["model"])
@@ -203,13 +243,22 @@ def scaling(config, runs, plt):
     x, y, names = zip(*sorted(points))
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
     axis.plot(x, y, "o", color=COLORS[0])
-    for point in zip(x, y, names):
-        axis.annotate(point[2], point[:2], xytext=(4, 4), textcoords="offset points", fontsize=7, color="0.35")
-    if len(set(x)) > 2:
+    axis.set(xlabel={"events": "events seen", "parameters": "parameters"}[config.x], ylabel=AXES.get(config.y, config.y))
+    if config.fit and len(set(x)) > 2:
         draw_power_law(axis, np.array(x), np.array(y), color="0.55")
         axis.legend()
-    axis.set(xscale="log", yscale="log", xlabel={"events": "events seen", "parameters": "parameters"}[config.x], ylabel=config.y)
-    axis.yaxis.set_minor_formatter("{x:.3g}")
+    plain_log(axis.xaxis, sorted(set(x)) if len(set(x)) < 8 else ())
+    plain_log(axis.yaxis)
+    axis.margins(0.15, 0.15)
+    figure.canvas.draw()
+    taken = []  # a label moves down until it covers no other [pixels of the figure]
+    for place, name in zip(axis.transData.transform(np.c_[x, y]), names):
+        down = 0
+        while any(abs(place[0] - other[0]) < 90 and abs(place[1] - down - other[1]) < 11 for other in taken):
+            down += 11
+        taken.append((place[0], place[1] - down))
+        axis.annotate(name, place, (6, 4 - down), xycoords="figure pixels", textcoords="offset pixels", fontsize=7,
+                      color="0.35", annotation_clip=False)
     return figure
 
 
@@ -217,7 +266,7 @@ def draw_power_law(axis, x, y, name="", **how):
     u, v = np.log(x), np.log(y)
     slope, offset = np.polyfit(u, v, 1)
     rest = v - slope * u - offset
-    error = (rest @ rest / (len(x) - 2) / np.square(u - u.mean()).sum()) ** 0.5  # of the slope, from the scatter of the points
+    error = (rest @ rest / (len(x) - 2) / np.square(u - u.mean()).sum()) ** 0.5  # of the slope, from the points' scatter
     grid = np.geomspace(min(x), max(x))
     axis.plot(grid, np.exp(offset) * grid**slope, linewidth=1, label=f"{name} power {slope:.3f} $\\pm$ {error:.3f}", **how)
 
@@ -226,7 +275,8 @@ def points_of_study(config, results, name):
     """What is drawn of one study: yields the name of a line, x, and the row of results with y."""
     final = final_rows(results, name)
     if not final:
-        common.fail(f"{config.results} has no study {name}; it has {', '.join(sorted({row['study'] for row in results})) or 'none'}")
+        known = ", ".join(sorted({row["study"] for row in results})) or "none"
+        common.fail(f"{config.results} has no study {name}; it has {known}")
     for arm in dict.fromkeys(arm for arm, _, _ in final):
         best, (line, _, number) = best_rate(final, arm), arm.rpartition("/")
         runs = [row for (other, rate, _), row in final.items() if other == arm and rate == best]
@@ -235,49 +285,69 @@ def points_of_study(config, results, name):
         elif config.x == "parameters":
             yield from ((line or name, value(row, "parameters"), row) for row in runs)
         elif config.x == "number":
-            if not line or not number.replace(".", "", 1).isdigit():
+            if not is_numbered(arm):
                 common.fail(f"{config.results}: arm {arm} of {name} has no number in its name; choose another --x=")
             yield from ((line, float(number), row) for row in runs)
         else:
             scale = np.nanmean([1 / value(row, "events_per_s") for row in runs]) if config.x == "seconds" else 1
-            yield from ((arm, value(row, "events") * scale, row) for row in results
-                        if (row["study"], row["arm"], float(row["learning_rate"])) == (name, arm, best))
+            rows = [row for row in results
+                    if (row["study"], row["arm"], float(row["learning_rate"])) == (name, arm, best)]
+            ends = len({row["step"] for row in rows}) == 1  # runs of several lengths, evaluated at the end: one line
+            yield from ((line if ends and is_numbered(arm) else arm, value(row, "events") * scale, row) for row in rows)
+
+
+def is_numbered(arm):
+    """pretrained/500: yes."""
+    line, _, number = arm.rpartition("/")
+    return bool(line) and number.replace(".", "", 1).isdigit()
 
 
 def study(config, runs, plt):
     """Results of study.py, mean and standard deviation over seeds; a run that diverged is left out, with a word.
 
-    Against the learning rate: one line an arm. Against the number in an arm's name (pretrained/500) or parameters: the best
-    learning rate of each, one line for arms that share what stands before the number. Against events or seconds: their curves.
+    Against the learning rate: one line per arm; of arms with a number (muP/64), colour tells the number and dashes the
+    name. Against the number in an arm's name (pretrained/500) or parameters: the best learning rate of each, one line for
+    arms that share what stands before the number. Against events or seconds: their curves.
     """
-    results, lines = read_results(config.results), {}  # name of a line -> x -> values, one a seed
+    results, lines = read_results(config.results), {}  # name of a line -> x -> values, one per seed
     names = [name.strip() for name in config.study.split(",")]
     for name in names:
         for line, x, row in points_of_study(config, results, name):
             if row["step"] == "0":
-                print(f"note: {name}, arm {row['arm']}, learning rate {row['learning_rate']}, seed {row['seed']} diverged, it is not drawn")
+                print(f"note: {name}, arm {row['arm']}, learning rate {row['learning_rate']}, seed {row['seed']} "
+                      "diverged, it is not drawn")
             elif row[config.y]:
                 line = f"{name}: {line}" if len(names) > 1 and line != name else line
                 lines.setdefault(line, {}).setdefault(x, []).append(value(row, config.y))
     if not lines:
         common.fail(f"{config.results}: {config.y} is empty in {config.study}")
+    looks = [style(i) for i in range(len(lines))]
+    if config.x == "learning_rate" and all(map(is_numbered, lines)):
+        kinds = sorted({line.rpartition("/")[0] for line in lines}, reverse=True)
+        numbers = sorted({float(line.rpartition("/")[2]) for line in lines})
+        lines = dict(sorted(lines.items(), key=lambda item: (item[0].rpartition("/")[0] != kinds[0],
+                                                             float(item[0].rpartition("/")[2]))))
+        looks = [style(numbers.index(float(line.rpartition("/")[2])), kinds.index(line.rpartition("/")[0]))
+                 for line in lines]
     scale = np.degrees(1) if config.y.startswith("val_angle") else 1
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for i, (line, points) in enumerate(lines.items()):
+    for (line, points), look in zip(lines.items(), looks):
         x = np.array(sorted(points))
-        mean, spread = np.array([(np.mean(points[k]), np.std(points[k], ddof=len(points[k]) > 1)) for k in x]).T * scale
-        axis.errorbar(x, mean, spread, label=line, marker="o", markersize=4, capsize=3, **looks(i))
+        mean, bar = np.array([(np.mean(points[k]), spread(points[k])) for k in x]).T * scale
+        axis.errorbar(x, mean, bar, label=line, marker="o", markersize=4, capsize=3, **look)
         if config.fit and len(x) > 2:
             each = np.array([(k, y * scale) for k in x for y in points[k]])  # not the means: the slope's error knows the spread
-            draw_power_law(axis, *each.T, line, color=COLORS[i % len(COLORS)], alpha=0.5)
-    axis.set(xscale="linear" if config.x == "seconds" or min(map(min, lines.values())) <= 0 else "log",
-             xlabel=config.x_label or AXES.get(config.x, config.x), ylabel=AXES.get(config.y, config.y))
+            draw_power_law(axis, *each.T, line, color=look["color"], alpha=0.5)
+    axis.set(xlabel=config.x_label or AXES.get(config.x, config.x), ylabel=AXES.get(config.y, config.y))
+    xs = sorted(set().union(*lines.values()))
+    if config.x != "seconds" and xs[0] > 0:
+        plain_log(axis.xaxis, xs if len(xs) < 8 else ())
+    if config.fit:
+        plain_log(axis.yaxis)
     for name, height in config.baselines.items():
         axis.axhline(height * scale, color="0.55", linewidth=1, linestyle="--")
-        axis.annotate(name, (1, height * scale), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8, color="0.4")
-    if config.fit:
-        axis.set_yscale("log")
-        axis.yaxis.set_minor_formatter("{x:.3g}")
+        axis.annotate(name, (1, height * scale), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8,
+                      color="0.4")
     if len(lines) > 1 or config.fit:
         axis.legend()
     return figure
@@ -292,7 +362,7 @@ def load_model(run, geometry, data_dir):
     from model import ModelConfig, Pretrainer, Reconstructor
     path = Path(run) / "best.pt"
     saved = common.load_checkpoint(path)
-    common.check_geometry(saved, geometry, path, data_dir)
+    data.check_geometry(saved, geometry, path, data_dir)
     config = SimpleNamespace(**{**asdict(ModelConfig()), **saved["config"]})
     model = (Reconstructor if "task" in saved["config"] else Pretrainer)(config, geometry)
     model.load_state_dict(saved["model"])
@@ -308,27 +378,30 @@ def event(config, runs, plt):
         common.fail(f"{split.path} holds {len(split):,} events, numbered from 0: there is no event {config.event}")
     events, pulses = data.read_events(split, np.array([config.event]))
     hidden = (data.uniform_hash(0, 0, data.pulse_places(events)) < config.hide) & ~pulses["aux"]
-    place, truth = geometry[pulses["dom"]], events[0]
+    place, truth, aux = geometry[pulses["dom"]], events[0], pulses["aux"]
 
     figure = plt.figure(figsize=(8.5, 7.5), layout="constrained")
     axis = figure.add_subplot(projection="3d")
     for string in geometry.reshape(-1, data.DOMS_PER_STRING, 3):
-        axis.plot(*string[[0, -1]].T, color="0.85", linewidth=0.6, zorder=0)
+        axis.plot(*string[[0, -1]].T, color="0.9", linewidth=0.6, zorder=0)
     size = 14 * (1 + np.log10(np.maximum(pulses["charge"], 0.1) / 0.1)) ** 1.5
-    aux = pulses["aux"]
-    axis.scatter(*place[aux].T, c="0.6", s=size[aux] / 3, alpha=0.5, linewidths=0, label="aux (noise)")
-    shown = axis.scatter(*place[~aux].T, c=pulses["time"][~aux], s=size[~aux], cmap="viridis", alpha=0.9, linewidths=0)
-    figure.colorbar(shown, ax=axis, shrink=0.6, pad=0.08, label="time [ns]")
-    center = np.average(place[~aux] if (~aux).any() else place, axis=0)
+    axis.scatter(*place[aux].T, c="0.35", s=12, marker="x", linewidths=0.7, label="aux (mostly noise)")
+    early, late = np.percentile(pulses["time"] if aux.all() else pulses["time"][~aux], (2, 98))  # but for stray ones
+    shown = axis.scatter(*place[~aux].T, c=pulses["time"][~aux], s=size[~aux], cmap="plasma", alpha=0.9, linewidths=0,
+                         vmin=early, vmax=max(late, early + 1))
+    figure.colorbar(shown, ax=axis, shrink=0.6, pad=0.04, label="time [ns]")
+    center = np.average(place if aux.all() else place[~aux], axis=0)
 
     def arrow(towards, **how):  # the neutrino came from there
         axis.plot(*np.stack([center - 450 * towards, center + 450 * towards]).T, linewidth=2, **how)
         axis.plot(*(center + 450 * towards)[:, None], marker="o", markersize=6, color=how["color"])
 
     title = f"event {truth['event_id']}: {truth['n_pulses']:,} pulses, {truth['total_charge']:.0f} p.e."
+    axis.view_init(elev=12, azim=-60)
     if not np.isnan(truth["azimuth"]):
         true = unit_vector(*torch.tensor([float(truth["azimuth"]), float(truth["zenith"])])).numpy()
         arrow(true, color=COLORS[1], label="true direction (dot: source)")
+        axis.view_init(elev=12, azim=np.degrees(truth["azimuth"]) + 90)  # from the side
     for run in runs:
         model, knobs = load_model(run, geometry, config.data_dir)
         batch, = data.micro_batches(events, pulses, 1, hidden)
@@ -338,24 +411,25 @@ def event(config, runs, plt):
                     best = model.predict(batch)[0].topk(3).indices.T.numpy()  # (3, M)
                     right = (best[0] == pulses["dom"][hidden]).sum()
                     for a, b in zip(place[hidden], geometry[best[0]]):
-                        axis.plot(*np.stack([a, b]).T, color=COLORS[3], linewidth=0.8)
-                    axis.scatter(*place[hidden].T, s=70, facecolors="none", edgecolors=COLORS[3], linewidths=1.2,
+                        axis.plot(*np.stack([a, b]).T, color=COLORS[2], linewidth=0.8)
+                    axis.scatter(*place[hidden].T, s=90, facecolors="none", edgecolors=COLORS[2], linewidths=1.5,
                                  label="hidden DOM")
                     names = (f"best guess ({right} of {len(best[0])} right)", "second, third", None)
                     for guess, alpha, label in zip(best, (1, 0.6, 0.4), names):
-                        axis.scatter(*geometry[guess].T, marker="x", s=40, color=COLORS[3], alpha=alpha, label=label)
+                        axis.scatter(*geometry[guess].T, marker="+", s=70, color=COLORS[2], alpha=alpha, label=label)
             elif knobs.task == "direction":
                 batch.pop("hidden")
                 found = model(batch)["direction"][0].numpy()
-                label = f"{name_of(run)}"
+                label = name_of(run)
                 if not np.isnan(truth["azimuth"]):
                     label += f", off by {np.degrees(np.arccos(np.clip(found @ true, -1, 1))):.0f} deg"
                 arrow(found, color=COLORS[0], linestyle="--", label=label)
     axis.set(xlabel="x [m]", ylabel="y [m]", zlabel="z [m]", title=title)
-    axis.locator_params(nbins=4)
-    axis.set_box_aspect((1, 1, 1))
-    axis.set_xlim(-600, 600), axis.set_ylim(-600, 600), axis.set_zlim(-600, 600)
-    axis.view_init(elev=12, azim=-60)
+    axis.locator_params(nbins=3)
+    axis.grid(False)
+    axis.set_box_aspect((1, 1, 1), zoom=1.1)
+    for limits in (axis.set_xlim, axis.set_ylim, axis.set_zlim):
+        limits(-600, 600)
     axis.legend(loc="upper left", fontsize=8)
     return figure
 

@@ -139,6 +139,11 @@ def value(row, column):
     return float(row[column] or "nan")
 
 
+def spread(values):
+    """Standard deviation over seeds, of which the mean is estimated too: n - 1. NaN for a single one."""
+    return np.std(values, ddof=1) if len(values) > 1 else float("nan")
+
+
 def best_rate(final, arm):
     """The learning rate with which seed 1 ended lowest in the study's metric; a run that diverged counts as infinitely high."""
     ends = {rate: np.nan_to_num(value(row, row["metric"]), nan=np.inf) for (name, rate, seed), row in final.items()
@@ -252,9 +257,11 @@ def table(config, final):
     yield "| " + " | ".join(["arm", "learning rate", "seeds", *shown, f"{config.metric} of seed 1 by learning rate"]) + " |"
     yield "|---" * (len(shown) + 4) + "|"
     for arm, rows in runs.items():
-        numbers = np.array([[value(row, metric) for metric in shown] for row in rows])
-        cells = ["" if math.isnan(mean) else f"{mean:.4g} +- {spread:.2g}" if len(rows) > 1 else f"{mean:.4g}"
-                 for mean, spread in zip(numbers.mean(0), numbers.std(0, ddof=min(len(rows) - 1, 1)))]
+        cells = []
+        for metric in shown:
+            numbers = [value(row, metric) for row in rows]
+            text = "" if math.isnan(np.mean(numbers)) else f"{np.mean(numbers):.4g}"
+            cells.append(f"{text} +- {spread(numbers):.2g}" if text and len(rows) > 1 else text)
         tuning = sorted((rate, value(row, config.metric)) for (name, rate, seed), row in final.items() if (name, seed) == (arm, 1))
         yield "| " + " | ".join([arm, rows[0]["learning_rate"], str(len(rows)), *cells,
                                  ", ".join(f"{rate:g}: {end:.4g}" for rate, end in tuning)]) + " |"
