@@ -31,8 +31,8 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from common import (check_choice, check_not_negative, count_cores, count_events, fail, load_config, progress_bar, read_json,
-                    run_in_workers, run_stage, write_atomic, write_json)
+from common import (check_choice, check_not_negative, count_cores, count_events, fail, hold_lock, load_config,
+                    print_knobs, progress_bar, read_json, run_in_workers, run_stage, write_atomic, write_json)
 from data import (DOMS_PER_STRING, EVENT, FORMAT_VERSION, N_DOMS, PULSE, UNFINISHED, describe_dtypes, local_coincidence,
                   open_split, read_meta, reserve, uniform_runs, write_records)
 
@@ -719,8 +719,8 @@ def main():
         sizes[pulses_path] += batch.n_pulses * PULSE.itemsize
 
     # take the folder
-    with writing(data_dir):
-        unfinished.mkdir(parents=True, exist_ok=True)
+    lock = hold_lock(unfinished)  # held until main() ends
+    print_knobs(config)
     if (unfinished / "settings.json").exists():
         check_same(data_dir, read_json(unfinished / "settings.json"), settings)
     # Prometheus: at most this much aside, then as much in place

@@ -444,7 +444,7 @@ def main():
     elif any(os.path.exists(path) for path in (*outputs, out_dir / "train", out_dir / "test")):
         fail(f"{out_dir} holds data that simulate.py did not write; choose another --out_dir")
 
-    lock = hold_lock(out_dir)  # held until main() ends
+    lock = hold_lock(out_dir / ".parts")  # held until main() ends
     print_knobs(config)
     write_json(record, {"complete": False} | settings)
     rows = "".join(f"{dom},{x},{y},{z}\n" for dom, (x, y, z) in enumerate(doms.tolist()))

@@ -180,6 +180,11 @@ def folder_of(config, arm, rate, seed):
     return Path(config.out_dir) / arm / f"lr{rate:g}_seed{seed}"
 
 
+def start_script(command, stdout, n_threads):
+    return subprocess.run(command, stdout=stdout, stderr=subprocess.STDOUT, check=False,
+                          env={**os.environ, "OMP_NUM_THREADS": str(n_threads)})
+
+
 def run(config, arm, rate, seed):
     """Call the script for one run -> its rows of results. A run that diverges has one row, at step 0, without numbers."""
     folder, arguments = folder_of(config, arm, rate, seed), arguments_of(config, arm, seed)
@@ -188,8 +193,7 @@ def run(config, arm, rate, seed):
     n_threads = max(common.count_cores() // config.jobs, 1)
     with open(folder / "output.txt", "a+", encoding="utf-8") as output:  # behind what it said before it was stopped
         before = output.tell()
-        status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False,
-                                env={**os.environ, "OMP_NUM_THREADS": str(n_threads)}).returncode
+        status = start_script(command, output, n_threads).returncode
         output.seek(before)
         errors = [line for line in output.read().splitlines() if line.startswith("error: ")]
         output.seek(0)
