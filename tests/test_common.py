@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import common
-from conftest import ROOT, run, run_ok, user_error
+from conftest import ROOT, run, run_ok, torchrun, user_error
 from finetune import FinetuneConfig
 from plot import PlotConfig
 from prepare import PrepareConfig
@@ -198,3 +198,51 @@ def test_a_folder_that_cannot_be_written_is_one_line(demo_data, tmp_path):
     (tmp_path / "file").write_text("")
     line = user_error("train.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}/file/run", "--val_events=0", "--device=cpu")
     assert f"{tmp_path}/file/run" in line and run("train.py", "--out_dir=x", "--device=cuda").returncode in (0, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# errors, ranks, devices
+# ----------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("who, said", [("all", ["error: no such thing"]), ("one", ["error: rank 1: no such thing"])])
+def test_what_all_ranks_say_is_printed_once(tmp_path, who, said):
+    (tmp_path / "stage.py").write_text(
+        f"import os, sys, time; sys.path.insert(0, {str(ROOT)!r}); import common\n"
+        "def main():\n"
+        f"    if {who!r} == 'all' or os.environ['RANK'] == '1':\n"
+        "        common.fail('no such thing')\n"
+        "    time.sleep(60)\n"
+        "common.run_stage(main)\n")
+    done = run(tmp_path / "stage.py", launcher=torchrun(2))
+    assert done.returncode != 0 and [line for line in done.stderr.splitlines() if line.startswith("error: ")] == said
+
+
+def test_an_error_stands_on_a_line_of_its_own(capsys):
+    def main():
+        with common.progress_bar(10, "outer", "step") as outer:
+            outer.update(3)
+            with common.progress_bar(10, "inner", "event") as inner:
+                inner.update(2)
+            outer.update()
+            common.fail("no such thing")
+    with pytest.raises(SystemExit) as end:
+        common.run_stage(main)
+    assert end.value.code == 1 and "\nerror: no such thing\n" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_heard_again_after_an_error():
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    with pytest.raises(ZeroDivisionError), common.holding_back_ctrl_c():
+        assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        1 / 0
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+
+
+@pytest.mark.parametrize("amx, avx512, dtype, why", [
+    (True, True, "bfloat16", "AMX"), (False, True, "bfloat16", "AVX512-BF16"), (False, False, "float32", "no bfloat16")])
+def test_auto_dtype_is_what_the_cpu_multiplies_in(monkeypatch, amx, avx512, dtype, why):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    found, reason = common.choose_dtype("auto", torch.device("cpu"))
+    assert found == dtype and why in reason
+    assert common.choose_dtype("float16", torch.device("cpu"))[0] == "float16"

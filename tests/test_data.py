@@ -146,3 +146,11 @@ def test_asking_for_more_events_than_there_are(demo_data):
     with pytest.raises(SystemExit, match="holds 103 events, the config asks for train_events = 104"):
         data.open_first_events(demo_data, "val", 104)
     assert data.open_first_events(demo_data, "val", 0)[1] == 103
+
+
+def test_a_missing_folder_is_named_in_full_with_the_command_that_makes_it(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        data.read_meta("data/study")
+    assert f"{tmp_path}/data/study: no such" in str(stop.value)
+    assert str(stop.value).endswith("python prepare.py sample_config/study/prepare.py")
