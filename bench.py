@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+import knobs
 import prepare
 from model import MIXERS, ModelConfig, Pretrainer, parameter_groups
 
@@ -47,10 +48,10 @@ class BenchConfig(ModelConfig):
 
     def check(self):
         yield from super().check()
-        yield from common.check_positive(self, "batch_size", "micro_batches", "rounds", "steps", "n_events")
-        yield from common.check_choice(self, "what", ("train", "backbones", "prepare"))
-        yield from common.check_choice(self, "device", ("auto", "cuda", "mps", "cpu"))
-        yield from common.check_choice(self, "dtype", ("auto", "float32", "bfloat16", "float16"))
+        yield from knobs.check_positive(self, "batch_size", "micro_batches", "rounds", "steps", "n_events")
+        yield from knobs.check_choice(self, "what", ("train", "backbones", "prepare"))
+        yield from knobs.check_choice(self, "device", ("auto", "cuda", "mps", "cpu"))
+        yield from knobs.check_choice(self, "dtype", ("auto", "float32", "bfloat16", "float16"))
 
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}  # bfloat16, dense, NVIDIA's data sheets (SXM)
@@ -251,9 +252,9 @@ def bench_prepare(config, folder):
     The floor of a whole run is the decoding of the four columns, which the plain loop with reading is charged with as well.
     """
     write_kaggle_batch(folder / "raw", config.n_events)
-    knobs = prepare.PrepareConfig(input_dir=f"{folder}/raw", data_dir=f"{folder}/0", splits={"all": (1, N_BATCHES)})
+    settings = prepare.PrepareConfig(input_dir=f"{folder}/raw", data_dir=f"{folder}/0", splits={"all": (1, N_BATCHES)})
     geometry = prepare.read_geometry_csv(folder / "raw/sensor_geometry.csv")
-    batch, events = next(prepare.kaggle_jobs(knobs, prepare.plan_kaggle(knobs)))
+    batch, events = next(prepare.kaggle_jobs(settings, prepare.plan_kaggle(settings)))
     chunks = list(islice(prepare.kaggle_chunks(batch.path, events), 16))
     n_chunk_events = sum(len(part) for part, *_ in chunks)
     n_pulses = events["n_pulses"].sum(dtype=np.int64)
@@ -263,11 +264,11 @@ def bench_prepare(config, folder):
     def loop():
         for part, *columns in chunks:
             end = np.cumsum(part["n_pulses"], dtype=np.int64)
-            plain_loop(columns, geometry.T, end - part["n_pulses"], end, knobs.max_pulses)
+            plain_loop(columns, geometry.T, end - part["n_pulses"], end, settings.max_pulses)
 
     def pack():
         for part, *columns in chunks:
-            prepare.pack(part, *columns, geometry, knobs)
+            prepare.pack(part, *columns, geometry, settings)
 
     def decode():
         table = pq.read_table(batch.path, columns=COLUMNS, use_threads=False)
@@ -310,7 +311,7 @@ def bench_prepare(config, folder):
 
 
 def main():
-    config = common.load_config(BenchConfig, __doc__)
+    config = knobs.load_config(BenchConfig, __doc__)
     if config.what != "prepare":
         bench_train(config)
     else:

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import data
+import knobs
 from model import (DIRECTION_LOSSES, N_DOMS, POSITION_SCALE, TASKS, ModelConfig, Reconstructor, angular_error, one_minus_cosine,
                    parameter_groups, unit_vector)
 
@@ -76,10 +77,10 @@ class FinetuneConfig(ModelConfig):
 
     def check(self):
         yield from super().check()
-        yield from common.check_training(self)
-        yield from common.check_positive(self, "head_hidden_size", "head_lr_factor")
-        yield from common.check_not_negative(self, "time_offset_std", "patience")
-        yield from common.check_choice(self, "task", TASKS)
+        yield from knobs.check_training(self)
+        yield from knobs.check_positive(self, "head_hidden_size", "head_lr_factor")
+        yield from knobs.check_not_negative(self, "time_offset_std", "patience")
+        yield from knobs.check_choice(self, "task", TASKS)
         if not set(self.direction_loss.split("+")) <= DIRECTION_LOSSES.keys():
             yield f"direction_loss = {self.direction_loss!r}: choose among {', '.join(DIRECTION_LOSSES)}, or join some by +"
         if self.predictions and Path(self.predictions).suffix not in (".csv", ".parquet"):
@@ -137,7 +138,7 @@ def load_pretrained(path, config, geometry, data_dir):
         saved = common.load_checkpoint(path)
     else:
         try:
-            knobs, state = from_published(state)
+            shape, state = from_published(state)
         except KeyError as error:
             common.fail(f"{path}: published PolarBERT weights, but not of the plain flash variant: {error.args[0]}; not supported")
         # without positions it does not tell the detector: it is IceCube; its file has scaled positions, rounded to float32
@@ -145,7 +146,7 @@ def load_pretrained(path, config, geometry, data_dir):
         if (known - torch.from_numpy(geometry)).abs().max() < 0.01:
             state["encoder.embedding.geometry"] = torch.from_numpy(geometry)
         # nor do shapes tell the number of heads and the activation: those are the config's
-        saved = {"model": state, "config": {**dataclasses.asdict(ModelConfig()), **knobs, "num_heads": config.num_heads,
+        saved = {"model": state, "config": {**dataclasses.asdict(ModelConfig()), **shape, "num_heads": config.num_heads,
                                             "mlp": config.mlp}}
     data.check_geometry(saved, geometry, path, data_dir)
     return saved
@@ -162,12 +163,12 @@ def from_published(state):
     n_layers = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("transformer_blocks."))
     cls = state.pop("embedding.cls_embedding").flatten()
     D, E = len(cls), len(cls) - len(state["embedding.features_embedding.weight"])
-    knobs = {"embedding_dim": D, "dom_embed_dim": E, "num_layers": n_layers,
+    shape = {"embedding_dim": D, "dom_embed_dim": E, "num_layers": n_layers,
              "hidden_size": len(state["transformer_blocks.0.feed_forward.0.weight"]),
              "use_dom_positions": "embedding.position_embedding.weight" in state,
              "final_norm": "final_layer_norm.weight" in state}
     ours, mask = {"encoder.embedding.cls": cls}, state.pop("embedding.mask_token_embedding", torch.zeros(1, E))
-    if knobs["use_dom_positions"]:
+    if shape["use_dom_positions"]:
         ours["encoder.embedding.geometry"] = state.pop("embedding.dom_positions")[1:] * POSITION_SCALE
         ours["encoder.embedding.special"] = torch.cat([mask, mask])  # padding is seen by nobody
     else:
@@ -185,7 +186,7 @@ def from_published(state):
     for name, value in state.items():
         module, _, kind = name.rpartition(".")
         ours[f"{renamed[module]}.{kind}"] = value[1:] if module == "unembedding" else value
-    return knobs, ours
+    return shape, ours
 
 
 def load_encoder(model, saved, path):
@@ -530,7 +531,7 @@ def export_model(path, model):
 # ----------------------------------------------------------------------------------------------------------------------
 
 def main():
-    config = common.load_config(FinetuneConfig, __doc__)
+    config = knobs.load_config(FinetuneConfig, __doc__)
     ranks = common.start_device(config)
     autocast = torch.autocast(ranks.device.type, ranks.dtype, enabled=ranks.dtype != torch.float32)
     architecture = [field.name for field in dataclasses.fields(ModelConfig)]
@@ -635,6 +636,7 @@ def main():
 
     if ranks.main:
         lock = common.hold_lock(config.out_dir)  # held until main() ends
+        knobs.print_knobs(config)
         common.print_run_header(config, ranks, raw_model, n_train)
         common.write_json(f"{config.out_dir}/config.json", dataclasses.asdict(config))
         log = common.start_log(config, LOG_COLUMNS, first_step)

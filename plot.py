@@ -23,6 +23,7 @@ from types import SimpleNamespace
 import numpy as np
 
 import data
+import knobs
 from study import METRICS, best_rate, final_rows, read_evaluation, read_results, spread, value
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito: told apart by all eyes
@@ -50,15 +51,15 @@ class PlotConfig:
     out: str = ""  # the .png to write; "" = out/<what>.png
 
     def check(self):
-        yield from common.check_choice(self, "what", PLOTS)
+        yield from knobs.check_choice(self, "what", PLOTS)
         xs = {"scaling": ("events", "parameters"), "study": ("events", "parameters", "learning_rate", "number", "seconds")}
-        yield from common.check_choice(self, "x", xs.get(self.what, xs["study"]))
-        yield from common.check_not_negative(self, "event")
-        yield from common.check_share(self, "hide")
+        yield from knobs.check_choice(self, "x", xs.get(self.what, xs["study"]))
+        yield from knobs.check_not_negative(self, "event")
+        yield from knobs.check_fraction(self, "hide")
         if not self.runs and self.what not in ("event", "study"):
             yield "runs is empty: name one or more folders of runs, separated by commas"
         if self.what == "study":
-            yield from common.check_choice(self, "y", METRICS)
+            yield from knobs.check_choice(self, "y", METRICS)
             if not self.study:
                 yield "study is empty: name one or more studies, separated by commas"
             if self.fit and self.x not in ("number", "parameters"):
@@ -403,10 +404,10 @@ def event(config, runs, plt):
         arrow(true, color=COLORS[1], label="true direction (dot: source)")
         axis.view_init(elev=12, azim=np.degrees(truth["azimuth"]) + 90)  # from the side
     for run in runs:
-        model, knobs = load_model(run, geometry, config.data_dir)
+        model, run_config = load_model(run, geometry, config.data_dir)
         batch, = data.micro_batches(events, pulses, 1, hidden)
         with torch.no_grad():
-            if not hasattr(knobs, "task"):
+            if not hasattr(run_config, "task"):
                 if hidden.any():
                     best = model.predict(batch)[0].topk(3).indices.T.numpy()  # (3, M)
                     right = (best[0] == pulses["dom"][hidden]).sum()
@@ -417,7 +418,7 @@ def event(config, runs, plt):
                     names = (f"best guess ({right} of {len(best[0])} right)", "second, third", None)
                     for guess, alpha, label in zip(best, (1, 0.6, 0.4), names):
                         axis.scatter(*geometry[guess].T, marker="+", s=70, color=COLORS[2], alpha=alpha, label=label)
-            elif knobs.task == "direction":
+            elif run_config.task == "direction":
                 batch.pop("hidden")
                 found = model(batch)["direction"][0].numpy()
                 label = name_of(run)
@@ -438,7 +439,7 @@ PLOTS = {plot.__name__: plot for plot in (curves, errors, calibration, labels, s
 
 
 def main():
-    config = common.load_config(PlotConfig, __doc__)
+    config = knobs.load_config(PlotConfig, __doc__)
     import matplotlib
     matplotlib.use("Agg")  # no window is needed
     import matplotlib.pyplot as plt

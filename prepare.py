@@ -31,10 +31,11 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from common import (check_choice, check_not_negative, count_cores, count_events, fail, hold_lock, load_config,
-                    print_knobs, progress_bar, read_json, run_in_workers, run_stage, write_atomic, write_json)
+from common import (count_cores, count_events, fail, hold_lock, progress_bar, read_json, run_in_workers, run_stage,
+                    write_atomic, write_json)
 from data import (DOMS_PER_STRING, EVENT, FORMAT_VERSION, N_DOMS, PULSE, UNFINISHED, describe_dtypes, local_coincidence,
                   open_split, read_meta, reserve, uniform_runs, write_records)
+from knobs import check_choice, check_not_negative, load_config, print_knobs
 
 CHUNK = 2**18  # pulses at a time, some 1,600 events: arrays of 2 MB stay in the cache
 PROMETHEUS_Z = -1948.07  # [m] z of IceCube's centre in Prometheus' coordinates, whose zero is the surface

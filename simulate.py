@@ -24,9 +24,10 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from common import (check_not_negative, check_positive, count_cores, count_events, fail, hold_lock, load_config,
-                    print_knobs, progress_bar, read_json, run_in_workers, run_stage, write_atomic, write_json)
+from common import (count_cores, count_events, fail, hold_lock, progress_bar, read_json, run_in_workers, run_stage,
+                    write_atomic, write_json)
 from data import DOMS_PER_STRING, N_DOMS, local_coincidence
+from knobs import check_not_negative, check_positive, load_config, print_knobs
 
 # Sources: [D] the detector, arXiv:1612.05093; [DC] DeepCore, arXiv:1109.6096; [A] AMANDA's track reconstruction,
 # astro-ph/0407044; [I] the ice, arXiv:1301.5361; [PMT] arXiv:1002.2442; [SPE] arXiv:2002.00997; [PDG] Review of

@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 
 import data
+import knobs
 
 METRICS = ["val_loss", "val_dom_loss", "val_charge_loss", "val_perplexity", "val_top1", "val_top5", "val_string", "val_distance",
            "val_charge_rms", "val_center_rms", "val_angle_mean", "val_angle_median", "coverage_50", "coverage_90"]
@@ -51,10 +52,10 @@ class StudyConfig:
     jobs: int = 1  # runs at a time, which share the cores
 
     def check(self):
-        yield from common.check_choice(self, "script", ("train.py", "finetune.py"))
-        yield from common.check_choice(self, "metric", METRICS)
-        yield from common.check_positive(self, "seeds", "jobs")
-        yield from common.check_not_negative(self, "widen")
+        yield from knobs.check_choice(self, "script", ("train.py", "finetune.py"))
+        yield from knobs.check_choice(self, "metric", METRICS)
+        yield from knobs.check_positive(self, "seeds", "jobs")
+        yield from knobs.check_not_negative(self, "widen")
         if not self.arms:
             yield "arms is empty; name a study, for example sample_config/study/embedding.py"
         for arm in self.arms:
@@ -77,10 +78,11 @@ def check_arms(config):
     for arm in config.arms:
         for seed in range(1, config.seeds + 1):
             try:
-                knobs = common.load_config(cls, args=shlex.split(arguments_of(config, arm, seed)))
-                data.read_meta(knobs.data_dir)
-                for path in filter(None, (getattr(knobs, "pretrained", ""), getattr(knobs, "branch_from", ""))):
-                    if not os.path.isfile(path):
+                run_config = knobs.load_config(cls, args=shlex.split(arguments_of(config, arm, seed)))
+                data.read_meta(run_config.data_dir)
+                for key in ("pretrained", "branch_from"):
+                    path = getattr(run_config, key, "")
+                    if path and not os.path.isfile(path):
                         common.fail(f"{path}: no such checkpoint; run the study that makes it first")
             except SystemExit as end:
                 common.fail(f"arm {arm}: {str(end.code).removeprefix('error: ')}")
@@ -95,12 +97,12 @@ def arguments_of(config, arm, seed):
 
 
 def knobs_of(arguments):
-    """A checksum of the knobs that the arguments set, so that results of an older version of a config file are told apart."""
-    knobs = {}
+    """A checksum of the knobs that the arguments set: it tells results of an older version of a config file apart."""
+    found = {}
     for argument in shlex.split(arguments):
         key, _, text = argument.removeprefix("--").partition("=")
-        knobs |= {key: common.parse_flag(text)} if argument.startswith("--") else common.read_config_file(argument)
-    return f"{zlib.crc32(json.dumps(knobs, sort_keys=True, default=str).encode()):08x}"
+        found |= {key: knobs.parse_flag(text)} if argument.startswith("--") else knobs.read_config_file(argument)
+    return f"{zlib.crc32(json.dumps(found, sort_keys=True, default=str).encode()):08x}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -274,7 +276,7 @@ def table(config, final):
 # ----------------------------------------------------------------------------------------------------------------------
 
 def main():
-    config = common.load_config(StudyConfig, __doc__)
+    config = knobs.load_config(StudyConfig, __doc__)
     study = Path(config.out_dir).name
 
 
@@ -287,7 +289,7 @@ def main():
                         "another out_dir, whose last part is the study's name")
     if missing_runs(config, done()):
         check_arms(config)
-        common.print_knobs(config)
+        knobs.print_knobs(config)
     while jobs := missing_runs(config, done()):
         with common.progress_bar(len(jobs), f"study {study}", "run") as bar, ThreadPoolExecutor(config.jobs) as pool:
             try:

@@ -22,6 +22,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import data
+import knobs
 from model import METRICS, ModelConfig, Pretrainer, parameter_groups
 
 
@@ -63,10 +64,10 @@ class TrainConfig(ModelConfig):
 
     def check(self):
         yield from super().check()
-        yield from common.check_training(self)
-        yield from common.check_share(self, "mask_prob")
-        yield from common.check_not_negative(self, "lambda_charge", "keep_every")
-        yield from common.check_choice(self, "optimizer", ("adamw", "muon"))
+        yield from knobs.check_training(self)
+        yield from knobs.check_fraction(self, "mask_prob")
+        yield from knobs.check_not_negative(self, "lambda_charge", "keep_every")
+        yield from knobs.check_choice(self, "optimizer", ("adamw", "muon"))
         if self.optimizer == "muon" and (self.mup_base_width or self.mup_base_layers):
             yield ("mup_base_width and mup_base_layers carry learning rates of AdamW, not of optimizer = 'muon'; put "
                    "sample_config/adamw.py after the other config files")
@@ -182,7 +183,7 @@ def find_branch(config, saved):
 # ----------------------------------------------------------------------------------------------------------------------
 
 def main():
-    config = common.load_config(TrainConfig, __doc__)
+    config = knobs.load_config(TrainConfig, __doc__)
     ranks = common.start_device(config)
     checkpoint_path = f"{config.out_dir}/ckpt.pt"
     saved = common.find_run(config, checkpoint_path, MAY_CHANGE)
@@ -241,6 +242,7 @@ def main():
 
     if ranks.main:
         lock = common.hold_lock(config.out_dir)  # held until main() ends
+        knobs.print_knobs(config)
         common.print_run_header(config, ranks, raw_model, n_train)
         common.write_json(f"{config.out_dir}/config.json", dataclasses.asdict(config))
         log = common.start_log(config, LOG_COLUMNS, first_step)

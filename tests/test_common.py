@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import common
+import knobs
 from conftest import ROOT, run, run_ok, torchrun, user_error
 from finetune import FinetuneConfig
 from plot import PlotConfig
@@ -25,7 +26,7 @@ OTHERS = {"study": StudyConfig, "plot": PlotConfig}
 
 def load(monkeypatch, cls, *args):
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
-    return common.load_config(cls)
+    return knobs.load_config(cls)
 
 
 def test_files_and_flags_apply_left_to_right(monkeypatch, tmp_path, capsys):
@@ -37,7 +38,7 @@ def test_files_and_flags_apply_left_to_right(monkeypatch, tmp_path, capsys):
     assert config.out_dir == "out/a+b"
     assert config.sources == {"max_steps": "command line", "batch_size": "command line", "learning_rate": f"{tmp_path}/a.py"}
     assert capsys.readouterr().out == ""  # not before all is checked
-    common.print_knobs(config)
+    knobs.print_knobs(config)
     assert "knob max_steps = 7 (default 127000, from command line)" in capsys.readouterr().out
 
 
@@ -102,12 +103,12 @@ def test_every_sample_config_loads(monkeypatch):
     files = sorted((ROOT / "sample_config").glob("*.py"))
     assert len(files) > 5
     for file in files:
-        knobs = common.read_config_file(str(file))
-        stages = [stage for stage, cls in CONFIGS.items() if knobs.keys() <= {f.name for f in dataclasses.fields(cls)}]
+        found = knobs.read_config_file(str(file))
+        stages = [stage for stage, cls in CONFIGS.items() if found.keys() <= {f.name for f in dataclasses.fields(cls)}]
         assert stages, f"{file.name}: no stage has all of its knobs"
         for stage in stages:
-            args = [] if stage == "prepare" or "pretrained" in knobs or stage != "finetune" else ["--pretrained=x"]
-            if knobs.get("freeze_backbone"):
+            args = [] if stage == "prepare" or "pretrained" in found or stage != "finetune" else ["--pretrained=x"]
+            if found.get("freeze_backbone"):
                 args = ["--pretrained=x"]
             load(monkeypatch, CONFIGS[stage], *args, file)
         assert file.read_text().startswith("# "), f"{file.name} does not say what it changes"

@@ -257,7 +257,7 @@ def test_user_errors(tmp_path):
 @pytest.mark.parametrize("path", sorted((ROOT / "sample_config/study").glob("*.py")), ids=lambda path: path.stem)
 def test_study_configs_load(path, monkeypatch):
     """Each is read, and what its arms add to the shared arguments are knobs of the script."""
-    import common
+    import knobs
     import finetune
     import prepare
     import simulate
@@ -268,7 +268,7 @@ def test_study_configs_load(path, monkeypatch):
 
     def load(stage, *args):
         monkeypatch.setattr(sys, "argv", ["script.py", *map(str, args)])
-        return common.load_config(stage)
+        return knobs.load_config(stage)
     if path.stem in stages:
         load(stages[path.stem], path)
         return

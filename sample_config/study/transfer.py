@@ -4,11 +4,11 @@ shared = "sample_config/study/finetune.py --direction_loss=vmf"
 arms = {arm: f"--pretrained=out/study/{arm}/seed{{seed}}/ckpt.pt" for arm in (
     "embedding/positions", "embedding/table", "embedding/both", "masking/mask_prob/0.5", "masking/mask_prob/0.75",
     "targets/center", "targets/charge_and_center", "targets/emd", "targets/ce_emd")}
-arms = dict(arms, **{
+arms = arms | {
     "float16/float16": "--pretrained=out/study/float16/float16/seed{seed}/ckpt.pt --data_dir=data/study_float16",
     "length/32": "--pretrained=out/study/length/max_pulses/32/seed{seed}/ckpt.pt --data_dir=data/study32",
     "length/127": "--pretrained=out/study/length/max_pulses/127/seed{seed}/ckpt.pt --data_dir=data/study127",
-    "length/256": "--pretrained=out/study/length/max_pulses/256/seed{seed}/ckpt.pt --data_dir=data/study256"})
+    "length/256": "--pretrained=out/study/length/max_pulses/256/seed{seed}/ckpt.pt --data_dir=data/study256"}
 learning_rates = "0.0005,0.001,0.002"
 metric = "val_angle_mean"
 widen = 1

@@ -1,0 +1,175 @@
+"""The knobs of a script: a flat dataclass with a comment on every field, set by config files and --key=value.
+
+    python train.py sample_config/demo.py sample_config/gru.py --seed=2
+
+Any number of config files, then or between them --key=value; from left to right, the last one wins. A config file is
+python text that holds assignments only. A stage's dataclass may have check(), which yields one line for each value that
+makes no sense; the functions below are for it. --help prints the fields with their comments.
+"""
+import ast
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import inspect
+import math
+import os
+import re
+import sys
+from pathlib import Path
+
+from common import default_of, fail
+
+
+def load_config(cls, doc="", args=None):
+    """Build the dataclass `cls` from the command line, or `args`: config files and --key=value, later wins.
+
+    Returns the config, checked. `config.sources` maps each knob that was set to the place that set it. Exits with one
+    line on an unknown key, a wrong type, a missing file or a value that `cls.check()` yields a complaint about.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    values, sources, stems = {}, {}, []
+    for arg in sys.argv[1:] if args is None else args:
+        if arg in ("-h", "--help"):
+            print(help_text(cls, doc))
+            raise SystemExit(0)
+        if arg.startswith("-"):
+            key, equals, text = arg.lstrip("-").partition("=")
+            if not equals or not arg.startswith("--"):
+                fail(f"{arg}: flags are written --key=value, for example --seed=2 (--help lists the knobs)")
+            assignments, where = {key: text}, "command line"
+        else:
+            assignments, where = read_config_file(arg), arg
+            stems.append(Path(arg).stem)
+        for key, value in assignments.items():
+            if key not in fields:
+                fail(f"{where}: {cls.__name__} has no knob {key}{hint_for(key, fields)} "
+                     f"(python {Path(sys.argv[0]).name} --help lists them)")
+            if where == "command line" and fields[key].type is not str:
+                value = parse_flag(value)
+            values[key] = to_type(value, fields[key].type, f"{where}: {key}")
+            sources[key] = where
+    config = cls(**values)
+    config.sources = sources
+    if getattr(config, "out_dir", None) == "":
+        config.out_dir = "out/" + ("+".join(stems) or Path(sys.argv[0]).stem)
+    for complaint in config.check() or ():
+        fail(complaint)
+    return config
+
+
+def print_knobs(config):
+    """What differs from the defaults, and which file or flag set it: for the log, once all checks are passed."""
+    for field in dataclasses.fields(config):
+        where, value = config.sources.get(field.name), getattr(config, field.name)
+        if where and value != default_of(field):
+            print(f"knob {field.name} = {value!r} (default {default_of(field)!r}, from {where})")
+
+
+def hint_for(key, fields):
+    """Where an unknown knob may belong: to another script, or it is misspelt."""
+    for script, name in (("simulate", "SimulateConfig"), ("prepare", "PrepareConfig"), ("train", "TrainConfig"),
+                         ("finetune", "FinetuneConfig")):
+        if key in getattr(importlib.import_module(script), name).__dataclass_fields__:
+            return f"; {key} is a knob of {script}.py"
+    near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
+    return f", did you mean {near[0]}?" if near else ""
+
+
+def read_config_file(path):
+    """A config file's assignments as a dict. The file is python, but holds nothing except `name = value` lines."""
+    if not os.path.isfile(path):
+        hint = "config/ is your copy of the samples, make it with: cp -r sample_config config" \
+            if Path(path).parts[:1] == ("config",) and not os.path.isdir("config") else "check the spelling"
+        fail(f"{path}: no such config file; {hint}")
+    names = {}
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        tree = ast.parse(text)
+        for node in tree.body:
+            is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            if not is_docstring and not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)):
+                fail(f"{path}:{node.lineno}: a config file holds assignments only (name = value)")
+        exec(compile(tree, path, "exec"), {"__builtins__": {}}, names)
+    except UnicodeDecodeError:
+        fail(f"{path}: not a text file; a config file is python text with assignments")
+    except SyntaxError as error:
+        fail(f"{path}:{error.lineno}: not valid python: {error.msg}")
+    except Exception as error:  # whatever the user's expressions may raise
+        fail(f"{path}: {type(error).__name__}: {error}")
+    return {name: value for name, value in names.items() if not name.startswith("__")}
+
+
+def parse_flag(text):
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def to_type(value, kind, where):
+    """The value as `kind`, where nothing is lost: 1 is a float, 1e6 is an int, but 1.5, "1" and True are not ints."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is float and is_number and math.isfinite(value):
+        return float(value)
+    if kind is int and is_number and abs(value) < 2**53 and value == int(value):
+        return int(value)
+    if type(value) is not kind or kind in (int, float):
+        wanted = {int: "an integer below 2^53", float: "a finite number", bool: "True or False", str: "a string (in quotes)",
+                  dict: "a dict"}[kind]
+        fail(f"{where} = {value!r} is not {wanted}")
+    return value
+
+
+def check_choice(config, key, choices):
+    """For a config's check(), which yields one line for each value that makes no sense."""
+    value = getattr(config, key)
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        yield f"{key} = {value!r}: choose one of {', '.join(map(repr, choices))}{hint}"
+
+
+def check_positive(config, *keys):
+    yield from (f"{key} = {getattr(config, key)}: must be greater than 0" for key in keys if getattr(config, key) <= 0)
+
+
+def check_not_negative(config, *keys):
+    yield from (f"{key} = {getattr(config, key)}: must not be negative" for key in keys if getattr(config, key) < 0)
+
+
+def check_fraction(config, *keys):
+    yield from (f"{key} = {getattr(config, key)}: must lie between 0 and 1" for key in keys
+                if not 0 < getattr(config, key) < 1)
+
+
+def check_training(config):
+    """The knobs that the loops of train.py and finetune.py have in common."""
+    yield from check_positive(config, "batch_size", "micro_batches", "max_steps", "learning_rate", "adam_eps", "grad_clip",
+                              "eval_interval", "log_interval", "save_interval")
+    yield from check_not_negative(config, "train_events", "val_events", "warmup_steps", "cooldown_steps", "weight_decay",
+                                  "max_bad_steps", "seed")
+    yield from check_fraction(config, "beta1", "beta2")
+    yield from check_choice(config, "schedule", ("trapezoidal", "cosine", "constant"))
+    yield from check_choice(config, "device", ("auto", "cuda", "mps", "cpu"))
+    yield from check_choice(config, "dtype", ("auto", "float32", "bfloat16", "float16"))
+    if config.wandb_project and importlib.util.find_spec("wandb") is None:
+        yield (f"wandb_project = {config.wandb_project!r} needs the package wandb: pip install wandb, or leave it empty; log.csv is "
+               "written in any case")
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if config.batch_size < config.micro_batches * world_size:
+        yield (f"batch_size = {config.batch_size} is too small to be cut into micro_batches = {config.micro_batches} on each "
+               f"of {world_size} ranks")
+
+
+def help_text(cls, doc):
+    """The script's docstring and every knob with its default and the comment beside it in the source."""
+    comments = {}
+    for base in reversed(cls.__mro__[:-1]):
+        for line in inspect.getsource(base).splitlines():
+            match = re.match(r"    (\w+): [^#]*#\s*(.*)", line)
+            if match:
+                comments[match[1]] = match[2]
+    lines = [f"  {f'--{field.name}={default_of(field)!r}':<36} {comments.get(field.name, '')}"
+             for field in dataclasses.fields(cls)]
+    return "\n".join([doc.strip(), "", "knobs (set in config files or as --key=value, later wins):", *lines])
