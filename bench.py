@@ -50,8 +50,7 @@ class BenchConfig(ModelConfig):
         yield from super().check()
         yield from knobs.check_positive(self, "batch_size", "micro_batches", "rounds", "steps", "n_events")
         yield from knobs.check_choice(self, "what", ("train", "backbones", "prepare"))
-        yield from knobs.check_choice(self, "device", ("auto", "cuda", "mps", "cpu"))
-        yield from knobs.check_choice(self, "dtype", ("auto", "float32", "bfloat16", "float16"))
+        yield from knobs.check_device(self)
 
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}  # bfloat16, dense, NVIDIA's data sheets (SXM)

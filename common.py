@@ -323,6 +323,17 @@ def gather_over_ranks(rows, ranks):
     return np.concatenate(gathered)
 
 
+def gather_arrays(arrays, ranks):
+    """Stack every rank's arrays (dict of (n_i, ...), or {} of a rank that has nothing) in the order of the ranks."""
+    import torch
+    if ranks.world_size == 1:
+        return arrays
+    gathered = [None] * ranks.world_size
+    torch.distributed.all_gather_object(gathered, arrays)
+    parts = [part for part in gathered if part]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
 def print_run_header(config, ranks, model, n_train):
     """What a log needs to be reproducible: versions, hardware, commit, size of the model and of the data."""
     import torch

@@ -151,8 +151,7 @@ def check_training(config):
                                   "max_bad_steps", "seed")
     yield from check_fraction(config, "beta1", "beta2")
     yield from check_choice(config, "schedule", ("trapezoidal", "cosine", "constant"))
-    yield from check_choice(config, "device", ("auto", "cuda", "mps", "cpu"))
-    yield from check_choice(config, "dtype", ("auto", "float32", "bfloat16", "float16"))
+    yield from check_device(config)
     if config.wandb_project and importlib.util.find_spec("wandb") is None:
         yield (f"wandb_project = {config.wandb_project!r} needs the package wandb: pip install wandb, or leave it empty; log.csv is "
                "written in any case")
@@ -160,6 +159,20 @@ def check_training(config):
     if config.batch_size < config.micro_batches * world_size:
         yield (f"batch_size = {config.batch_size} is too small to be cut into micro_batches = {config.micro_batches} on each "
                f"of {world_size} ranks")
+
+
+def check_device(config):
+    yield from check_choice(config, "device", ("auto", "cuda", "mps", "cpu"))
+    yield from check_choice(config, "dtype", ("auto", "float32", "bfloat16", "float16"))
+
+
+def check_writable(path):
+    """Can a file of this name be written? Better known before the work than after it."""
+    folder = Path(path).parent
+    if Path(path).is_dir():
+        yield f"{path}: is a folder, a file is needed"
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        yield f"{path}: {folder} is no folder to write in; make it (mkdir -p {folder}) or choose another"
 
 
 def help_text(cls, doc):

@@ -391,7 +391,10 @@ class Reconstructor(nn.Module):
         init_weights(self, config)
 
     def forward(self, batch):
-        x = self.head(self.encoder(batch)[:, 0]).float()
+        return self.answer(self.encoder(batch)[:, 0])
+
+    def answer(self, cls):
+        x = self.head(cls).float()
         if self.task == "energy":
             return {"log_energy": x.squeeze(-1) + LOG_ENERGY}
         kappa = (x.square().sum(-1) + 1e-6).sqrt()  # 0.001 or more: a vector of length 0 has a gradient too
@@ -432,6 +435,15 @@ def vmf_loss(direction, kappa, truth):
 # of the outputs (direction, kappa) and the true direction -> (B,)
 DIRECTION_LOSSES = {"angular": lambda direction, kappa, truth: angular_error(direction, truth),  # upstream's
                     "cosine": lambda direction, kappa, truth: one_minus_cosine(direction, truth), "vmf": vmf_loss}
+
+
+def event_losses(outputs, batch, config):
+    """What a Reconstructor is trained on, for each event of a batch, (B,)."""
+    if config.task == "energy":
+        return (outputs["log_energy"] - torch.log10(batch["energy"])).square()  # [dex^2]
+    truth = unit_vector(batch["azimuth"], batch["zenith"])
+    return sum(DIRECTION_LOSSES[name](outputs["direction"], outputs["kappa"], truth)
+               for name in config.direction_loss.split("+"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

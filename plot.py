@@ -16,9 +16,8 @@ import common  # first: it sets how torch's threads wait
 
 import csv
 import importlib.util
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
@@ -358,21 +357,10 @@ def study(config, runs, plt):
 # one event
 # ----------------------------------------------------------------------------------------------------------------------
 
-def load_model(run, geometry, data_dir):
-    """The best model of a run (pretraining or fine-tuning) and its config."""
-    from model import ModelConfig, Pretrainer, Reconstructor
-    path = Path(run) / "best.pt"
-    saved = common.load_checkpoint(path)
-    data.check_geometry(saved, geometry, path, data_dir)
-    config = SimpleNamespace(**{**asdict(ModelConfig()), **saved["config"]})
-    model = (Reconstructor if "task" in saved["config"] else Pretrainer)(config, geometry)
-    model.load_state_dict(saved["model"])
-    return model.eval(), config
-
-
 def event(config, runs, plt):
     """The detector in 3-D; pulses coloured by time and sized by charge; directions; hidden DOMs and the model's best guesses."""
     import torch
+    from evaluate import load_model
     from model import unit_vector
     split, geometry = data.open_split(config.data_dir, config.split), data.read_geometry(config.data_dir)
     if config.event >= len(split):
@@ -404,7 +392,7 @@ def event(config, runs, plt):
         arrow(true, color=COLORS[1], label="true direction (dot: source)")
         axis.view_init(elev=12, azim=np.degrees(truth["azimuth"]) + 90)  # from the side
     for run in runs:
-        model, run_config = load_model(run, geometry, config.data_dir)
+        model, run_config, _ = load_model(f"{run}/best.pt", config.data_dir)
         batch, = data.micro_batches(events, pulses, 1, hidden)
         with torch.no_grad():
             if not hasattr(run_config, "task"):

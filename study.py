@@ -234,7 +234,7 @@ def run(config, arm, rate, seed):
 def read_evaluation(run, split):
     """The evaluation_<split>.json of a fine-tuning run, if it is that of the run's present best.pt."""
     path, best = Path(run) / f"evaluation_{split}.json", Path(run) / "best.pt"
-    again = f"evaluate it: python finetune.py --eval_only=True --out_dir={run} --val_split={split} --data_dir=..."
+    again = f"evaluate it: python evaluate.py --checkpoint={best} --split={split} --n_events=..."
     if not path.is_file():
         common.fail(f"{path}: no such file; it must be a run of finetune.py; {again}")
     found, step = common.read_json(path), common.load_checkpoint(best)["step"]

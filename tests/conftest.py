@@ -39,7 +39,7 @@ def run(script, *args, launcher=None, **kwargs):
 def call_main(script, *args):
     """What `python script args` would do, in this process: same output, same exit status; signal handlers are put back."""
     import common
-    module = importlib.import_module(script.removesuffix(".py"))
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     argv, folder, out, err, status = sys.argv, os.getcwd(), io.StringIO(), io.StringIO(), 0
     sys.argv = [script, *args]

@@ -10,6 +10,7 @@ import torch
 
 import common
 import data
+import evaluate
 import finetune
 from conftest import TINY_MODEL, TINY_RUN, run_ok, torchrun, user_error
 from test_train import assert_same_weights, column, weights
@@ -18,11 +19,17 @@ KNOBS = [knob for knob in TINY_RUN if knob not in TINY_MODEL] + ["--head_hidden_
                                                                  "--learning_rate=1e-3"]
 
 
+def predict(out_dir, *args, **kwargs):
+    """evaluate.py on the best weights of a run, on the CPU in float32."""
+    return run_ok("evaluate.py", f"--checkpoint={out_dir}/best.pt", "--device=cpu", "--dtype=float32", *args, **kwargs)
+
+
 @pytest.fixture(scope="module")
 def tuned(demo_data, pretrained, tmp_path_factory):
     out_dir = tmp_path_factory.mktemp("tuned")
     done = run_ok("finetune.py", f"--data_dir={demo_data}", f"--out_dir={out_dir}", f"--pretrained={pretrained[0]}/ckpt.pt",
-                  *KNOBS, f"--predictions={out_dir}/predictions.csv")
+                  *KNOBS)
+    predict(out_dir, f"--predictions={out_dir}/predictions.csv", "--n_events=50")
     return out_dir, done
 
 
@@ -54,7 +61,8 @@ def test_predictions_are_the_directions_that_were_scored(tuned, demo_data):
 def test_azimuths_stay_below_two_pi():
     directions = np.array([[1, -1e-20, 0], [0, -1, 0], [0, 0, 1], [-1, 0, 0]], np.float32)
     events = np.zeros(4, data.EVENT)
-    table = finetune.prediction_table(events, {"direction": directions}, finetune.FinetuneConfig(), [])
+    table = evaluate.prediction_table(events, {"direction": directions}, evaluate.EvaluateConfig(),
+                                      finetune.FinetuneConfig(), [])
     assert table["azimuth"].to_numpy() == pytest.approx([0, 1.5 * np.pi, 0, np.pi])
     assert table["zenith"].to_numpy() == pytest.approx([np.pi / 2, np.pi / 2, 0, np.pi / 2])
 
@@ -90,8 +98,10 @@ def test_it_learns_direction(demo_data, tmp_path):
 
 
 def test_two_ranks_train_and_predict_like_one(tuned, demo_data, pretrained, tmp_path):
-    run_ok("finetune.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}", f"--pretrained={pretrained[0]}/ckpt.pt", *KNOBS,
-           f"--predictions={tmp_path}/predictions.csv", launcher=torchrun(2))
+    run_ok("finetune.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}", f"--pretrained={pretrained[0]}/ckpt.pt",
+           *KNOBS, launcher=torchrun(2))
+    predict(tmp_path, f"--predictions={tmp_path}/predictions.csv", "--n_events=50", "--batch_size=16",
+            launcher=torchrun(2))
     for name in ("loss", "grad_norm", "val_angle_mean", "val_angle_median"):
         assert column(tmp_path, name) == pytest.approx(column(tuned[0], name), rel=2e-4), name
     assert_same_weights(tmp_path, tuned[0], atol=1e-4)
@@ -112,10 +122,9 @@ def test_stopped_and_resumed_equals_never_stopped(tuned, demo_data, pretrained, 
 
 def test_evaluation_only_and_unlabelled_predictions(tuned, demo_data, tmp_path):
     out_dir, done = tuned
-    args = [f"--data_dir={demo_data}", f"--out_dir={out_dir}", "--eval_only=True", "--device=cpu", "--dtype=float32"]
-    again = run_ok("finetune.py", *args, "--val_events=50")
+    again = predict(out_dir, "--n_events=50")
     assert (out_dir / "result.txt").read_text().strip() in again.stdout
-    run_ok("finetune.py", *args, "--val_split=test", f"--predictions={tmp_path}/test.parquet")
+    predict(out_dir, "--split=test", f"--predictions={tmp_path}/test.parquet")
     table = pyarrow.parquet.read_table(tmp_path / "test.parquet")
     assert table["event_id"].to_numpy().tolist() == data.open_split(demo_data, "test").events["event_id"].tolist()
 
@@ -151,8 +160,9 @@ def test_the_evaluation_table_by_hand(tuned, demo_data):
 
 def test_vmf_tells_its_uncertainty(demo_data, tmp_path):
     args = [f"--data_dir={demo_data}", *KNOBS, *TINY_MODEL, f"--out_dir={tmp_path}", "--pretrained=", "--direction_loss=angular+vmf",
-            "--max_steps=3", "--val_events=3", f"--predictions={tmp_path}/p.parquet"]
+            "--max_steps=3", "--val_events=3"]
     done = run_ok("finetune.py", *args)
+    predict(tmp_path, "--n_events=3", f"--predictions={tmp_path}/p.parquet")
     assert "inside their 50 % contour" in done.stdout
     table = pyarrow.parquet.read_table(tmp_path / "p.parquet")
     truth = ["true_azimuth", "true_zenith", "true_energy", "true_event_class"]
@@ -175,7 +185,7 @@ def test_calibration_of_events_that_follow_their_kappa():
         angle = rng.uniform(0, 2 * np.pi, 20_000)
         sine = np.sqrt(1 - cosine**2)
         truth = torch.from_numpy(np.stack([sine * np.cos(angle), sine * np.sin(angle), cosine], -1))
-        quantile = finetune.vmf_quantile(torch.tensor([0.0, 0.0, 1.0]).double(), torch.tensor(kappa).double(), truth)
+        quantile = evaluate.vmf_quantile(torch.tensor([0.0, 0.0, 1.0]).double(), torch.tensor(kappa).double(), truth)
         for level in (0.1, 0.5, 0.9):
             assert (quantile < level).double().mean().item() == pytest.approx(level, abs=0.012)
 
@@ -183,8 +193,9 @@ def test_calibration_of_events_that_follow_their_kappa():
 def test_energy(demo_data, pretrained, tmp_path):
     args = [f"--data_dir={demo_data}", *KNOBS, f"--out_dir={tmp_path}", f"--pretrained={pretrained[0]}/ckpt.pt", "--task=energy",
             "--batch_size=50", "--max_steps=60", "--learning_rate=1e-2", "--eval_interval=30", "--log_interval=30",
-            "--save_interval=60", f"--predictions={tmp_path}/p.csv"]
+            "--save_interval=60"]
     run_ok("finetune.py", *args)
+    predict(tmp_path, "--n_events=50", f"--predictions={tmp_path}/p.csv")
     resolution = column(tmp_path, "val_resolution")
     assert resolution[-1] < 0.9 * resolution[0] and abs(column(tmp_path, "val_bias")[-1]) < 0.5
     assert "resolution" in (tmp_path / "result.txt").read_text()
@@ -192,8 +203,8 @@ def test_energy(demo_data, pretrained, tmp_path):
     truth = data.open_split(demo_data, "val").events["energy"][:50]
     rows = common.read_json(tmp_path / "evaluation_val.json")["rows"]
     assert rows[0]["resolution"] == pytest.approx((np.log10(energy) - np.log10(truth)).std(), rel=1e-3)
-    line = user_error("finetune.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}", "--eval_only=True", "--task=direction")
-    assert "task = 'direction'" in line and "'energy'" in line
+    line = user_error("finetune.py", *args, "--task=direction")
+    assert "task = 'energy'" in line and "'direction'" in line
 
 
 def test_the_head_may_learn_faster_and_events_may_be_shifted(demo_data, pretrained, tmp_path):
@@ -222,8 +233,8 @@ def test_an_exported_model_runs_without_this_repository(demo_data, tmp_path, kno
     import sys
     run_ok("finetune.py", f"--data_dir={demo_data}", *KNOBS, *TINY_MODEL, f"--out_dir={tmp_path}", "--pretrained=", "--max_steps=1",
            *knobs)
-    run_ok("finetune.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}", "--eval_only=True", "--device=cpu", "--dtype=float32",
-           f"--predictions={tmp_path}/p.parquet", f"--export={tmp_path}/model.pt2", "--val_events=20")
+    predict(tmp_path, f"--predictions={tmp_path}/p.parquet", "--n_events=20")
+    run_ok("tools/export.py", f"--checkpoint={tmp_path}/best.pt", f"--out={tmp_path}/model.pt2")
     batch, = data.micro_batches(*data.read_events(data.open_split(demo_data, "val"), np.arange(20)), 1)
     torch.save({name: batch[name] for name in ("time", "charge", "dom", "aux", "valid", "row")}, tmp_path / "batch.pt")
     code = ("import torch; pulses = torch.load('batch.pt'); valid = pulses.pop('valid'); row = pulses.pop('row')\n"
@@ -247,20 +258,41 @@ def test_user_errors(tuned, demo_data, pretrained, tmp_path):
     assert "no such checkpoint" in user_error("finetune.py", *args, "--pretrained=nowhere.pt")
     assert "have no direction" in user_error("finetune.py", *args, checkpoint, "--train_split=test", "--train_events=0")
     assert "have no direction" in user_error("finetune.py", *args, checkpoint, "--val_split=test", "--val_events=0")
-    assert "must end in .csv" in user_error("finetune.py", *args, checkpoint, "--predictions=x.txt")
-    assert "no folder to write in" in user_error("finetune.py", *args, checkpoint, "--predictions=/dev/null/x.csv")
-    nowhere = user_error("finetune.py", *args, checkpoint, f"--predictions={tmp_path}/new/x.csv")
-    assert "mkdir -p" in nowhere and not (tmp_path / "new").exists()
     assert "optimizer is a knob of train.py" in user_error("finetune.py", "sample_config/demo.py")
-    (tmp_path / "d.csv").mkdir()
-    assert "is a folder" in user_error("finetune.py", *args, checkpoint, f"--predictions={tmp_path}/d.csv")
     assert "no meaning for task = 'energy'" in user_error("finetune.py", *args, checkpoint, "--task=energy", "--direction_loss=vmf")
-    assert "--predictions=" in user_error("finetune.py", f"--data_dir={demo_data}", f"--out_dir={tuned[0]}", "--eval_only=True",
-                                          "--val_split=test")
     assert "needs a pretrained" in user_error("finetune.py", *args, "--pretrained=", "--freeze_backbone=True")
-    assert "no fine-tuned checkpoint" in user_error("finetune.py", *args, "--eval_only=True",
-                                                    f"--checkpoint={pretrained[0]}/ckpt.pt")
     assert not (tmp_path / "run").exists()
+
+
+def test_user_errors_of_evaluate(tuned, demo_data, pretrained, tmp_path):
+    best = f"--checkpoint={tuned[0]}/best.pt"
+    (tmp_path / "d.csv").mkdir()
+    for flags, words in ((["--predictions=x.txt"], "must end in .csv or .parquet"),
+                         (["--predictions=/dev/null/x.csv"], "no folder to write in"),
+                         ([f"--predictions={tmp_path}/new/x.csv"], f"mkdir -p {tmp_path}/new"),
+                         ([f"--predictions={tmp_path}"], "must end in"), ([f"--predictions={tmp_path}/d.csv"], "is a folder"),
+                         (["--split=test"], "no labels of the direction to evaluate with"),
+                         (["--split=tset"], "no split 'tset'"), (["--data_dir=data/nowhere"], "no such data folder"),
+                         ([f"--checkpoint={pretrained[0]}/ckpt.pt"], "is a pretrained checkpoint"),
+                         (["--checkpoint=nowhere.pt"], "no such checkpoint")):
+        assert words in user_error("evaluate.py", best, "--device=cpu", *flags), flags
+    assert not (tmp_path / "new").exists()
+
+
+def test_embeddings_are_what_cls_knows(tuned, demo_data, pretrained, tmp_path):
+    """Of a pretrained and of a tuned model, on one rank and on two, in the order of the events."""
+    path = tmp_path / "e.parquet"
+    split = data.open_split(demo_data, "val")
+    for checkpoint, launcher in ((f"{pretrained[0]}/ckpt.pt", None), (f"{tuned[0]}/best.pt", torchrun(2))):
+        run_ok("evaluate.py", f"--checkpoint={checkpoint}", f"--embeddings={path}", "--device=cpu", "--batch_size=40",
+               "--dtype=float32", launcher=launcher)
+        table = pyarrow.parquet.read_table(path)
+        assert table["event_id"].to_numpy().tolist() == split.events["event_id"].tolist()
+        model, _, _ = evaluate.load_model(checkpoint)
+        batch, = data.micro_batches(*data.read_events(split, np.arange(len(split))), 1)
+        with torch.no_grad():
+            cls = model.encoder(batch)[:, 0][batch["row"].argsort()]
+        assert np.allclose(np.stack(table["cls"].to_pylist()), cls, atol=1e-5)
 
 
 def test_another_detector_is_refused(tuned, demo_data, pretrained, tmp_path):
@@ -275,25 +307,24 @@ def test_another_detector_is_refused(tuned, demo_data, pretrained, tmp_path):
 
 def test_each_evaluation_keeps_to_itself(tuned, demo_data, tmp_path):
     """Another checkpoint, other events or other data do not overwrite what is known of best.pt."""
-    run, again = tmp_path / "run", ["--eval_only=True", "--device=cpu", "--dtype=float32"]
+    run = tmp_path / "run"
     shutil.copytree(tuned[0], run)
     run_ok("prepare.py", f"--input_dir={demo_data.parent}/raw", f"--data_dir={tmp_path}/other", "--splits={'val': (4, 4)}",
            "--max_pulses=20")
     before = common.read_json(run / "evaluation_val.json")
     assert (before["checkpoint"], before["n_events"]) == ("best.pt", 50)
     assert before["step"] == common.load_checkpoint(run / "best.pt")["step"]
-    args = [f"--out_dir={run}", f"--data_dir={demo_data}", *again]
-    run_ok("finetune.py", *args, "--val_events=0")
-    run_ok("finetune.py", *args, "--val_events=50", f"--checkpoint={run}/ckpt.pt")
-    run_ok("finetune.py", *args, "--val_events=0", "--val_split=pretrain")
-    run_ok("finetune.py", f"--out_dir={run}", f"--data_dir={tmp_path}/other", *again, "--val_events=50")
+    predict(run, "--n_events=0")
+    predict(run, "--n_events=50", f"--checkpoint={run}/ckpt.pt")
+    predict(run, "--split=pretrain")
+    predict(run, f"--data_dir={tmp_path}/other", "--n_events=50")
     names = ["val", "pretrain", "val_103", "val_ckpt", "val_other"]
     assert {path.name for path in run.glob("evaluation*")} == {f"evaluation_{name}.json" for name in names}
     assert common.read_json(run / "evaluation_val.json") == before
     found = {name: common.read_json(run / f"evaluation_{name}.json") for name in names}
     assert found["val_103"]["n_events"] == 103 and found["val_ckpt"]["checkpoint"] == "ckpt.pt"
     assert found["val_other"]["data"] != before["data"]
-    run_ok("finetune.py", *args, "--val_events=50")
+    predict(run, "--n_events=50")
     assert common.read_json(run / "evaluation_val.json")["rows"] == before["rows"]
 
 

@@ -70,7 +70,7 @@ def test_an_evaluation_of_other_weights_is_refused(tuned, tmp_path):
     found = common.read_json(tmp_path / "run/evaluation_val.json")
     (tmp_path / "run/evaluation_val.json").write_text(json.dumps(found | {"step": found["step"] + 1}))
     line = user_error("plot.py", "--what=errors", f"--runs={tmp_path}/run")
-    assert "evaluation_val.json is of best.pt at step" in line and "--eval_only=True" in line
+    assert "evaluation_val.json is of best.pt at step" in line and "python evaluate.py" in line
 
 
 @pytest.mark.parametrize("length", [1, 2])

@@ -1,0 +1,384 @@
+"""Stage 4: what is a fine-tuned model worth? Score it, compare it with a line fit, write its predictions.
+
+    python evaluate.py --checkpoint=out/demo_finetune/best.pt                          on the validation events of its run
+    python evaluate.py --checkpoint=out/demo_finetune/best.pt --split=test --predictions=out/test.csv
+    python evaluate.py --checkpoint=out/demo/ckpt.pt --embeddings=out/cls.parquet      what [CLS] knows, pretrained or tuned
+
+Prints the errors of all events and in bins, with bootstrap errors, beside those of a line fit, and keeps them as
+evaluation_<split>.json beside the checkpoint. Events without labels can only be predicted. Seconds for 4,000 events.
+Guessing at random gives a mean angular error of pi/2 = 1.571 rad.
+"""
+import common  # first: it sets how torch's threads wait
+
+import os
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+
+import data
+import knobs
+from model import (ModelConfig, Pretrainer, Reconstructor, angular_error, event_losses, one_minus_cosine, unit_vector)
+
+
+@dataclass
+class EvaluateConfig:
+    checkpoint: str = "out/demo_finetune/best.pt"  # of finetune.py; for embeddings also of train.py
+    data_dir: str = ""  # folder made by prepare.py; "" = that of the checkpoint's run
+    split: str = ""  # split to evaluate on, or to predict; "" = val_split of the run
+    n_events: int = 0  # the first N events, or as many as there are; 0 = all
+    predictions: str = ""  # .csv (Kaggle's form) or .parquet (with all that is known) to write; "" = none
+    embeddings: str = ""  # .parquet to write the [CLS] vector of each event to; "" = none
+    batch_size: int = 1024  # events at a time, over all ranks
+    device: str = "auto"  # or "cuda", "mps", "cpu"
+    dtype: str = "auto"  # autocast to "bfloat16", "float16" or not ("float32"); auto = bfloat16 where it is fast
+
+    def check(self):
+        yield from knobs.check_positive(self, "batch_size")
+        yield from knobs.check_device(self)
+        for key, endings in (("predictions", (".csv", ".parquet")), ("embeddings", (".parquet",))):
+            path = getattr(self, key)
+            if path and Path(path).suffix not in endings:
+                yield f"{key} = {path!r}: the name must end in {' or '.join(endings)}"
+            elif path:
+                yield from knobs.check_writable(path)
+
+
+LABELS = {"direction": ("azimuth", "zenith"), "energy": ("energy",)}  # of EVENT, by task
+PIECES = 4  # that a rank's share is cut into, sorted by length, so that little padding is computed
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# a model and its events
+# ----------------------------------------------------------------------------------------------------------------------
+
+def load_model(path, data_dir=""):
+    """A model as its checkpoint has it -> model, config of its run, checkpoint. Its detector must be that of data_dir."""
+    saved = common.load_checkpoint(path)
+    run = SimpleNamespace(**{**asdict(ModelConfig()), **saved["config"]})  # a knob younger than the checkpoint was off
+    geometry = data.read_geometry(data_dir or run.data_dir)
+    data.check_geometry(saved, geometry, path, data_dir or run.data_dir)
+    model = (Reconstructor if hasattr(run, "task") else Pretrainer)(run, geometry)
+    model.load_state_dict(saved["model"])
+    return model.eval(), run, saved
+
+
+def find_unlabelled(split, n_events, config):
+    """Places of those among the first n_events that lack a label of the task."""
+    return np.flatnonzero(np.any([np.isnan(split.events[label][:n_events]) for label in LABELS[config.task]], axis=0))
+
+
+def event_batches(split, index, n, shift=None):
+    """Events as micro-batches; shift [ns] (one an event) moves their pulses in time."""
+    if len(index) == 0:
+        return []  # more ranks than events
+    events, pulses = data.read_events(split, index)
+    if shift is not None:
+        pulses = pulses.copy()
+        pulses["time"] += np.repeat(shift, events["length"])
+    return data.micro_batches(events, pulses, n)
+
+
+@torch.no_grad()
+def predict(model, split, n_events, config, ranks, autocast, wants_cls=False):
+    """Go through the first n_events in their order, batch_size at a time: yields index (n,) and arrays (n, ...) of all ranks.
+
+    config: task and losses of the model, and batch_size. The arrays are the model's outputs, line_fit, and where labels are
+    known the loss; and cls, what [CLS] knows, if that is wanted.
+    """
+    edges = np.linspace(0, n_events, -(-n_events // config.batch_size) + 1).astype(np.int64).tolist()
+    shares = [np.array_split(np.arange(a, b), ranks.world_size)[ranks.rank] for a, b in zip(edges, edges[1:])]
+    geometry = model.encoder.embedding.geometry
+    was_training = model.training
+    model.eval()
+    with common.progress_bar(n_events, f"predict {split.path}", "event") as bar:
+        loader = data.prefetch(lambda i: event_batches(split, shares[i], PIECES), range(len(shares)), ranks.device)
+        for a, b, share, batches in zip(edges, edges[1:], shares, loader):
+            arrays = {}
+            for batch in batches:
+                with autocast:
+                    cls = model.encoder(batch)[:, 0]
+                    found = {"cls": cls} if wants_cls else {}
+                    if hasattr(config, "task"):
+                        outputs = model.answer(cls)
+                        losses = event_losses(outputs, batch, config)
+                        found |= outputs | {"loss": losses, "line_fit": line_fit(batch, geometry)}
+                rows = batch["row"].cpu().numpy()
+                for name, value in found.items():
+                    value = value.float().cpu().numpy()
+                    arrays.setdefault(name, np.empty((len(share), *value.shape[1:]), np.float32))[rows] = value
+            yield np.arange(a, b), common.gather_arrays(arrays, ranks)
+            bar.update(b - a)
+    model.train(was_training)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# scores
+# ----------------------------------------------------------------------------------------------------------------------
+
+def line_fit(batch, geometry):
+    """The baseline: fit position = r + v time to the good pulses, weighted by charge -> unit vectors (B, 3) along -v.
+
+    IceCube's first guess (astro-ph/0407044, section 3.1.3); 1.18 rad on average on Kaggle's data. 0 where no fit is possible.
+    """
+    weight = batch["charge"] * (batch["valid"] & ~batch["aux"])  # (B, L)
+    time = batch["time"] - (weight * batch["time"]).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1e-6)
+    velocity = ((weight * time)[..., None] * geometry[batch["dom"]]).sum(1)  # times a positive number
+    return F.normalize(-velocity, dim=-1)
+
+
+def vmf_quantile(direction, kappa, truth):
+    """The probability inside the contour around the prediction that goes through the truth: uniform in 0..1 if kappa is right."""
+    return torch.expm1(-kappa * one_minus_cosine(direction, truth)) / torch.expm1(-2 * kappa)
+
+
+def score(arrays, events, config):
+    """Errors of some events, beside those of the line fit and the quantiles that calibration is told by -> dict of (n,)."""
+    if config.task == "energy":
+        return {"loss": arrays["loss"], "error": arrays["log_energy"] - np.log10(events["energy"])}
+    truth = unit_vector(*(torch.from_numpy(events[angle].copy()) for angle in ("azimuth", "zenith")))
+    direction, kappa, fit = (torch.from_numpy(arrays[name]) for name in ("direction", "kappa", "line_fit"))
+    return {"loss": arrays["loss"], "error": angular_error(direction, truth).numpy(), "fit_error": angular_error(fit, truth).numpy(),
+            "quantile": vmf_quantile(direction, kappa, truth).numpy()}
+
+
+def score_events(model, split, n_events, config, ranks, autocast):
+    """Scores of the first n_events of a labelled split -> dict of arrays (n_events,), on every rank.
+
+    loss; "direction": error, fit_error (of the line fit) [rad], quantile (see vmf_quantile); "energy": error [dex].
+    """
+    parts = [score(arrays, split.events[index], config)
+             for index, arrays in predict(model, split, n_events, config, ranks, autocast)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def summary(scores, config):
+    """The val_* columns of log.csv, of all scores."""
+    error = scores["error"].astype(np.float64)
+    if config.task == "energy":
+        return {"val_loss": scores["loss"].mean(dtype=np.float64).item(), "val_bias": error.mean().item(),
+                "val_resolution": error.std().item()}
+    return {"val_loss": scores["loss"].mean(dtype=np.float64).item(), "val_angle_mean": error.mean().item(),
+            "val_angle_median": np.median(error).item()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# statistics, in bins
+# ----------------------------------------------------------------------------------------------------------------------
+
+STATISTICS = {"direction": {"mean": np.mean, "median": np.median, "68 %": lambda error: np.quantile(error, 0.68)},
+              "energy": {"bias": np.mean, "resolution": np.std}}
+N_BOOTSTRAP = 100  # resamplings of the events: the spread of a statistic over them is its error, good to 7 %
+MIN_EVENTS = 10  # a smaller bin is not shown, and of fewer events no error is estimated
+LEVELS = np.linspace(0.05, 0.95, 19)  # of probability, at which the contours are checked
+
+
+def bins_of(events):
+    """(kind, label, mask) of the groups of events that are looked at on their own; unknown energies and classes give none."""
+    yield "all", "all", np.ones(len(events), bool)
+    for number, name in ((1, "track"), (2, "cascade")):
+        yield "class", name, events["event_class"] == number
+    for low in range(0, 8):
+        yield "energy", f"1e{low} to 1e{low + 1} GeV", (events["energy"] >= 10.0**low) & (events["energy"] < 10.0**(low + 1))
+    for low, high in ((1, 32), (32, 64), (64, 128), (128, 256), (256, 1024), (1024, 2**32)):
+        yield "pulses", f"{low} to {high - 1}" if high < 2**32 else f"{low} or more", \
+            (events["n_pulses"] >= low) & (events["n_pulses"] < high)
+    for low in (0, 60, 120):
+        zenith = np.degrees(events["zenith"])
+        yield "zenith", f"{low} to {low + 60} deg", (zenith >= low) & (zenith < low + 60 + (low == 120))
+
+
+def evaluation_table(scores, events, config):
+    """Rows (dicts) for all events and in bins -> rows, and those left out as they have fewer than MIN_EVENTS.
+
+    A row has n, each statistic with its bootstrap error (None for too few events), beside it that of the line fit.
+    """
+    rng, rows, left_out = np.random.default_rng(0), [], []
+    for kind, label, mask in bins_of(events):
+        n = int(mask.sum())
+        row = {"kind": kind, "bin": label, "n": n}
+        if kind != "all" and n < MIN_EVENTS:
+            left_out.append(row)
+            continue
+        error = scores["error"][mask]
+        resampled = [error[rng.integers(n, size=n)] for _ in range(N_BOOTSTRAP)]
+        for name, statistic in STATISTICS[config.task].items():
+            row[name] = float(statistic(error))
+            spread = float(np.std([statistic(sample) for sample in resampled]))
+            row[f"{name}_error"] = spread if n >= MIN_EVENTS else None
+        if config.task == "direction":
+            fit = scores["fit_error"][mask]
+            row |= {"line_fit_mean": float(fit.mean()), "line_fit_median": float(np.median(fit))}
+        rows.append(row)
+    return rows, left_out
+
+
+def print_evaluation(rows, left_out, config):
+    unit = "rad" if config.task == "direction" else "dex"
+    names = list(STATISTICS[config.task])
+    head = f"{'':<8}{'':<18}{'events':>9}" + "".join(f"{f'{name} [{unit}]':>20}" for name in names)
+    if config.task == "direction":
+        head += f"{'line fit mean':>16}{'median [rad]':>14}"
+    print(head)
+    for row in rows:
+        cells = "".join(f"{with_error(row, name, '.4g', '.2g'):>20}" for name in names)
+        if config.task == "direction":
+            cells += f"{row['line_fit_mean']:>16.4g}{row['line_fit_median']:>14.4g}"
+        print(f"{row['kind']:<8}{row['bin']:<18}{row['n']:>9,}{cells}")
+    small = [f"{row['kind']} {row['bin']} ({row['n']})" for row in left_out if row["n"]]
+    if small:
+        print(f"not shown, fewer than {MIN_EVENTS} events: {', '.join(small)}")
+
+
+def with_error(row, name, form, error_form):
+    """A statistic as text, with its error where that is known."""
+    error = row[f"{name}_error"]
+    return f"{row[name]:{form}}" if error is None else f"{row[name]:{form}} +- {error:{error_form}}"
+
+
+def report(scores, events, config, run, saved):
+    """Print the table of a checkpoint's errors -> what result.txt and evaluation_<split>.json hold."""
+    path = config.checkpoint
+    rows, left_out = evaluation_table(scores, events, run)
+    whole = rows[0]
+    start = f"pretrained {saved['config']['pretrained']}" if saved["config"]["pretrained"] else "from scratch"
+    result = f"{path} | {start} | {saved['n_train']:,} labels | {len(events):,} events of {config.split} | " + (
+        f"angular error mean {with_error(whole, 'mean', '.4f', '.4f')} rad, median {whole['median']:.4f} rad"
+        if run.task == "direction" else
+        f"log10(energy) bias {with_error(whole, 'bias', '+.4f', '.4f')}, resolution {whole['resolution']:.4f} dex")
+    content = {"checkpoint": Path(path).name, "step": saved["step"], "pretrained": saved["config"]["pretrained"],
+               "freeze_backbone": saved["config"]["freeze_backbone"], "n_train": saved["n_train"], "task": run.task,
+               "direction_loss": run.direction_loss, "data_dir": config.data_dir,
+               "data": data.fingerprint(config.data_dir), "split": config.split, "n_events": len(events),
+               "errors_by": f"{N_BOOTSTRAP} bootstrap samples of the events", "rows": rows, "left_out": left_out}
+    print_evaluation(rows, left_out, run)
+    edges = np.linspace(0, np.pi, 61) if run.task == "direction" else np.linspace(-2, 2, 61)  # [rad], [dex]
+    content["histogram"] = {"edges": edges.tolist(), **{name: np.histogram(scores[name], edges)[0].tolist()
+                                                        for name in ("error", "fit_error") if name in scores}}
+    if run.task == "direction" and "vmf" in run.direction_loss:
+        inside = [float((scores["quantile"] < level).mean()) for level in LEVELS]
+        content["calibration"] = {"level": LEVELS.tolist(), "inside": inside}
+        print(f"calibration: {np.interp(0.5, LEVELS, inside):.1%} of the events lie inside their 50 % contour, "
+              f"{np.interp(0.9, LEVELS, inside):.1%} inside that of 90 %")
+    print(result)
+    return result, content
+
+
+def evaluation_path(saved, config, n_events, n_split):
+    """Where the evaluation of a checkpoint is kept, beside it: the plain name is for best.pt on the events of its run.
+
+    These are the first val_events of its val_split, or all of another split of its data; other names say what differs.
+    """
+    run, path = saved["config"], Path(config.checkpoint)
+    n_run = min(run["val_events"] or n_split, n_split) if config.split == run["val_split"] else n_split
+    name = f"evaluation_{config.split}"
+    if path.stem != "best":
+        name += f"_{path.stem}"
+    fingerprint = data.fingerprint(config.data_dir)
+    if saved.get("data", fingerprint) != fingerprint:
+        name += f"_{Path(config.data_dir).absolute().name}"
+    if n_events != n_run:
+        name += f"_{n_events}"
+    return path.parent / f"{name}.json"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what is written
+# ----------------------------------------------------------------------------------------------------------------------
+
+def prediction_table(events, arrays, config, run, known):
+    """What is written of some events: angles as Kaggle wants them, azimuth in [0, 2 pi), zenith in [0, pi], and the truth.
+
+    known: which of azimuth, zenith, energy, event_class the split has; as true_azimuth, ... they stand beside. A .csv has
+    the columns of a Kaggle submission.
+    """
+    columns = {"event_id": events["event_id"]}
+    if run.task == "energy":
+        columns["energy"] = 10.0 ** arrays["log_energy"].astype(np.float64)
+    else:
+        x, y, z = arrays["direction"].T.astype(np.float64)
+        azimuth = np.arctan2(y, x) % (2 * np.pi)
+        azimuth[azimuth >= 2 * np.pi] = 0.0  # a tiny negative angle plus 2 pi rounds up to 2 pi
+        columns |= {"azimuth": azimuth, "zenith": np.arccos(np.clip(z, -1, 1)), "x": x, "y": y, "z": z}
+        if "vmf" in run.direction_loss:
+            columns["kappa"] = arrays["kappa"]
+    if config.predictions.endswith(".csv"):
+        return pa.table({name: columns[name] for name in ("event_id", "azimuth", "zenith", "energy") if name in columns})
+    columns["n_pulses"] = events["n_pulses"]
+    return pa.table(columns | {f"true_{name}": np.ascontiguousarray(events[name]) for name in known})
+
+
+@contextmanager
+def table_file(path):
+    """-> write(table), which adds rows to a .csv or .parquet file. The file gets its name when it is whole."""
+    part, writers = Path(f"{path}.part"), []
+
+    def write(table):
+        if not writers:
+            writers.append((pyarrow.csv.CSVWriter if path.endswith(".csv") else pq.ParquetWriter)(part, table.schema))
+        writers[0].write_table(table)
+
+    try:
+        yield write
+        writers[0].close()
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        common.fail(f"{path}: cannot be written ({error}); make room or choose another file")
+    print(f"written {path}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+def evaluate_checkpoint(config, ranks):
+    """Score a checkpoint, print and keep the result, write what is asked for -> the result in one line, or None."""
+    model, run, saved = load_model(config.checkpoint, config.data_dir)
+    config.data_dir, config.split = config.data_dir or run.data_dir, config.split or run.val_split
+    split, n_events = data.open_first_events(config.data_dir, config.split, config.n_events, at_most=True)
+    is_labelled = hasattr(run, "task") and len(find_unlabelled(split, n_events, run)) == 0
+    if not hasattr(run, "task") and (config.predictions or not config.embeddings):
+        common.fail(f"{config.checkpoint} is a pretrained checkpoint: it has --embeddings=FILE.parquet, but no task to evaluate")
+    if not (is_labelled or config.predictions or config.embeddings):
+        common.fail(f"{split.path} has no labels of the {run.task} to evaluate with; name a file to write: --predictions=")
+    run.batch_size, scores = config.batch_size, []
+    known = [name for name in ("azimuth", "zenith", "energy") if not np.isnan(split.events[name][:n_events]).all()]
+    if split.events["event_class"][:n_events].any():
+        known.append("event_class")
+    autocast = torch.autocast(ranks.device.type, ranks.dtype, enabled=ranks.dtype != torch.float32)
+    with ExitStack() as files:
+        write, write_cls = (files.enter_context(table_file(path)) if path and ranks.main else None
+                            for path in (config.predictions, config.embeddings))
+        model.to(ranks.device)
+        for index, arrays in predict(model, split, n_events, run, ranks, autocast, wants_cls=bool(config.embeddings)):
+            events = split.events[index]
+            if is_labelled:
+                scores.append(score(arrays, events, run))
+            if write:
+                write(prediction_table(events, arrays, config, run, known))
+            if write_cls:
+                cls = pa.FixedSizeListArray.from_arrays(arrays["cls"].ravel(), arrays["cls"].shape[1])
+                write_cls(pa.table({"event_id": events["event_id"], "cls": cls}))
+    if not (is_labelled and ranks.main):
+        return None
+    scores = {name: np.concatenate([part[name] for part in scores]) for name in scores[0]}
+    result, content = report(scores, split.events[:n_events], config, run, saved)
+    common.write_json(evaluation_path(saved, config, n_events, len(split)), content)
+    return result
+
+
+def main():
+    config = knobs.load_config(EvaluateConfig, __doc__)
+    ranks = common.start_device(config)
+    evaluate_checkpoint(config, ranks)
+    common.stop_device(ranks)
+
+
+if __name__ == "__main__":
+    common.run_stage(main)
