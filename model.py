@@ -476,7 +476,8 @@ def init_weights(model, config):
     heads              1/sqrt(3 D); with muP 1/sqrt(3 mup_base_width), whatever the width
     dom_table, MASK, PAD, [CLS]   normal, std 1        upstream's
     norms              weight 1, bias 0                torch's default; GRU likewise torch's
-    Mamba              decay rates 1..16, time steps 0.001..0.1, spread over the heads: its paper's ranges
+    Mamba              decay rates 0.1..1, time steps 0.1..1, spread over the heads: memories of 1 to 100 pulses. Its
+                       paper's ranges, 1..16 and 0.001..0.1, are for long texts: heads forget at once or see next to nothing
     """
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv1d)):
@@ -487,8 +488,8 @@ def init_weights(model, config):
             nn.init.normal_(module.weight)
         elif isinstance(module, Mamba):
             H = len(module.skip)
-            steps = torch.logspace(-3, -1, H)
-            module.log_a.data = torch.linspace(1, 16, H).log()
+            steps = torch.logspace(-1, 0, H)
+            module.log_a.data = torch.linspace(0.1, 1, H).log()
             module.dt_bias.data = steps + torch.log(-torch.expm1(-steps))  # softplus of it is the step
             nn.init.ones_(module.skip)
     with torch.no_grad():
