@@ -44,7 +44,7 @@ def load_config(cls, doc="", args=None):
         for key, value in assignments.items():
             if key not in fields:
                 fail(f"{where}: {cls.__name__} has no knob {key}{hint_for(key, fields)} "
-                     f"(python {Path(sys.argv[0]).name} --help lists them)")
+                     f"({command()} --help lists them)")
             if where == "command line" and fields[key].type is not str:
                 value = parse_flag(value)
             values[key] = to_type(value, fields[key].type, f"{where}: {key}")
@@ -56,6 +56,12 @@ def load_config(cls, doc="", args=None):
     for complaint in config.check() or ():
         fail(complaint)
     return config
+
+
+def command():
+    """How this script is called: python train.py, python -m tools.plot."""
+    path = Path(sys.argv[0])
+    return f"python -m tools.{path.stem}" if path.parent.name == "tools" else f"python {path.name}"
 
 
 def print_knobs(config):

@@ -13,7 +13,7 @@ def ratios(output):
 
 @pytest.mark.parametrize("what, n_arms", [("train", 4), ("backbones", 3)])
 def test_steps(demo_data, what, n_arms):
-    done = run_ok("bench.py", f"--what={what}", f"--data_dir={demo_data}", *TINY_MODEL, "--batch_size=8", "--rounds=1", "--steps=1",
+    done = run_ok("tools/bench.py", f"--what={what}", f"--data_dir={demo_data}", *TINY_MODEL, "--batch_size=8", "--rounds=1", "--steps=1",
                   "--device=cpu", "--dtype=float32")
     found = ratios(done.stdout)
     assert len(found) == n_arms and list(found.values())[0] == 1 and min(found.values()) > 0, done.stdout
@@ -21,7 +21,7 @@ def test_steps(demo_data, what, n_arms):
 
 
 def test_preparing():
-    done = run_ok("bench.py", "--what=prepare", "--n_events=3000", "--rounds=1")
+    done = run_ok("tools/bench.py", "--what=prepare", "--n_events=3000", "--rounds=1")
     found = ratios(done.stdout)
     assert found["prepare.pack, the same events"] > 1, done.stdout  # 5 to 8 where nothing else runs
     assert "prepare.py, 2 workers" in found and done.stdout.count("M events/s") == 2 and "peak memory" in done.stdout

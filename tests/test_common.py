@@ -13,15 +13,18 @@ import torch
 import common
 import knobs
 from conftest import ROOT, run, run_ok, torchrun, user_error
+from evaluate import EvaluateConfig
 from finetune import FinetuneConfig
-from plot import PlotConfig
 from prepare import PrepareConfig
 from simulate import SimulateConfig
-from study import StudyConfig
+from tools.export import ExportConfig
+from tools.plot import PlotConfig
+from tools.study import StudyConfig
 from train import TrainConfig
 
 CONFIGS = {"simulate": SimulateConfig, "prepare": PrepareConfig, "train": TrainConfig, "finetune": FinetuneConfig}
-OTHERS = {"study": StudyConfig, "plot": PlotConfig}
+OTHERS = {"evaluate": EvaluateConfig, "tools/study": StudyConfig, "tools/plot": PlotConfig,
+          "tools/export": ExportConfig}
 
 
 def load(monkeypatch, cls, *args):
@@ -92,7 +95,7 @@ def test_help_explains_every_knob(stage):
 
 @pytest.mark.parametrize("stage", CONFIGS | OTHERS)
 def test_every_knob_is_read(stage):
-    files = ["common.py", "model.py", f"{stage}.py"] if stage in ("train", "finetune") else [f"{stage}.py"]
+    files = [f"{stage}.py", *(["common.py", "model.py"] if stage in ("train", "finetune", "evaluate") else [])]
     source = "".join((ROOT / file).read_text() for file in files)
     for field in dataclasses.fields((CONFIGS | OTHERS)[stage]):
         uses = re.findall(rf"(?:config|self)\.{field.name}\b", source)

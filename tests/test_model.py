@@ -218,6 +218,15 @@ def test_same_seed_same_weights_and_no_randomness_in_forward():
 # backbones
 # ----------------------------------------------------------------------------------------------------------------------
 
+def test_mambas_heads_remember_what_events_have():
+    """Memory of a head in pulses, 1 / (time step * decay rate), and the weight of what it reads, its time step."""
+    mixer = make(backbone="mamba").encoder.backbone.blocks[0].mixer.there
+    step = F.softplus(mixer.dt_bias)
+    memory = 1 / (step * mixer.log_a.exp())
+    assert memory.min() > 0.9 and memory.max() < 128 and step.min() > 0.05
+    assert len({round(x, 3) for x in memory.tolist()}) == len(memory) == SMALL["num_heads"]
+
+
 @pytest.mark.parametrize("chunk", [5, 16, 64])
 def test_mambas_matrix_form_is_the_recurrence(chunk):
     rng = torch.Generator().manual_seed(0)

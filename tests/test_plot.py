@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 import common
-import plot
-import study
 from conftest import random_events, run_ok, user_error, write_folder
 from test_finetune import KNOBS
+from tools import plot, study
 
 plt = pytest.importorskip("matplotlib.pyplot")
 
@@ -34,7 +33,7 @@ def test_every_figure(demo_data, pretrained, tuned, tmp_path):
                              ("event", f"{pretrained[0]},{tuned}/50", [f"--data_dir={demo_data}", "--event=3"]),
                              ("event", f"{tuned}/50", [f"--data_dir={demo_data}", "--split=test"])):
         path = tmp_path / f"{what}.png"
-        run_ok("plot.py", f"--what={what}", f"--runs={runs}", f"--out={path}", *more)
+        run_ok("tools/plot.py", f"--what={what}", f"--runs={runs}", f"--out={path}", *more)
         assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 10_000
         path.unlink()
 
@@ -69,7 +68,7 @@ def test_an_evaluation_of_other_weights_is_refused(tuned, tmp_path):
     shutil.copytree(tuned / "50", tmp_path / "run")
     found = common.read_json(tmp_path / "run/evaluation_val.json")
     (tmp_path / "run/evaluation_val.json").write_text(json.dumps(found | {"step": found["step"] + 1}))
-    line = user_error("plot.py", "--what=errors", f"--runs={tmp_path}/run")
+    line = user_error("tools/plot.py", "--what=errors", f"--runs={tmp_path}/run")
     assert "evaluation_val.json is of best.pt at step" in line and "python evaluate.py" in line
 
 
@@ -79,7 +78,7 @@ def test_events_of_next_to_no_pulses_are_drawn(tmp_path, length):
         events, pulses = random_events(np.random.default_rng(0), [length])
         pulses["aux"] = aux
         folder = write_folder(tmp_path / f"data_{aux}", val=(events, pulses))
-        run_ok("plot.py", "--what=event", f"--data_dir={folder}", f"--out={tmp_path}/event.png")
+        run_ok("tools/plot.py", "--what=event", f"--data_dir={folder}", f"--out={tmp_path}/event.png")
 
 
 def study_rows(name, arms):
@@ -129,10 +128,10 @@ def test_labels_of_points_do_not_cover_each_other(pretrained, tmp_path):
 
 def test_user_errors(demo_data, pretrained, tuned, tmp_path):
     runs = f"--runs={pretrained[0]}"
-    assert "evaluation_val.json" in user_error("plot.py", "--what=errors", runs)
-    assert "log.csv: no such file" in user_error("plot.py", "--what=curves", f"--runs={tmp_path}")
-    assert "draw them apart" in user_error("plot.py", "--what=curves", f"{runs},{tuned}/50")
-    assert "cannot share an axis" in user_error("plot.py", "--what=errors", f"--runs={tuned}/50,{tuned}/energy")
-    assert "has no val_los" in user_error("plot.py", "--what=scaling", runs, "--y=val_los")
-    assert "there is no event 999" in user_error("plot.py", "--what=event", f"--data_dir={demo_data}", "--event=999")
-    assert "did you mean 'curves'" in user_error("plot.py", "--what=curve", runs)
+    assert "evaluation_val.json" in user_error("tools/plot.py", "--what=errors", runs)
+    assert "log.csv: no such file" in user_error("tools/plot.py", "--what=curves", f"--runs={tmp_path}")
+    assert "draw them apart" in user_error("tools/plot.py", "--what=curves", f"{runs},{tuned}/50")
+    assert "cannot share an axis" in user_error("tools/plot.py", "--what=errors", f"--runs={tuned}/50,{tuned}/energy")
+    assert "has no val_los" in user_error("tools/plot.py", "--what=scaling", runs, "--y=val_los")
+    assert "there is no event 999" in user_error("tools/plot.py", "--what=event", f"--data_dir={demo_data}", "--event=999")
+    assert "did you mean 'curves'" in user_error("tools/plot.py", "--what=curve", runs)

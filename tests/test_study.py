@@ -11,8 +11,8 @@ from contextlib import contextmanager
 
 import pytest
 
-import study
 from conftest import ROOT, TINY_RUN, call_main, run_ok, user_error
+from tools import study
 
 
 @contextmanager
@@ -93,7 +93,7 @@ def small_study(demo_data, tmp_path_factory):
                                      f"learning_rates = '0.001,0.004,0.016'\nwiden = 0\nseeds = 2\nout_dir = '{folder}/small'\n"
                                      f"results = '{folder}/results.csv'\n")
     with forked_starts():
-        done = run_ok("study.py", folder / "small.py", "--jobs=2")
+        done = run_ok("tools/study.py", folder / "small.py", "--jobs=2")
     return folder, done
 
 
@@ -121,8 +121,8 @@ def test_a_complete_study_runs_nothing_and_refuses_other_arguments(small_study, 
     folder, done = small_study
     before, log = (folder / "results.csv").read_bytes(), folder / "small/charge/lr0.004_seed1/output.txt"
     written = log.stat().st_mtime_ns
-    again = run_ok("study.py", folder / "small.py")
-    changed = user_error("study.py", folder / "small.py", f"--shared=--data_dir={demo_data} --max_steps=7")
+    again = run_ok("tools/study.py", folder / "small.py")
+    changed = user_error("tools/study.py", folder / "small.py", f"--shared=--data_dir={demo_data} --max_steps=7")
     assert "arm charge of small was run with other knobs" in changed
     assert (folder / "results.csv").read_bytes() == before and log.stat().st_mtime_ns == written
     assert again.stdout.splitlines()[-4:] == done.stdout.splitlines()[-4:]
@@ -137,7 +137,7 @@ def test_later_study_begins_from_an_earlier_one_and_is_drawn(small_study, demo_d
     (tmp_path / "labels.py").write_text(
         f"script = 'finetune.py'\nshared = {' '.join([f'--data_dir={demo_data}', *tune])!r}\narms = {arms}\nlearning_rates = '0.001'\n"
         f"seeds = 2\nmetric = 'val_angle_mean'\nout_dir = '{tmp_path}/labels'\nresults = '{folder}/results.csv'\n")
-    run_ok("study.py", tmp_path / "labels.py")
+    run_ok("tools/study.py", tmp_path / "labels.py")
     rows = [row for row in study.read_results(folder / "results.csv") if row["study"] == "labels"]
     assert len(rows) == 6 and all(0 < float(row["val_angle_mean"]) < 3.2 and 0 <= float(row["coverage_90"]) <= 1 for row in rows)
     assert len({row["val_angle_mean"] for row in rows}) == 6  # other seeds and sizes are other runs
@@ -145,23 +145,23 @@ def test_later_study_begins_from_an_earlier_one_and_is_drawn(small_study, demo_d
                              ("seconds", "val_dom_loss", "small", []), ("parameters", "val_dom_loss", "small", []),
                              ("number", "val_angle_mean", "labels", ["--fit=True", "--x_label=labels", "--baselines={'guessing': 1.57}"])):
         path = tmp_path / "study.png"
-        run_ok("plot.py", "--what=study", f"--study={name}", f"--x={x}", f"--y={y}", f"--out={path}",
+        run_ok("tools/plot.py", "--what=study", f"--study={name}", f"--x={x}", f"--y={y}", f"--out={path}",
                f"--results={folder}/results.csv", *more)
         assert path.stat().st_size > 10_000
         path.unlink()
     where = f"--results={folder}/results.csv"
-    assert "has no study lables; it has labels, small" in user_error("plot.py", "--what=study", "--study=lables", where)
-    assert "arm charge of small has no number" in user_error("plot.py", "--what=study", "--study=small", "--x=number", where)
-    assert "did you mean 'val_loss'" in user_error("plot.py", "--what=study", "--study=small", "--y=val_los", where)
-    assert "a power law is for runs that have ended" in user_error("plot.py", "--what=study", "--study=small", "--fit=True", where)
-    assert "val_angle_mean is empty in small" in user_error("plot.py", "--what=study", "--study=small", "--y=val_angle_mean", where)
+    assert "has no study lables; it has labels, small" in user_error("tools/plot.py", "--what=study", "--study=lables", where)
+    assert "arm charge of small has no number" in user_error("tools/plot.py", "--what=study", "--study=small", "--x=number", where)
+    assert "did you mean 'val_loss'" in user_error("tools/plot.py", "--what=study", "--study=small", "--y=val_los", where)
+    assert "a power law is for runs that have ended" in user_error("tools/plot.py", "--what=study", "--study=small", "--fit=True", where)
+    assert "val_angle_mean is empty in small" in user_error("tools/plot.py", "--what=study", "--study=small", "--y=val_angle_mean", where)
 
 
 def test_killed_study_goes_on(demo_data, tmp_path):
     (tmp_path / "s.py").write_text(f"shared = {' '.join([f'--data_dir={demo_data}', *TINY_RUN])!r}\narms = {{'a': ''}}\n"
                                    f"learning_rates = '0.001,0.004,0.016'\nwiden = 0\nseeds = 1\nout_dir = '{tmp_path}/s'\n"
                                    f"results = '{tmp_path}/results.csv'\n")
-    process = subprocess.Popen([sys.executable, "study.py", tmp_path / "s.py"], cwd=ROOT, start_new_session=True,
+    process = subprocess.Popen([sys.executable, "-m", "tools.study", tmp_path / "s.py"], cwd=ROOT, start_new_session=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (tmp_path / "results.csv").exists():
         assert process.poll() is None
@@ -170,11 +170,11 @@ def test_killed_study_goes_on(demo_data, tmp_path):
     process.wait()
     before = study.read_results(tmp_path / "results.csv")
     assert len({row["learning_rate"] for row in before}) < 3
-    run_ok("study.py", tmp_path / "s.py")
+    run_ok("tools/study.py", tmp_path / "s.py")
     after = study.read_results(tmp_path / "results.csv")
     assert after[:len(before)] == before and len(study.final_rows(after, "s")) == 3
     (tmp_path / "results.csv").unlink()  # the runs are all there: they are only read again
-    run_ok("study.py", tmp_path / "s.py")
+    run_ok("tools/study.py", tmp_path / "s.py")
     assert sorted(map(str, study.read_results(tmp_path / "results.csv"))) == sorted(map(str, after))
 
 
@@ -182,7 +182,7 @@ def test_run_that_is_stopped_is_not_taken_for_a_result(demo_data, tmp_path):
     (tmp_path / "s.py").write_text(f"shared = {' '.join([f'--data_dir={demo_data}', *TINY_RUN, '--max_steps=2000'])!r}\n"
                                    f"arms = {{'a': ''}}\nlearning_rates = '0.001'\nseeds = 1\nout_dir = '{tmp_path}/s'\n"
                                    f"results = '{tmp_path}/results.csv'\n")
-    process = subprocess.Popen([sys.executable, "study.py", tmp_path / "s.py"], cwd=ROOT, stdout=subprocess.PIPE,
+    process = subprocess.Popen([sys.executable, "-m", "tools.study", tmp_path / "s.py"], cwd=ROOT, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     while not (tmp_path / "s/a/lr0.001_seed1/ckpt.pt").exists():
         assert process.poll() is None
@@ -206,7 +206,7 @@ def test_failing_arm_keeps_what_is_finished(demo_data, tmp_path, quick_starts):
     arms = {"good": "", "bad": "--train_events=301"}
     (tmp_path / "s.py").write_text(f"shared = {' '.join([f'--data_dir={demo_data}', *TINY_RUN])!r}\narms = {arms}\n"
                                    f"learning_rates = '0.001'\nseeds = 1\nout_dir = '{tmp_path}/s'\nresults = '{tmp_path}/results.csv'\n")
-    said = user_error("study.py", tmp_path / "s.py")
+    said = user_error("tools/study.py", tmp_path / "s.py")
     assert "holds 300 events" in said
     assert list(study.final_rows(study.read_results(tmp_path / "results.csv"), "s")) == [("good", 0.001, 1)]
 
@@ -217,7 +217,7 @@ def test_all_arms_are_checked_before_the_first_run(demo_data, tmp_path):
         (tmp_path / "s.py").write_text(
             f"shared = {' '.join([f'--data_dir={demo_data}', *TINY_RUN])!r}\narms = {{'good': '', 'bad': {bad!r}}}\n"
             f"learning_rates = '0.001'\nseeds = 1\nout_dir = '{tmp_path}/s'\nresults = '{tmp_path}/results.csv'\n")
-        said = user_error("study.py", tmp_path / "s.py")
+        said = user_error("tools/study.py", tmp_path / "s.py")
         assert "arm bad: " in said and words in said and not (tmp_path / "s").exists()
 
 
@@ -226,7 +226,7 @@ def test_a_fine_tuning_run_that_diverges_is_no_fault_of_the_study(demo_data, tmp
     (tmp_path / "s.py").write_text(
         f"script = 'finetune.py'\nshared = {' '.join(shared)!r}\narms = {{'a': ''}}\nmetric = 'val_angle_mean'\nwiden = 0\n"
         f"learning_rates = '0.001,0.002,1e30'\nseeds = 1\nout_dir = '{tmp_path}/s'\nresults = '{tmp_path}/results.csv'\n")
-    run_ok("study.py", tmp_path / "s.py")
+    run_ok("tools/study.py", tmp_path / "s.py")
     final = study.final_rows(study.read_results(tmp_path / "results.csv"), "s")
     assert final["a", 1e30, 1]["step"] == "0" and final["a", 1e30, 1]["val_angle_mean"] == ""
     assert 0 < float(final["a", 0.001, 1]["val_angle_mean"]) < 3.2
@@ -236,22 +236,22 @@ def test_diverging_run_is_recorded_and_not_chosen(demo_data, tmp_path, quick_sta
     (tmp_path / "s.py").write_text(f"shared = {' '.join([f'--data_dir={demo_data}', *TINY_RUN])!r}\narms = {{'a': '--grad_clip=1e30'}}\n"
                                    f"learning_rates = '0.001,0.002,1e25'\nwiden = 0\nseeds = 1\nout_dir = '{tmp_path}/s'\n"
                                    f"results = '{tmp_path}/results.csv'\n")
-    done = run_ok("study.py", tmp_path / "s.py")
+    done = run_ok("tools/study.py", tmp_path / "s.py")
     final = study.final_rows(study.read_results(tmp_path / "results.csv"), "s")
     assert final["a", 1e25, 1]["val_dom_loss"] == "" and "lr 1e+25 seed 1 | val_dom_loss diverged" in done.stderr + done.stdout
     assert study.best_rate(final, "a") in (0.001, 0.002)
 
 
 def test_user_errors(tmp_path):
-    assert "arms is empty" in user_error("study.py")
+    assert "arms is empty" in user_error("tools/study.py")
     arms = "--arms={'a': ''}"
-    assert "learning_rates = '1,2': one (not tuned), or three" in user_error("study.py", arms, "--learning_rates=1,2")
-    assert "learning_rates = 'fast'" in user_error("study.py", arms, "--learning_rates=fast")
-    assert "learning_rates = 'nan,1,2'" in user_error("study.py", arms, "--learning_rates=nan,1,2")
-    assert "arm 'a': No closing quotation" in user_error("study.py", "--arms={'a': \"--mlp='relu\"}")
-    assert "did you mean 'train.py'" in user_error("study.py", arms, "--script=trian.py")
+    assert "learning_rates = '1,2': one (not tuned), or three" in user_error("tools/study.py", arms, "--learning_rates=1,2")
+    assert "learning_rates = 'fast'" in user_error("tools/study.py", arms, "--learning_rates=fast")
+    assert "learning_rates = 'nan,1,2'" in user_error("tools/study.py", arms, "--learning_rates=nan,1,2")
+    assert "arm 'a': No closing quotation" in user_error("tools/study.py", "--arms={'a': \"--mlp='relu\"}")
+    assert "did you mean 'train.py'" in user_error("tools/study.py", arms, "--script=trian.py")
     (tmp_path / "results.csv").write_text("a,b\n1,2\n")
-    assert "results.csv: not a file of results" in user_error("study.py", arms, f"--results={tmp_path}/results.csv", f"--out_dir={tmp_path}")
+    assert "results.csv: not a file of results" in user_error("tools/study.py", arms, f"--results={tmp_path}/results.csv", f"--out_dir={tmp_path}")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "sample_config/study").glob("*.py")), ids=lambda path: path.stem)

@@ -2,8 +2,8 @@
 
     python simulate.py sample_config/study/simulate.py                     the data of all studies, once
     python prepare.py sample_config/study/prepare.py
-    python study.py sample_config/study/embedding.py --jobs=2              one study, two runs at a time, each on half of the cores
-    python plot.py --what=study --study=embedding --x=learning_rate        a picture of it
+    python -m tools.study sample_config/study/embedding.py --jobs=2              one study, two runs at a time, each on half of the cores
+    python -m tools.plot --what=study --study=embedding --x=learning_rate        a picture of it
 
 An arm is a name and what it adds to the command that all arms share. Each is run with every learning rate on seed 1; while
 the best of them lies at an end of the range, the range grows; the other seeds are run with the best. Prints the means and

@@ -1,9 +1,9 @@
 """How fast is it? Ratios against a plain baseline that runs in turns with it.
 
-    python bench.py                                   # training step of the base model on data/demo, 4 minutes on 2 CPU cores
-    python bench.py --device=cuda --batch_size=4096 --micro_batches=8 --compile=True
-    python bench.py --what=backbones                  # transformer, GRU and Mamba at base width
-    python bench.py --what=prepare                    # full-size Kaggle batches, written for it (0.3 GB), 5 minutes
+    python -m tools.bench                                   # training step of the base model on data/demo, 4 minutes on 2 CPU cores
+    python -m tools.bench --device=cuda --batch_size=4096 --micro_batches=8 --compile=True
+    python -m tools.bench --what=backbones                  # transformer, GRU and Mamba at base width
+    python -m tools.bench --what=prepare                    # full-size Kaggle batches, written for it (0.3 GB), 5 minutes
 
 The training baseline does what the published code does: every event padded to max_pulses, logits at every position,
 float32, unfused optimizer. The preparing baseline handles one event after another. Prints events/s (median over rounds,
@@ -280,7 +280,7 @@ def bench_prepare(config, folder):
         command = [sys.executable, "prepare.py", f"--input_dir={folder}/raw", f"--data_dir={folder}/{len(memory)}",
                    f"--workers={workers}", f"--splits={{'all': (1, {N_BATCHES})}}"]
         done = subprocess.run([sys.executable, "-c", code, *command], check=True, capture_output=True, text=True,
-                              cwd=Path(__file__).parent)
+                              cwd=Path(__file__).parent.parent)
         memory.append(float(done.stdout))
         if len(memory) > 1:
             shutil.rmtree(folder / f"{len(memory) - 1}")

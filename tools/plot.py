@@ -1,12 +1,12 @@
 """Pictures of runs and of single events. Needs matplotlib (pip install matplotlib), which nothing else here does.
 
-    python plot.py --what=curves --runs=out/demo,out/demo+gru             loss and learning rate over steps
-    python plot.py --what=errors --runs=out/demo_finetune                 errors: histogram, against energy and pulses
-    python plot.py --what=calibration --runs=out/vmf                      is the predicted uncertainty right? (direction_loss vmf)
-    python plot.py --what=labels --runs=out/a,out/b,out/c,out/d           error against number of labels, pretrained or not
-    python plot.py --what=scaling --runs=out/a,out/b,out/c --x=events     validation loss against events seen or parameters
-    python plot.py --what=study --study=embedding --x=learning_rate       results of study.py, with the spread over seeds
-    python plot.py --what=event --data_dir=data/demo --event=5 --runs=out/demo,out/demo_finetune
+    python -m tools.plot --what=curves --runs=out/demo,out/demo+gru             loss and learning rate over steps
+    python -m tools.plot --what=errors --runs=out/demo_finetune                 errors: histogram, against energy and pulses
+    python -m tools.plot --what=calibration --runs=out/vmf                      is the predicted uncertainty right? (direction_loss vmf)
+    python -m tools.plot --what=labels --runs=out/a,out/b,out/c,out/d           error against number of labels, pretrained or not
+    python -m tools.plot --what=scaling --runs=out/a,out/b,out/c --x=events     validation loss against events seen or parameters
+    python -m tools.plot --what=study --study=embedding --x=learning_rate       results of study.py, with the spread over seeds
+    python -m tools.plot --what=event --data_dir=data/demo --event=5 --runs=out/demo,out/demo_finetune
 
 Each writes one .png, in a second or two, and prints its name. errors, calibration and labels read the
 evaluation_<split>.json that finetune.py leaves in a run's folder. event shows the model's guesses for hidden DOMs if runs
@@ -23,7 +23,7 @@ import numpy as np
 
 import data
 import knobs
-from study import METRICS, best_rate, final_rows, read_evaluation, read_results, spread, value
+from tools.study import METRICS, best_rate, final_rows, read_evaluation, read_results, spread, value
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito: told apart by all eyes
 DASHES = ("-", "--", ":", "-.")  # after seven colours
@@ -65,7 +65,7 @@ class PlotConfig:
                 yield (f"fit = True: a power law is for runs that have ended, over x = 'number' or 'parameters', not over "
                        f"{self.x!r}")
         if importlib.util.find_spec("matplotlib") is None:
-            yield "plot.py needs matplotlib: pip install matplotlib"
+            yield "tools.plot needs matplotlib: pip install matplotlib"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
