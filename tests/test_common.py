@@ -17,9 +17,11 @@ from plot import PlotConfig
 from prepare import PrepareConfig
 from simulate import SimulateConfig
 from study import StudyConfig
+from tools.prometheus import PrometheusConfig
 from train import TrainConfig
 
-CONFIGS = {"simulate": SimulateConfig, "prepare": PrepareConfig, "train": TrainConfig, "finetune": FinetuneConfig}
+CONFIGS = {"simulate": SimulateConfig, "prepare": PrepareConfig, "train": TrainConfig, "finetune": FinetuneConfig,
+           "tools.prometheus": PrometheusConfig}
 OTHERS = {"study": StudyConfig, "plot": PlotConfig}
 
 
@@ -88,7 +90,8 @@ def test_help_explains_every_knob(stage):
 
 @pytest.mark.parametrize("stage", CONFIGS | OTHERS)
 def test_every_knob_is_read(stage):
-    files = ["common.py", "model.py", f"{stage}.py"] if stage in ("train", "finetune") else [f"{stage}.py"]
+    files = ["common.py", "model.py", f"{stage}.py"] if stage in ("train", "finetune") else \
+        [f"{stage.replace('.', '/')}.py"]
     source = "".join((ROOT / file).read_text() for file in files)
     for field in dataclasses.fields((CONFIGS | OTHERS)[stage]):
         uses = re.findall(rf"(?:config|self)\.{field.name}\b", source)
