@@ -20,8 +20,8 @@ from study import StudyConfig
 from tools.prometheus import PrometheusConfig
 from train import TrainConfig
 
-CONFIGS = {"simulate": SimulateConfig, "prepare": PrepareConfig, "train": TrainConfig, "finetune": FinetuneConfig,
-           "tools.prometheus": PrometheusConfig}
+CONFIGS = {"simulate": SimulateConfig, "prepare": PrepareConfig, "tools.prometheus": PrometheusConfig,
+           "train": TrainConfig, "finetune": FinetuneConfig}
 OTHERS = {"study": StudyConfig, "plot": PlotConfig}
 
 

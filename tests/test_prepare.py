@@ -1,4 +1,4 @@
-"""prepare.py as users run it: the rule, workers, interruptions, hostile input. The files are real and small."""
+"""prepare.py as users run it: the rule, workers, interruptions, hostile input. Files are real and small."""
 import json
 import os
 import re
@@ -352,8 +352,9 @@ def test_a_disk_that_fills_while_running(raw, straight, tmp_path):
     change(tmp_path / "raw" / B, "charge", 2001, NAN)
     assert "row 2001" in user_error("prepare.py", *flags)  # in a worker: by then the files are there
     shutil.copy(raw[0] / B, tmp_path / "raw" / B)
-    line = user_error("prepare.py", *flags, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)))
-    assert ".bin: cannot be written" in line and not (tmp_path / "data/meta.json").exists(), line
+    line = user_error("prepare.py", *flags,
+                      preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000)))
+    assert "_pulses.bin: cannot be written" in line and not (tmp_path / "data/meta.json").exists(), line
     run_ok("prepare.py", *flags)
     found, expected = contents(tmp_path / "data"), contents(straight[0])
     assert {name: found[name] for name in found if name != "meta.json"} \

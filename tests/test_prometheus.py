@@ -219,6 +219,27 @@ def test_small_files_share_a_batch_and_numbers_have_no_gaps(tmp_path):
     assert "one batch cannot be split" in done.stdout
 
 
+@pytest.mark.parametrize("chunk", [100, 2000, 2**18])
+def test_events_are_whole_however_files_and_batches_are_cut(photons, monkeypatch, chunk):
+    """A few events at a time, of which a batch takes four: all have four, the last one the rest."""
+    monkeypatch.setattr(prometheus, "count_events", lambda n: None)  # it counts for a bar, in workers
+    config, files = prometheus.PrometheusConfig(), [(1, photons[0] / "files/0.parquet", 25)]
+
+    def read():
+        return list(prometheus.convert_files(config, GEOMETRY.T, files, []))
+    (events, pulses), = read()
+    monkeypatch.setattr(prometheus, "CHUNK", chunk)
+    chunks = read()
+    assert (len(chunks) > 1) == (chunk < 2**18)
+    numbers, event_pieces, pulse_pieces = zip(*prometheus.cut(chunks, 4))
+    lengths = [len(piece) for piece in event_pieces]
+    assert np.bincount(np.repeat(numbers, lengths)).tolist() == [4, 4, 4, 4, 4, 1]
+    for piece, its_pulses in zip(event_pieces, pulse_pieces):
+        owner = np.repeat(piece["event_id"], piece["n_pulses"])
+        assert np.array_equal(its_pulses["event_id"], owner)
+    assert pa.concat_tables(event_pieces).equals(events) and pa.concat_tables(pulse_pieces).equals(pulses)
+
+
 # ------------------------------------------------------------------------------
 # which way the angles point
 # ------------------------------------------------------------------------------
@@ -281,6 +302,7 @@ def test_a_complete_folder_is_left_alone(photons, straight, tmp_path):
     flags = [f"--input_dir={tmp_path}/photons/files", *photons[2][1:], f"--out_dir={tmp_path}/raw"]
     done = run_ok(TOOL, *flags)  # files may move
     assert "complete, nothing to do" in done.stdout and "event/s" not in done.stderr
+    assert done.stdout.splitlines()[-1].startswith("to go on, run: python prepare.py ")
     for flag, words in (("--merge_window=2", "merge_window = 3.3, now it is 2"), ("--seed=1", "seed = 0"),
                         ("--events_per_batch=9", "events_per_batch = 20"), ("--angles=flight", "angles = ")):
         line = user_error(TOOL, *flags, flag)

@@ -364,6 +364,16 @@ def number_batches(out_dir, results):
     return metas
 
 
+def print_next_command(out_dir, n_batches):
+    n_val = math.ceil(n_batches / 10)
+    splits = {"pretrain": (1, n_batches - n_val), "val": (n_batches - n_val + 1, n_batches)}
+    if n_batches == 1:
+        splits = {"val": (1, 1)}
+        print("one batch cannot be split: for training as well, use a smaller --events_per_batch")
+    print(f"to go on, run: python prepare.py --input_dir={out_dir} --data_dir=data/prometheus "
+          f'--splits="{splits}"')
+
+
 def main():
     config = load_config(PrometheusConfig, __doc__)
     out_dir, input_dir = Path(config.out_dir), Path(config.input_dir)
@@ -389,6 +399,7 @@ def main():
         if paths and all(path.exists() for path in (meta_path, *paths)):
             print_readings(config, found["readings"])
             print(f"{out_dir} is complete, nothing to do")
+            print_next_command(out_dir, len(paths))
             return
     elif any((out_dir / name).exists() for name in ("train", "train_meta.parquet", "sensor_geometry.csv")):
         fail(f"{out_dir} holds data that tools.prometheus did not write; choose another --out_dir")
@@ -421,13 +432,7 @@ def main():
     print_readings(config, readings)
     write_json(record, settings | {"n_batches": len(metas), "readings": readings})
     shutil.rmtree(out_dir / ".parts")
-    n_val = math.ceil(len(metas) / 10)
-    splits = {"pretrain": (1, len(metas) - n_val), "val": (len(metas) - n_val + 1, len(metas))}
-    if len(metas) == 1:
-        splits = {"val": (1, 1)}
-        print("one batch cannot be split: for training as well, use a smaller --events_per_batch")
-    print(f"to go on, run: python prepare.py --input_dir={out_dir} --data_dir=data/prometheus "
-          f'--splits="{splits}"')
+    print_next_command(out_dir, len(metas))
 
 
 if __name__ == "__main__":
