@@ -75,9 +75,9 @@ def print_knobs(config):
 def hint_for(key, fields):
     """Where an unknown knob may belong: to another script, or it is misspelt."""
     for script, name in (("simulate", "SimulateConfig"), ("prepare", "PrepareConfig"), ("train", "TrainConfig"),
-                         ("finetune", "FinetuneConfig")):
+                         ("finetune", "FinetuneConfig"), ("tools.prometheus", "PrometheusConfig")):
         if key in getattr(importlib.import_module(script), name).__dataclass_fields__:
-            return f"; {key} is a knob of {script}.py"
+            return f"; {key} is a knob of {script.replace('.', '/')}.py"
     near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
     return f", did you mean {near[0]}?" if near else ""
 

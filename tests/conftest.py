@@ -1,4 +1,5 @@
 """Real files, real scripts: what the tests share."""
+import gc
 import importlib
 import io
 import json
@@ -32,7 +33,8 @@ def run(script, *args, launcher=None, **kwargs):
     if launcher is None and not kwargs:
         return call_main(script, *map(str, args))
     env = {**os.environ, **kwargs.pop("env", {})}
-    return subprocess.run([*(launcher or (sys.executable,)), str(ROOT / script), *map(str, args)], cwd=ROOT, env=env,
+    program = ["-m", script.removesuffix(".py").replace("/", ".")] if "tools" in str(script) else [str(ROOT / script)]
+    return subprocess.run([*(launcher or (sys.executable,)), *program, *map(str, args)], cwd=ROOT, env=env,
                           capture_output=True, text=True, timeout=300, **kwargs)
 
 
@@ -60,6 +62,8 @@ def call_main(script, *args):
         os.chdir(folder)
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        if status:
+            gc.collect()  # the frames of an error may hold the lock of a folder, which the end of a process releases
     return subprocess.CompletedProcess([script, *args], status, out.getvalue(), err.getvalue())
 
 

@@ -19,10 +19,12 @@ from prepare import PrepareConfig
 from simulate import SimulateConfig
 from tools.export import ExportConfig
 from tools.plot import PlotConfig
+from tools.prometheus import PrometheusConfig
 from tools.study import StudyConfig
 from train import TrainConfig
 
-CONFIGS = {"simulate": SimulateConfig, "prepare": PrepareConfig, "train": TrainConfig, "finetune": FinetuneConfig}
+CONFIGS = {"simulate": SimulateConfig, "prepare": PrepareConfig, "tools/prometheus": PrometheusConfig,
+           "train": TrainConfig, "finetune": FinetuneConfig}
 OTHERS = {"evaluate": EvaluateConfig, "tools/study": StudyConfig, "tools/plot": PlotConfig,
           "tools/export": ExportConfig}
 
