@@ -1,7 +1,7 @@
 """Stage 3: from few labels to the neutrino's direction or energy. Train a small head on [CLS], with or without the encoder.
 
     python finetune.py sample_config/demo_finetune.py                             from out/demo/ckpt.pt
-    python finetune.py sample_config/demo_finetune.py sample_config/scratch.py    the same labels, no pretraining
+    python finetune.py sample_config/demo_finetune.py sample_config/ablation/scratch.py    the same labels, no pretraining
     python evaluate.py --checkpoint=out/demo_finetune/best.pt --split=test --predictions=out/test.csv      see evaluate.py
 
 Prints one line every log_interval steps and writes log.csv, ckpt.pt (last), best.pt (lowest val_loss after step 0),

@@ -1,6 +1,6 @@
 """The knobs of a script: a flat dataclass with a comment on every field, set by config files and --key=value.
 
-    python train.py sample_config/demo.py sample_config/gru.py --seed=2
+    python train.py sample_config/demo.py sample_config/ablation/gru.py --seed=2
 
 Any number of config files, then or between them --key=value; from left to right, the last one wins. A config file is
 python text that holds assignments only. A stage's dataclass may have check(), which yields one line for each value that

@@ -70,7 +70,7 @@ class TrainConfig(ModelConfig):
         yield from knobs.check_choice(self, "optimizer", ("adamw", "muon"))
         if self.optimizer == "muon" and (self.mup_base_width or self.mup_base_layers):
             yield ("mup_base_width and mup_base_layers carry learning rates of AdamW, not of optimizer = 'muon'; put "
-                   "sample_config/adamw.py after the other config files")
+                   "sample_config/ablation/adamw.py after the other config files")
         if self.branch_from and (self.schedule != "trapezoidal" or self.cooldown_steps == 0):
             yield "branch_from is a cooldown: it needs schedule = 'trapezoidal' and cooldown_steps > 0"
 

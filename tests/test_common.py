@@ -60,7 +60,7 @@ def test_files_and_flags_apply_left_to_right(monkeypatch, tmp_path, capsys):
     ("--num_heads=7", "embedding_dim = 256 cannot be shared among num_heads = 7"),
     (("--backbone=mamba", "--embedding_dim=66", "--dom_embed_dim=6", "--num_heads=3"), "an embedding_dim that 4 divides"),
     (("--mup_base_width=64", "--mup_base_heads=3"), "mup_base_heads = 3: must divide mup_base_width = 64"),
-    (("--mup_base_width=64", "--optimizer=muon"), "put sample_config/adamw.py after"),
+    (("--mup_base_width=64", "--optimizer=muon"), "put sample_config/ablation/adamw.py after"),
     ("--backbone=transfomer", "choose one of"),
     ("--schedule=cosin", "did you mean 'cosine'"),
     ("--dom_embed_dim=256", "smaller than"),
@@ -105,7 +105,7 @@ def test_every_knob_is_read(stage):
 
 
 def test_every_sample_config_loads(monkeypatch):
-    files = sorted((ROOT / "sample_config").glob("*.py"))
+    files = sorted([*(ROOT / "sample_config").glob("*.py"), *(ROOT / "sample_config/ablation").glob("*.py")])
     assert len(files) > 5
     for file in files:
         found = knobs.read_config_file(str(file))

@@ -1,0 +1,2 @@
+# Cross-entropy plus earth mover's distance. Put after a pretraining config.
+dom_loss = "ce+emd"

@@ -1,0 +1,2 @@
+# [CLS] predicts the centre of charge instead of the charge. Put after a pretraining config.
+cls_target = "center"

@@ -1,0 +1,2 @@
+# No norm before the heads, as upstream had it up to v0.2. Put after a pretraining config.
+final_norm = False

@@ -1,0 +1,2 @@
+# RMSNorm instead of LayerNorm. Put after a pretraining config.
+norm = "rmsnorm"

@@ -1,2 +1,0 @@
-# Earth mover's distance [100 m] instead of cross-entropy: near misses cost less. Behind a pretraining config.
-dom_loss = "emd"

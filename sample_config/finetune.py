@@ -1,0 +1,13 @@
+# The direction from 1 M labels of the Kaggle data, 20 epochs, beginning with base.py's encoder; the learning rate is the
+# published one. Equal to the defaults of finetune.py. With ablation/scratch.py after it: the same labels, no pretraining.
+data_dir = "data/icecube"
+pretrained = "out/base/ckpt.pt"
+train_split = "finetune"
+train_events = 0  # all
+val_split = "val"
+
+batch_size = 1024
+max_steps = 19_531  # 20 epochs of 1 M
+learning_rate = 1.5e-5
+warmup_steps = 1000
+schedule = "cosine"

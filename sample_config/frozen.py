@@ -1,2 +1,0 @@
-# Train the head alone on a frozen encoder: how much of the direction is in [CLS] already? Behind a fine-tuning config.
-freeze_backbone = True

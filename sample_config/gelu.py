@@ -1,2 +1,0 @@
-# GELU instead of ReLU in the MLP. Behind a pretraining config.
-mlp = "gelu"

@@ -1,2 +1,0 @@
-# The DOM loss as a mean over hidden pulses (paper v0.1): bright events count more. Behind a pretraining config.
-loss_weighting = "per_pulse"

@@ -1,2 +1,0 @@
-# Normalised queries and keys, which bounds the attention logits. Behind a pretraining config.
-qk_norm = True

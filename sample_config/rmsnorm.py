@@ -1,2 +1,0 @@
-# RMSNorm instead of LayerNorm. Behind a pretraining config.
-norm = "rmsnorm"

@@ -1,2 +1,0 @@
-# A gated MLP of as many parameters instead of ReLU. Behind a pretraining config.
-mlp = "swiglu"

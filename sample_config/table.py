@@ -1,2 +1,0 @@
-# A learned table of the 5160 DOMs instead of their positions. Behind a pretraining config; expect a slower start.
-use_dom_positions = False
