@@ -1,6 +1,7 @@
 """Plumbing that the stages share and a reader may skip: errors, files, workers, ranks, learning rate, checkpoints, log.csv.
 
-torch is imported where it is needed, so that simulate.py and prepare.py (and their worker processes) start without it.
+torch is imported where it is needed, so that simulate.py and prepare.py (and their worker processes) start
+without it.
 """
 import csv
 import dataclasses
@@ -24,8 +25,9 @@ from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
-# Read when torch is loaded, so the stages import common first: by default OpenMP's threads spin while they wait for each
-# other: 12 % faster on an idle machine, but 4 times slower on one that does something else as well.
+# Read when torch is loaded, so the stages import common first: by default OpenMP's threads spin while they
+# wait for each other: 12 % faster on an idle machine, but 4 times slower on one that does something else as
+# well.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
@@ -101,9 +103,9 @@ def all_ranks_say(line):
         return False
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # files and bars
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def write_atomic(path, write):
     """Call write(temporary path), then rename: the file at `path` is either the old one or the whole new one."""
@@ -168,9 +170,9 @@ def hold_lock(folder):
     return file
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # worker processes
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def count_cores():
     """Those that this process may use: taskset, SLURM and containers can allow fewer than the machine has."""
@@ -180,8 +182,8 @@ def count_cores():
 def run_in_workers(function, jobs, workers, bar, done):
     """Call function(*job) for each job in `workers` processes, and done(job, result) in this one as they finish.
 
-    jobs may be a generator: it is asked for one job more than there are workers. The bar moves as the function calls
-    count_events. The first error, or Ctrl-C, ends all processes.
+    jobs may be a generator: it is asked for one job more than there are workers. The bar moves as the
+    function calls count_events. The first error, or Ctrl-C, ends all processes.
     """
     context = multiprocessing.get_context("spawn")  # fork is not safe once pyarrow has threads
     counter, before = context.Value("q", 0), bar.n
@@ -230,9 +232,9 @@ def count_events(n):
         n_counted.value += n
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # devices and ranks
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def start_device(config):
     """Choose device and precision, join torchrun's process group. -> rank, world_size, device, dtype, why, main.
@@ -259,9 +261,9 @@ def start_device(config):
     device = torch.device(name)
     dtype, why = choose_dtype(config.dtype, device)
     if world_size > 1:
-        # ranks that torchrun starts again (--max_restarts) get the old store, in which they may find the addresses of
-        # those that died (torch 2.13): hence a prefix. On several nodes the count may differ: see
-        # sample_config/slurm.sh for that case
+        # ranks that torchrun starts again (--max_restarts) get the old store, in which they may find the
+        # addresses of those that died (torch 2.13): hence a prefix. On several nodes the count may differ:
+        # see sample_config/slurm.sh for that case
         store, _, _ = next(torch.distributed.rendezvous("env://"))
         one_node = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0) if one_node else 0
@@ -354,9 +356,9 @@ def count_parameters(weights):
     return sum(weight.numel() for name, weight in weights.items() if not name.endswith("geometry"))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # stopping a run
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def catch_signals():
     """From now on Ctrl-C and SIGTERM (SLURM's warning) only add to the list given back; the second Ctrl-C ends at once."""
@@ -401,9 +403,9 @@ def stop_bad_run(config, step, losses, event_ids, ranks):
          SystemExit if 0 < len(bad) < len(losses) else Diverged)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # learning rate
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def warmup_steps(config):
     """The knob; 0 stands for the memory of Adam's second moment, 1 / (1 - beta2) steps (5000 for 0.9998)."""
@@ -444,9 +446,9 @@ def print_reheating(saved, config):
               "train.py with keep_every, and a branch_from for each length")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # checkpoints and log.csv
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def save_checkpoint(path, **content):
     """Write a checkpoint of ours; one that holds a NaN is refused, so that the last good one stays."""
@@ -524,7 +526,8 @@ def check_same(path, what, before, now):
 def start_log(config, columns, step):
     """Open out_dir/log.csv for a run that begins at `step`: keeps the rows before it -> log(row), which appends one.
 
-    Missing columns stay empty, floats get 6 significant digits. With wandb_project the row goes to Weights & Biases as well.
+    Missing columns stay empty, floats get 6 significant digits. With wandb_project the row goes to Weights &
+    Biases as well.
     """
     path, rows = f"{config.out_dir}/log.csv", []
     if step > 0 and os.path.isfile(path):

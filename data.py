@@ -5,8 +5,9 @@
                 <split>_pulses.bin  PULSE records of all events, one event after another, no padding
                 <split>_events.bin  EVENT records
 
-Ragged records make a data set half as large as padded ones, and a run of consecutive events one contiguous read. A step
-is a pure function of its number: resuming, other ranks and other loader settings all see the same events.
+Ragged records make a data set half as large as padded ones, and a run of consecutive events one contiguous
+read. A step is a pure function of its number: resuming, other ranks and other loader settings all see the
+same events.
 """
 import json
 import os
@@ -50,9 +51,9 @@ UNFINISHED = "unfinished"  # what prepare.py keeps in a data folder until it is 
 RUN_LENGTH = 8  # consecutive events that stay together when an epoch is shuffled: 5.8 kB, one or two pages of the disk
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # physics shared by simulate.py and prepare.py
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 COINCIDENCE_TIME = 1000  # [ns] local coincidence: a hit on a neighbour within 1 us, arXiv:1612.05093
 COINCIDENCE_REACH = 2  # the two DOMs above and the two below on the string
@@ -61,7 +62,8 @@ COINCIDENCE_REACH = 2  # the two DOMs above and the two below on the string
 def local_coincidence(event, dom, time):
     """True where a neighbour on the string, one or two DOMs up or down, has a pulse of the same event within 1 us.
 
-    event (integers), dom (0..5159), time [ns] hold the pulses of many events in any order -> bool of the same length.
+    event (integers), dom (0..5159), time [ns] hold the pulses of many events in any order -> bool of the same
+    length.
     """
     if len(time) == 0:
         return np.zeros(0, bool)
@@ -86,9 +88,9 @@ def local_coincidence(event, dom, time):
     return result
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # writing a data folder
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def reserve(path, n_bytes):
     """Create a file of its final size, with its room on the disk taken (OSError if there is none)."""
@@ -110,9 +112,9 @@ def describe_dtypes():
     return json.loads(json.dumps({"pulse": PULSE.descr, "event": EVENT.descr}))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # reading a data folder
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Split:
@@ -192,7 +194,8 @@ def open_split(data_dir, name):
 def open_first_events(data_dir, name, n_events, at_most=False):
     """open_split, and how many of its events to use: the first n_events, 0 = all. -> Split, int
 
-    Asked for more than there are: an error, since sets of labels must not shrink silently, or all of them if at_most.
+    Asked for more than there are: an error, since sets of labels must not shrink silently, or all of them if
+    at_most.
     """
     split = open_split(data_dir, name)
     if n_events > len(split) and not at_most:
@@ -229,15 +232,16 @@ def check_events(saved, path, data_dir):
              "it belongs to, or another out_dir")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # which events make up a step
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def step_events(step, batch_size, n_events, seed):
     """The events of training step `step` -> index (batch_size,) and epoch (batch_size,), both int64.
 
-    Step k takes places [k * batch_size, (k + 1) * batch_size) of an endless stream of epochs. Each epoch holds every
-    event once, runs of RUN_LENGTH neighbours shuffled; a step may begin in one epoch and end in the next.
+    Step k takes places [k * batch_size, (k + 1) * batch_size) of an endless stream of epochs. Each epoch
+    holds every event once, runs of RUN_LENGTH neighbours shuffled; a step may begin in one epoch and end in
+    the next.
     """
     place = step * batch_size + np.arange(batch_size)
     epoch, place = np.divmod(place, n_events)
@@ -262,8 +266,9 @@ def epoch_order(n_events, seed, epoch):
 def read_events(split, index):
     """Read events by index -> their records (B,) and their pulses one event after another (sum of lengths,), read-only.
 
-    Any order and repeats are allowed. All is copied as plain bytes: numpy copies packed records field by field, 10 times
-    slower. Neighbours are copied in one piece, which makes runs of 8 four times as fast as single events.
+    Any order and repeats are allowed. All is copied as plain bytes: numpy copies packed records field by
+    field, 10 times slower. Neighbours are copied in one piece, which makes runs of 8 four times as fast as
+    single events.
     """
     events = split.events.view(f"V{EVENT.itemsize}").take(index).view(EVENT)
     first = np.flatnonzero(np.diff(index, prepend=index[0] - 2) != 1)  # where a stretch of neighbours begins
@@ -284,8 +289,8 @@ def pulse_places(events):
 def uniform_hash(seed, stream, place):
     """Uniform numbers in [0, 1) that depend on (seed, stream, place) alone: splitmix64 (Steele, Lea & Flood 2014).
 
-    stream and place are integer arrays of one shape (or broadcast); -> float64 array. A hash instead of a generator:
-    a pulse's number does not depend on which rank, worker or batch asks for it.
+    stream and place are integer arrays of one shape (or broadcast); -> float64 array. A hash instead of a
+    generator: a pulse's number does not depend on which rank, worker or batch asks for it.
     """
     with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
         return to_unit(mix_bits(hash_key(seed, stream) + np.asarray(place).astype(np.uint64) * GOLDEN))
@@ -320,9 +325,9 @@ def to_unit(bits):  # 53 bits of 64; via int64, whose conversion to float takes 
     return (bits >> np.uint64(11)).view(np.int64) * 2.0 ** -53
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # padded micro-batches
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def micro_batches(events, pulses, n, hidden=None):
     """Sort events by length and cut them into n micro-batches, each padded to its own longest event -> list of dicts.
@@ -332,10 +337,10 @@ def micro_batches(events, pulses, n, hidden=None):
 
     Each dict holds tensors, B events by L pulses, physical units, padding = 0:
       time [ns], charge [p.e.] float32 (B, L), dom int64 (B, L), aux, valid bool (B, L),
-      total_charge [p.e.] (B,), center [m] (B, 3), azimuth, zenith [rad] (B,), energy [GeV] (B,), event_id int64 (B,),
-      row int64 (B,): the event's place in `events`,
-      and, if hidden (one bool a pulse) is given, hidden int64 (M,): places of the hidden pulses in the flattened (B, L),
-      and two plain ints, n_scored and n_hidden: events with a hidden pulse, hidden pulses.
+      total_charge [p.e.] (B,), center [m] (B, 3), azimuth, zenith [rad] (B,), energy [GeV] (B,), event_id
+      int64 (B,), row int64 (B,): the event's place in `events`,
+      and, if hidden (one bool a pulse) is given, hidden int64 (M,): places of the hidden pulses in the
+      flattened (B, L), and two plain ints, n_scored and n_hidden: events with a hidden pulse, hidden pulses.
     """
     import torch  # here, not above: prepare.py and its worker processes need no torch
     length = events["length"].astype(np.int64)
@@ -366,8 +371,9 @@ def micro_batches(events, pulses, n, hidden=None):
 def prefetch(load, steps, device, depth=2):
     """Yield load(step) for each step, read ahead by a thread; on CUDA the tensors are pinned there and copied here.
 
-    load: step -> list of dicts of tensors. One thread is enough: it makes 190,000 masked events/s (2.5 GHz Xeon core, 55 pulses
-    an event), three times what an H100 is meant to train on, and numpy's copies release the interpreter lock.
+    load: step -> list of dicts of tensors. One thread is enough: it makes 190,000 masked events/s (2.5 GHz
+    Xeon core, 55 pulses an event), three times what an H100 is meant to train on, and numpy's copies release
+    the interpreter lock.
     """
     def each_tensor(change, batches):
         return [{name: value if isinstance(value, int) else change(value) for name, value in batch.items()} for batch in batches]

@@ -4,9 +4,9 @@
     python evaluate.py --checkpoint=out/demo_finetune/best.pt --split=test --predictions=out/test.csv
     python evaluate.py --checkpoint=out/demo/ckpt.pt --embeddings=out/cls.parquet      what [CLS] knows, pretrained or tuned
 
-Prints the errors of all events and in bins, with bootstrap errors, beside those of a line fit, and keeps them as
-evaluation_<split>.json beside the checkpoint. Events without labels can only be predicted. Seconds for 4,000 events.
-Guessing at random gives a mean angular error of pi/2 = 1.571 rad.
+Prints the errors of all events and in bins, with bootstrap errors, beside those of a line fit, and keeps them
+as evaluation_<split>.json beside the checkpoint. Events without labels can only be predicted. Seconds for
+4,000 events. Guessing at random gives a mean angular error of pi/2 = 1.571 rad.
 """
 import common  # first: it sets how torch's threads wait
 
@@ -55,9 +55,9 @@ LABELS = {"direction": ("azimuth", "zenith"), "energy": ("energy",)}  # of EVENT
 PIECES = 4  # that a rank's share is cut into, sorted by length, so that little padding is computed
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # a model and its events
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def load_model(path, data_dir=""):
     """A model as its checkpoint has it -> model, config of its run, checkpoint. Its detector must be that of data_dir."""
@@ -90,8 +90,8 @@ def event_batches(split, index, n, shift=None):
 def predict(model, split, n_events, config, ranks, autocast, wants_cls=False):
     """Go through the first n_events in their order, batch_size at a time: yields index (n,) and arrays (n, ...) of all ranks.
 
-    config: task and losses of the model, and batch_size. The arrays are the model's outputs, line_fit, and where labels are
-    known the loss; and cls, what [CLS] knows, if that is wanted.
+    config: task and losses of the model, and batch_size. The arrays are the model's outputs, line_fit, and
+    where labels are known the loss; and cls, what [CLS] knows, if that is wanted.
     """
     edges = np.linspace(0, n_events, -(-n_events // config.batch_size) + 1).astype(np.int64).tolist()
     shares = [np.array_split(np.arange(a, b), ranks.world_size)[ranks.rank] for a, b in zip(edges, edges[1:])]
@@ -119,14 +119,15 @@ def predict(model, split, n_events, config, ranks, autocast, wants_cls=False):
     model.train(was_training)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # scores
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def line_fit(batch, geometry):
     """The baseline: fit position = r + v time to the good pulses, weighted by charge -> unit vectors (B, 3) along -v.
 
-    IceCube's first guess (astro-ph/0407044, section 3.1.3); 1.18 rad on average on Kaggle's data. 0 where no fit is possible.
+    IceCube's first guess (astro-ph/0407044, section 3.1.3); 1.18 rad on average on Kaggle's data. 0 where no
+    fit is possible.
     """
     weight = batch["charge"] * (batch["valid"] & ~batch["aux"])  # (B, L)
     time = batch["time"] - (weight * batch["time"]).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1e-6)
@@ -152,7 +153,8 @@ def score(arrays, events, config):
 def score_events(model, split, n_events, config, ranks, autocast):
     """Scores of the first n_events of a labelled split -> dict of arrays (n_events,), on every rank.
 
-    loss; "direction": error, fit_error (of the line fit) [rad], quantile (see vmf_quantile); "energy": error [dex].
+    loss; "direction": error, fit_error (of the line fit) [rad], quantile (see vmf_quantile); "energy": error
+    [dex].
     """
     parts = [score(arrays, split.events[index], config)
              for index, arrays in predict(model, split, n_events, config, ranks, autocast)]
@@ -169,9 +171,9 @@ def summary(scores, config):
             "val_angle_median": np.median(error).item()}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # statistics, in bins
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 STATISTICS = {"direction": {"mean": np.mean, "median": np.median, "68 %": lambda error: np.quantile(error, 0.68)},
               "energy": {"bias": np.mean, "resolution": np.std}}
@@ -198,7 +200,8 @@ def bins_of(events):
 def evaluation_table(scores, events, config):
     """Rows (dicts) for all events and in bins -> rows, and those left out as they have fewer than MIN_EVENTS.
 
-    A row has n, each statistic with its bootstrap error (None for too few events), beside it that of the line fit.
+    A row has n, each statistic with its bootstrap error (None for too few events), beside it that of the line
+    fit.
     """
     rng, rows, left_out = np.random.default_rng(0), [], []
     for kind, label, mask in bins_of(events):
@@ -274,7 +277,8 @@ def report(scores, events, config, run, saved):
 def evaluation_path(saved, config, n_events, n_split):
     """Where the evaluation of a checkpoint is kept, beside it: the plain name is for best.pt on the events of its run.
 
-    These are the first val_events of its val_split, or all of another split of its data; other names say what differs.
+    These are the first val_events of its val_split, or all of another split of its data; other names say what
+    differs.
     """
     run, path = saved["config"], Path(config.checkpoint)
     n_run = min(run["val_events"] or n_split, n_split) if config.split == run["val_split"] else n_split
@@ -289,15 +293,15 @@ def evaluation_path(saved, config, n_events, n_split):
     return path.parent / f"{name}.json"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # what is written
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def prediction_table(events, arrays, config, run, known):
     """What is written of some events: angles as Kaggle wants them, azimuth in [0, 2 pi), zenith in [0, pi], and the truth.
 
-    known: which of azimuth, zenith, energy, event_class the split has; as true_azimuth, ... they stand beside. A .csv has
-    the columns of a Kaggle submission.
+    known: which of azimuth, zenith, energy, event_class the split has; as true_azimuth, ... they stand
+    beside. A .csv has the columns of a Kaggle submission.
     """
     columns = {"event_id": events["event_id"]}
     if run.task == "energy":
@@ -335,7 +339,7 @@ def table_file(path):
     print(f"written {path}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def evaluate_checkpoint(config, ranks):
     """Score a checkpoint, print and keep the result, write what is asked for -> the result in one line, or None."""

@@ -4,9 +4,10 @@
     python finetune.py sample_config/demo_finetune.py sample_config/ablation/scratch.py    the same labels, no pretraining
     python evaluate.py --checkpoint=out/demo_finetune/best.pt --split=test --predictions=out/test.csv      see evaluate.py
 
-Prints one line every log_interval steps and writes log.csv, ckpt.pt (last), best.pt (lowest val_loss after step 0),
-config.json, result.txt and evaluation_<val_split>.json (the errors of best.pt, in bins, beside those of a line fit) into
-out_dir. Exit status as train.py's. Guessing at random gives a mean angular error of pi/2 = 1.571 rad.
+Prints one line every log_interval steps and writes log.csv, ckpt.pt (last), best.pt (lowest val_loss after
+step 0), config.json, result.txt and evaluation_<val_split>.json (the errors of best.pt, in bins, beside those
+of a line fit) into out_dir. Exit status as train.py's. Guessing at random gives a mean angular error of pi/2
+= 1.571 rad.
 """
 import common  # first: it sets how torch's threads wait
 
@@ -83,15 +84,15 @@ class FinetuneConfig(ModelConfig):
 LOG_COLUMNS = ["step", "events", "lr", "loss", "grad_norm", "events_per_s", "val_loss", "val_angle_mean", "val_angle_median",
                "data_ms", "bad_steps",  # time a step waits for its events; steps so far that were skipped
                "val_bias", "val_resolution"]
-# Knobs that may differ when a run goes on: the steps already done would have been the same but for rounding, and for the
-# learning rate's end, which max_steps and cooldown_steps move
+# Knobs that may differ when a run goes on: the steps already done would have been the same but for rounding,
+# and for the learning rate's end, which max_steps and cooldown_steps move
 MAY_CHANGE = {"data_dir", "out_dir", "micro_batches", "max_steps", "cooldown_steps", "eval_interval", "log_interval",
               "save_interval", "max_bad_steps", "resume", "device", "dtype", "compile", "wandb_project", "patience"}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # checkpoints
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def take_architecture(config, saved, path, keys):
     """The architecture comes from the checkpoint; a knob that was set to something else is a contradiction."""
@@ -115,7 +116,8 @@ def load_pretrained(path, config, geometry, data_dir):
             shape, state = from_published(state)
         except KeyError as error:
             common.fail(f"{path}: published PolarBERT weights, but not of the plain flash variant: {error.args[0]}; not supported")
-        # without positions it does not tell the detector: it is IceCube; its file has scaled positions, rounded to float32
+        # without positions it does not tell the detector: it is IceCube; its file has scaled positions,
+        # rounded to float32
         known = state.setdefault("encoder.embedding.geometry", torch.from_numpy(geometry))
         if (known - torch.from_numpy(geometry)).abs().max() < 0.01:
             state["encoder.embedding.geometry"] = torch.from_numpy(geometry)
@@ -129,9 +131,9 @@ def load_pretrained(path, config, geometry, data_dir):
 def from_published(state):
     """A state dict of timinar/PolarBERT (flash variant) -> our ModelConfig knobs as read off the shapes, our state dict.
 
-    Its ids: 0 is padding, sensor_id + 1 the DOM, and 5161, or later a vector of its own, the mask. Positions are scaled as ours
-    are. Its logit for padding is dropped. KeyError if a name is missing or left over. Source: its src/polarbert/embedding.py,
-    flash_model.py, base_model.py.
+    Its ids: 0 is padding, sensor_id + 1 the DOM, and 5161, or later a vector of its own, the mask. Positions
+    are scaled as ours are. Its logit for padding is dropped. KeyError if a name is missing or left over.
+    Source: its src/polarbert/embedding.py, flash_model.py, base_model.py.
     """
     state = {name.removeprefix("model."): value.float() for name, value in state.items()}
     n_layers = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("transformer_blocks."))
@@ -188,7 +190,7 @@ def ran_out_of_patience(step, best_step, config):
     return config.patience > 0 and step - best_step >= config.patience * config.eval_interval
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def main():
     config = knobs.load_config(FinetuneConfig, __doc__)
@@ -197,7 +199,7 @@ def main():
     architecture = [field.name for field in dataclasses.fields(ModelConfig)]
     checkpoint_path, best_path = f"{config.out_dir}/ckpt.pt", f"{config.out_dir}/best.pt"
 
-    # ---- data --------------------------------------------------------------------------------------------------------
+    # ---- data ----------------------------------------------------------------------------------------------
     geometry = data.read_geometry(config.data_dir)
     val_split, n_val = data.open_first_events(config.data_dir, config.val_split, config.val_events, at_most=True)
     fingerprint = data.fingerprint(config.data_dir)
@@ -227,7 +229,7 @@ def main():
             shift = np.array_split(shift, ranks.world_size)[ranks.rank]
         return evaluate.event_batches(train_split, np.array_split(index, ranks.world_size)[ranks.rank], config.micro_batches, shift)
 
-    # ---- model, optimizer, resume, compile, DDP ----------------------------------------------------------------------
+    # ---- model, optimizer, resume, compile, DDP ------------------------------------------------------------
     pretrained, is_started = None, os.path.exists(checkpoint_path)
     if config.pretrained:
         begin = checkpoint_path if is_started else config.pretrained  # a run that goes on has all that it needs
@@ -286,7 +288,7 @@ def main():
             common.print_reheating(saved, config)
             print(f"resume from {checkpoint_path} at step {first_step}")
 
-    # ---- training loop -----------------------------------------------------------------------------------------------
+    # ---- training loop -------------------------------------------------------------------------------------
     bar = common.progress_bar(config.max_steps, "finetune", "step", initial=first_step)
     loader = data.prefetch(load_step, range(first_step, config.max_steps), ranks.device)
     clock, clock_step, waited = time.perf_counter(), first_step, 0.0

@@ -2,9 +2,10 @@
 
     python train.py sample_config/demo.py sample_config/ablation/gru.py --seed=2
 
-Any number of config files, then or between them --key=value; from left to right, the last one wins. A config file is
-python text that holds assignments only. A stage's dataclass may have check(), which yields one line for each value that
-makes no sense; the functions below are for it. --help prints the fields with their comments.
+Any number of config files, then or between them --key=value; from left to right, the last one wins. A config
+file is python text that holds assignments only. A stage's dataclass may have check(), which yields one line
+for each value that makes no sense; the functions below are for it. --help prints the fields with their
+comments.
 """
 import ast
 import dataclasses
@@ -24,8 +25,9 @@ from common import default_of, fail
 def load_config(cls, doc="", args=None):
     """Build the dataclass `cls` from the command line, or `args`: config files and --key=value, later wins.
 
-    Returns the config, checked. `config.sources` maps each knob that was set to the place that set it. Exits with one
-    line on an unknown key, a wrong type, a missing file or a value that `cls.check()` yields a complaint about.
+    Returns the config, checked. `config.sources` maps each knob that was set to the place that set it. Exits
+    with one line on an unknown key, a wrong type, a missing file or a value that `cls.check()` yields a
+    complaint about.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
     values, sources, stems = {}, {}, []

@@ -2,13 +2,14 @@
 
     pulses -> PulseEmbedding -> backbone -> final norm -> heads        (Encoder = all but the heads)
 
-Pretrainer hides DOM ids and predicts them, and predicts the event's total charge from [CLS]. Reconstructor tells the
-neutrino's direction or energy from [CLS]. Both are pure functions of their inputs: no random number is drawn after the
-weights are made.
+Pretrainer hides DOM ids and predicts them, and predicts the event's total charge from [CLS]. Reconstructor
+tells the neutrino's direction or energy from [CLS]. Both are pure functions of their inputs: no random number
+is drawn after the weights are made.
 
-Shapes: B events, L pulses, D embedding_dim, H heads, E dom_embed_dim, V = 5160 DOMs, M hidden pulses of a batch.
-A batch is a dict of tensors, as data.micro_batches makes it: time [ns], charge [p.e.], dom, aux, valid, each (B, L),
-hidden (M,) places in the flattened (B, L), total_charge [p.e.] (B,), azimuth and zenith [rad] (B,).
+Shapes: B events, L pulses, D embedding_dim, H heads, E dom_embed_dim, V = 5160 DOMs, M hidden pulses of a
+batch. A batch is a dict of tensors, as data.micro_batches makes it: time [ns], charge [p.e.], dom, aux,
+valid, each (B, L), hidden (M,) places in the flattened (B, L), total_charge [p.e.] (B,), azimuth and zenith
+[rad] (B,).
 """
 from dataclasses import dataclass
 
@@ -70,14 +71,15 @@ class ModelConfig:
                    "of the same base model")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # embedding
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class PulseEmbedding(nn.Module):
     """A batch -> one vector a pulse with [CLS] in front, x (B, 1+L, D), and which of them are real, valid (B, 1+L).
 
-    Each vector is [DOM part (E) | Linear(time, charge, aux) (D - E)]. There is no positional encoding: time is a feature.
+    Each vector is [DOM part (E) | Linear(time, charge, aux) (D - E)]. There is no positional encoding: time
+    is a feature.
     """
 
     def __init__(self, config, geometry):
@@ -119,9 +121,9 @@ def scale_pulses(batch):
     return torch.stack([time, charge, batch["aux"].to(time.dtype) - 0.5], dim=-1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # backbone: (x, valid) -> x
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class Backbone(nn.Module):
     def __init__(self, config):
@@ -193,10 +195,12 @@ def attention(q, k, v, valid, scale):
     """Every pulse looks at every real pulse of its event. q, k, v (B, H, L, d), valid (B, L) -> (B, H, L, d)."""
     seen = valid[:, None, None, :]  # (B, 1, 1, L)
     if q.device.type == "cpu" and q.dtype != torch.float32:
-        # torch's fused CPU kernel has a very slow bfloat16 backward: 185 ms against 45 ms at (64, 8, 128, 32), torch 2.13
+        # torch's fused CPU kernel has a very slow bfloat16 backward: 185 ms against 45 ms at (64, 8, 128,
+        # 32), torch 2.13
         scores = (q @ k.transpose(-2, -1)).to(torch.promote_types(q.dtype, torch.float32)) * scale
         return scores.masked_fill(~seen, float("-inf")).softmax(-1).to(v.dtype) @ v
-    # DIFF(upstream): it calls this flash attention, but flash takes no mask; CUDA runs its memory-efficient kernel here
+    # DIFF(upstream): it calls this flash attention, but flash takes no mask; CUDA runs its memory-efficient
+    # kernel here
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
 
 
@@ -209,7 +213,8 @@ class TwoWays(nn.Module):
 
     def forward(self, x, valid):
         n, place = valid.sum(1, keepdim=True), torch.arange(x.shape[1], device=x.device)
-        # real pulses in reverse, padding stays behind them, where neither direction sees it before the last pulse
+        # real pulses in reverse, padding stays behind them, where neither direction sees it before the last
+        # pulse
         reverse = torch.where(place < n, n - 1 - place, place)[..., None]  # (B, L, 1)
         back = self.back(x.gather(1, reverse.expand_as(x)), valid)
         return torch.cat([self.there(x, valid), back.gather(1, reverse.expand_as(back))], dim=-1)
@@ -252,8 +257,9 @@ class Mamba(nn.Module):
 def state_space(x, log_decay, b, c, chunk=128):
     """y_t = c_t . s_t with the state s_t = exp(log_decay_t) s_(t-1) + b_t x_t, as matrix products instead of a loop over t.
 
-    x (B, L, H, P), log_decay (B, L, H) <= 0, b and c (B, L, N) -> y (B, L, H, P). Within a chunk y = (decays * c b^T) x,
-    a masked L x L product; the state is handed from chunk to chunk, so memory grows with L * chunk only.
+    x (B, L, H, P), log_decay (B, L, H) <= 0, b and c (B, L, N) -> y (B, L, H, P). Within a chunk y = (decays
+    * c b^T) x, a masked L x L product; the state is handed from chunk to chunk, so memory grows with L *
+    chunk only.
     """
     state, ys = 0.0, []
     for x, log_decay, b, c in zip(*(part.split(chunk, dim=1) for part in (x, log_decay, b, c))):
@@ -277,9 +283,9 @@ CHOICES = {"backbone": MIXERS, "mlp": ("relu", "gelu", "swiglu"), "norm": NORMS,
            "loss_weighting": ("per_event", "per_pulse"), "cls_target": ("charge", "center", "both")}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # models
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class Encoder(nn.Module):
     """A batch -> (B, 1+L, D): what the model knows about the event ([:, 0], [CLS]) and about each pulse ([:, 1:])."""
@@ -378,7 +384,8 @@ def earth_movers_distance(logits, dom, geometry):
 class Reconstructor(nn.Module):
     """Encoder with a head on [CLS] for one of TASKS. forward gives a dict of float32 tensors:
 
-    "direction": direction (B, 3), unit vectors towards the neutrino's source, and kappa (B,), how sure of it (vmf_loss);
+    "direction": direction (B, 3), unit vectors towards the neutrino's source, and kappa (B,), how sure of it
+    (vmf_loss);
     "energy": log_energy (B,), log10 of the neutrino's energy [GeV].
     """
 
@@ -426,7 +433,8 @@ def one_minus_cosine(direction, truth):
 def vmf_loss(direction, kappa, truth):
     """-ln of the von Mises-Fisher density kappa / (4 pi sinh kappa) exp(kappa cos) on the sphere [1/sr], (...,).
 
-    sinh is split into exp(kappa), which joins the cosine, and 1 - exp(-2 kappa): right from kappa 1e-3 to 1e6 in float32.
+    sinh is split into exp(kappa), which joins the cosine, and 1 - exp(-2 kappa): right from kappa 1e-3 to 1e6
+    in float32.
     """
     log_area = torch.log(-torch.expm1(-2 * kappa) / kappa)  # ln of 2 sinh(kappa) / (kappa exp(kappa))
     return kappa * one_minus_cosine(direction, truth) + log_area + 1.8378770664  # ln 2 pi
@@ -446,9 +454,9 @@ def event_losses(outputs, batch, config):
                for name in config.direction_loss.split("+"))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # initial weights and parameter groups
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def width_ratio(config):
     """muP: how much wider than the model whose learning rate was tuned; 1 without muP."""
@@ -472,12 +480,14 @@ def init_weights(model, config):
     Linear, Conv1d     normal, std 1/sqrt(3 fan_in)    the variance of torch's (and upstream's) uniform default
     their biases       0                               # DIFF(upstream): uniform
     features, time     10 times that                   # DIFF(upstream): light crosses the detector in 0.1 of the scaled
-                                                       # time, but in 2 of the scaled positions; else it stays unseen long
+                                                       # time, but in 2 of the scaled positions; else it stays
+                                                       unseen long
     heads              1/sqrt(3 D); with muP 1/sqrt(3 mup_base_width), whatever the width
     dom_table, MASK, PAD, [CLS]   normal, std 1        upstream's
     norms              weight 1, bias 0                torch's default; GRU likewise torch's
     Mamba              decay rates 0.1..1, time steps 0.1..1, spread over the heads: memories of 1 to 100 pulses. Its
-                       paper's ranges, 1..16 and 0.001..0.1, are for long texts: heads forget at once or see next to nothing
+                       paper's ranges, 1..16 and 0.001..0.1, are for long texts: heads forget at once or see
+                       next to nothing
     """
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv1d)):
@@ -507,8 +517,9 @@ def init_weights(model, config):
 def parameter_groups(model, weight_decay):
     """Groups for AdamW: matrices decay; biases, norms, embeddings and [CLS] do not.
 
-    Each group has an lr_scale: 1, but 1 / width_ratio for the matrices of the backbone (muP, Yang et al. 2022,
-    arXiv:2203.03466, table 8: Adam), whose decay grows by as much, so that lr * weight_decay stays what it was.
+    Each group has an lr_scale: 1, but 1 / width_ratio for the matrices of the backbone (muP, Yang et al.
+    2022, arXiv:2203.03466, table 8: Adam), whose decay grows by as much, so that lr * weight_decay stays what
+    it was.
     # DIFF(upstream): it decays the DOM table and [CLS] too, which pulls rarely hit DOMs to zero
     """
     hidden, decayed, kept = [], [], []

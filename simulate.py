@@ -4,13 +4,14 @@
     python simulate.py --n_events=2000 --events_per_batch=500 --out_dir=data/tiny_raw
     python simulate.py --geometry=sensor_geometry.csv --out_dir=data/true_raw    # DOM positions of a file
 
-Prints a bar and what was written; about 2,000 events a second and core. The bytes are the same for any number of
-workers. A run that was stopped goes on from its finished batches; a complete folder is left as it is.
+Prints a bar and what was written; about 2,000 events a second and core. The bytes are the same for any number
+of workers. A run that was stopped goes on from its finished batches; a complete folder is left as it is.
 
-What it is: a muon or a cascade at a random place, light that falls with distance and comes late by scattering, noise,
-local coincidence, a trigger. Enough for pulses that look like the real ones and carry direction and energy.
-What it is not: a simulation of IceCube. No photon is tracked, the ice is one curve, energies and event classes are
-mixed so that events look right; no cosmic-ray muons, no broken DOMs, no afterpulses. No physics result may rest on it.
+What it is: a muon or a cascade at a random place, light that falls with distance and comes late by
+scattering, noise, local coincidence, a trigger. Enough for pulses that look like the real ones and carry
+direction and energy. What it is not: a simulation of IceCube. No photon is tracked, the ice is one curve,
+energies and event classes are mixed so that events look right; no cosmic-ray muons, no broken DOMs, no
+afterpulses. No physics result may rest on it.
 """
 import json
 import os
@@ -29,9 +30,10 @@ from common import (count_cores, count_events, fail, hold_lock, progress_bar, re
 from data import DOMS_PER_STRING, N_DOMS, local_coincidence
 from knobs import check_not_negative, check_positive, load_config, print_knobs
 
-# Sources: [D] the detector, arXiv:1612.05093; [DC] DeepCore, arXiv:1109.6096; [A] AMANDA's track reconstruction,
-# astro-ph/0407044; [I] the ice, arXiv:1301.5361; [PMT] arXiv:1002.2442; [SPE] arXiv:2002.00997; [PDG] Review of
-# Particle Physics; [K] read off the Kaggle files; [toy] chosen by us so that the pulses look right.
+# Sources: [D] the detector, arXiv:1612.05093; [DC] DeepCore, arXiv:1109.6096; [A] AMANDA's track
+# reconstruction, astro-ph/0407044; [I] the ice, arXiv:1301.5361; [PMT] arXiv:1002.2442; [SPE]
+# arXiv:2002.00997; [PDG] Review of Particle Physics; [K] read off the Kaggle files; [toy] chosen by us so
+# that the pulses look right.
 
 # detector
 ROW_LENGTHS = (6, 7, 8, 9, 10, 10, 9, 8, 7, 4)  # strings 1..78, row by row as seen from above [D]
@@ -92,9 +94,9 @@ class SimulateConfig:
         yield from check_not_negative(self, "n_test_events", "seed", "workers")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # geometry
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def build_geometry() -> np.ndarray:
     """DOM positions (N_DOMS, 3) [m] by design numbers; row = sensor_id = (string - 1) * 60 + DOM - 1, top DOM first."""
@@ -131,9 +133,9 @@ def read_geometry(path: str) -> np.ndarray:
     return rows[:, 1:]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # events: vectors are (3, n), one row a coordinate, for speed
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def draw_events(n, rng) -> dict:
     """n neutrinos that interact in or near the detector. A track is a cascade at the vertex plus a muon."""
@@ -160,9 +162,10 @@ def pick(vectors, index):
     return np.stack([row[index] for row in vectors])  # vectors[:, index], four times as fast
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# light: each source gives event, dom, expected photons, time of unscattered light [ns], path [m], dirt; one per pair
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# light: each source gives event, dom, expected photons, time of unscattered light [ns], path [m], dirt; one
+# per pair
+# ------------------------------------------------------------------------------------------------------------
 
 CONE = np.arccos(1 / REFRACTIVE_INDEX)  # [rad] Cherenkov angle
 DIFFUSION_LENGTH = SCATTERING_LENGTH / 3  # [m]
@@ -202,7 +205,8 @@ def response(dom, upward):
 def pairs_in_reach(vertex, axis, light, strength, doms):
     """Pairs of event and DOM close enough to the line from vertex along axis -> event, dom (n_pairs,).
 
-    A zero axis makes the line a point. Blocks of DOMs are tested rather than DOMs, so some pairs are too far apart.
+    A zero axis makes the line a point. Blocks of DOMs are tested rather than DOMs, so some pairs are too far
+    apart.
     """
     grid = np.geomspace(1, 2000, 400)  # [m]
     reach = np.interp(np.log(strength / MIN_EXPECTED), -np.log(DOM_AREA * light(grid, DEEP_DIRT)), grid)
@@ -248,9 +252,9 @@ def track_light(vertex, flight, energy, doms):
     return event, dom, expected, time, path, dirt
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # pulses
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def draw_photons(event, dom, expected, time, path, dirt, rng):
     """Detected photons -> event, dom, time [ns], weight (photons that each of them stands for)."""
@@ -293,9 +297,9 @@ def merge_photons(event, dom, time, weight, rng):
     return channel // N_DOMS, channel % N_DOMS, time + origin, charge
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # trigger
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def trigger(event, dom, time, charge, aux, rng):
     """Keep the readout of the events that trigger -> the same columns, sorted by event and time."""
@@ -351,9 +355,9 @@ def simulate_events(n, doms, rng):
     return [column[:end] for column in pulses], truth
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # files
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 PULSE_COLUMNS = {"sensor_id": "int16", "time": "int64", "charge": "float64", "auxiliary": "bool", "event_id": "int64"}
 PANDAS = {"index_columns": ["event_id"], "column_indexes": [], "pandas_version": "2.0.0",  # event_id is Kaggle's index
@@ -411,9 +415,9 @@ def join_meta(path, schema, parts):
     return np.concatenate(lengths)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # main
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def main():
     config = load_config(SimulateConfig, __doc__)
@@ -427,7 +431,8 @@ def main():
     splits = {"train": META_SCHEMA, "test": TEST_META_SCHEMA} if config.n_test_events else {"train": META_SCHEMA}
     outputs = [out_dir / "sensor_geometry.csv"] + [out_dir / f"{split}_meta.parquet" for split in splits]
 
-    # all that the bytes depend on: knobs, geometry, and the constants above, since those are what a reader will change
+    # all that the bytes depend on: knobs, geometry, and the constants above, since those are what a reader
+    # will change
     settings = {key: value for key, value in asdict(config).items() if key not in ("out_dir", "workers", "geometry")}
     settings["geometry"] = f"positions with crc32 {zlib.crc32(doms.astype('<f8').tobytes()):08x}"
     settings |= {key: value for key, value in globals().items() if key.isupper() and type(value) in (int, float, tuple)}

@@ -5,10 +5,10 @@
     python train.py config/base.py --mask_prob=0.5 --out_dir=out/mask50    an ablation
     python train.py config/base.py --branch_from=out/base/ckpt_20000.pt --out_dir=out/base20k    to 0 from there
 
-Prints one line every log_interval steps and writes log.csv, ckpt.pt (last), best.pt (lowest val_loss) and config.json
-into out_dir. Ctrl-C or SIGTERM: it finishes the step and saves. The same command again goes on where a run stopped.
-Exit status: 0 done, or stopped by SIGTERM; 1 an error of the user; 3 diverged; 130 Ctrl-C. Expect dom_loss to fall from
-ln 5160 = 8.55.
+Prints one line every log_interval steps and writes log.csv, ckpt.pt (last), best.pt (lowest val_loss) and
+config.json into out_dir. Ctrl-C or SIGTERM: it finishes the step and saves. The same command again goes on
+where a run stopped. Exit status: 0 done, or stopped by SIGTERM; 1 an error of the user; 3 diverged; 130
+Ctrl-C. Expect dom_loss to fall from ln 5160 = 8.55.
 """
 import common  # first: it sets how torch's threads wait
 
@@ -75,28 +75,31 @@ class TrainConfig(ModelConfig):
             yield "branch_from is a cooldown: it needs schedule = 'trapezoidal' and cooldown_steps > 0"
 
 
-# charge_loss is that of cls_target; perplexity, shares of right DOM (among the best 1 and 5) and right string, distance of
-# the best guess [m] are means over hidden pulses; rms of log10(charge) [dex] and of the centre of charge [m]
+# charge_loss is that of cls_target; perplexity, shares of right DOM (among the best 1 and 5) and right
+# string, distance of the best guess [m] are means over hidden pulses; rms of log10(charge) [dex] and of the
+# centre of charge [m]
 LOG_COLUMNS = ["step", "events", "lr", "loss", "dom_loss", "charge_loss", "grad_norm", "events_per_s",
                "val_loss", "val_dom_loss", "val_charge_loss", "val_perplexity", "val_top1", "val_top5", "val_string",
                "val_distance", "val_charge_rms", "val_center_rms",
                "data_ms", "bad_steps"]  # time a step waits for its events; steps so far that were skipped
 VAL_SEED = 0  # of the masks at evaluation: the same for every run, so that runs with other seeds compare
-# Knobs that may differ when a run goes on: the steps already done would have been the same but for rounding, and for the
-# learning rate's end, which max_steps and cooldown_steps move
+# Knobs that may differ when a run goes on: the steps already done would have been the same but for rounding,
+# and for the learning rate's end, which max_steps and cooldown_steps move
 MAY_CHANGE = {"data_dir", "out_dir", "micro_batches", "max_steps", "cooldown_steps", "eval_interval", "log_interval",
               "save_interval", "keep_every", "max_bad_steps", "resume", "device", "dtype", "compile", "wandb_project"}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # masking
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def hide_pulses(events, pulses, epoch, mask_prob, seed):
     """Which pulses are hidden -> bool, one a pulse: each good one (aux = False) with mask_prob, but at least one an event.
 
-    events (B,), their pulses one after another, epoch (B,). The draw hashes (seed, epoch, place of the pulse on disk).
-    # DIFF(upstream): there an event may end up with nothing hidden, and validation masks are new at every evaluation
+    events (B,), their pulses one after another, epoch (B,). The draw hashes (seed, epoch, place of the pulse
+    on disk).
+    # DIFF(upstream): there an event may end up with nothing hidden, and validation masks are new at every
+    evaluation
     """
     length = events["length"].astype(np.int64)
     draw = data.uniform_hash(seed, np.repeat(epoch, length), data.pulse_places(events))
@@ -112,9 +115,9 @@ def masked_batches(split, index, epoch, config, seed):
     return data.micro_batches(events, pulses, config.micro_batches, hidden)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # evaluation
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def evaluate(model, split, n_events, config, ranks, autocast):
@@ -145,15 +148,15 @@ def evaluate(model, split, n_events, config, ranks, autocast):
     return found
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # branches
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def find_branch(config, saved):
     """Where a run with branch_from begins -> its own checkpoint, or that of the long run; and its max_steps.
 
-    One long run with a constant learning rate gives a whole curve over training time, if a cooldown branches off here and
-    there (Hägele et al. 2024, arXiv:2405.18392).
+    One long run with a constant learning rate gives a whole curve over training time, if a cooldown branches
+    off here and there (Hägele et al. 2024, arXiv:2405.18392).
     """
     path = config.branch_from
     if saved:  # the branch goes on
@@ -180,7 +183,7 @@ def find_branch(config, saved):
     return origin | {"best_val": float("inf")}, origin["step"] + config.cooldown_steps
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def main():
     config = knobs.load_config(TrainConfig, __doc__)
@@ -197,7 +200,7 @@ def main():
         common.stop_device(ranks)
         return
 
-    # ---- data --------------------------------------------------------------------------------------------------------
+    # ---- data ----------------------------------------------------------------------------------------------
     train_split, n_train = data.open_first_events(config.data_dir, config.train_split, config.train_events)
     val_split, n_val = data.open_first_events(config.data_dir, config.val_split, config.val_events, at_most=True)
     geometry, fingerprint = data.read_geometry(config.data_dir), data.fingerprint(config.data_dir)
@@ -208,7 +211,7 @@ def main():
         mine = np.array_split(np.arange(config.batch_size), ranks.world_size)[ranks.rank]
         return masked_batches(train_split, index[mine], epoch[mine], config, config.seed)
 
-    # ---- model, optimizer, resume, compile, DDP ----------------------------------------------------------------------
+    # ---- model, optimizer, resume, compile, DDP ------------------------------------------------------------
     torch.manual_seed(config.seed)
     raw_model = Pretrainer(config, geometry).to(ranks.device)
     groups, muon = parameter_groups(raw_model, config.weight_decay), None
@@ -251,7 +254,7 @@ def main():
         if saved:
             print(f"{'branch' if begins_from == config.branch_from else 'resume'} from {begins_from} at step {first_step}")
 
-    # ---- training loop -----------------------------------------------------------------------------------------------
+    # ---- training loop -------------------------------------------------------------------------------------
     bar = common.progress_bar(config.max_steps, "pretrain", "step", initial=first_step)
     loader = data.prefetch(load_step, range(first_step, config.max_steps), ranks.device)
     clock, clock_step, waited = time.perf_counter(), first_step, 0.0
@@ -296,7 +299,8 @@ def main():
         called = time.perf_counter()
         batches = next(loader)
         waited += time.perf_counter() - called
-        # what the DOM loss is the mean over, on all ranks; and whether any rank was asked to stop: then all do, after this step
+        # what the DOM loss is the mean over, on all ranks; and whether any rank was asked to stop: then all
+        # do, after this step
         n_scored, n_hidden = (sum(batch.pop(count) for batch in batches) for count in ("n_scored", "n_hidden"))
         n_averaged, asked_to_stop = common.sum_over_ranks(
             [n_scored if config.loss_weighting == "per_event" else n_hidden, bool(caught)], ranks)

@@ -27,8 +27,8 @@ TINY_RUN = [*TINY_MODEL, "--batch_size=16", "--micro_batches=2", "--max_steps=6"
 def run(script, *args, launcher=None, **kwargs):
     """Run a script of the project as a user would, from its root -> CompletedProcess with text output.
 
-    Its main() is called in this process, which spares the start of an interpreter that loads torch: 3 s. With a launcher,
-    or anything else that needs a process of its own (env, preexec_fn), it gets one.
+    Its main() is called in this process, which spares the start of an interpreter that loads torch: 3 s. With
+    a launcher, or anything else that needs a process of its own (env, preexec_fn), it gets one.
     """
     if launcher is None and not kwargs:
         return call_main(script, *map(str, args))

@@ -206,9 +206,9 @@ def test_a_folder_that_cannot_be_written_is_one_line(demo_data, tmp_path):
     assert f"{tmp_path}/file/run" in line and run("train.py", "--out_dir=x", "--device=cuda").returncode in (0, 1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # errors, ranks, devices
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("who, said", [("all", ["error: no such thing"]), ("one", ["error: rank 1: no such thing"])])
 def test_what_all_ranks_say_is_printed_once(tmp_path, who, said):

@@ -5,9 +5,10 @@
     python -m tools.bench --what=backbones                  # transformer, GRU and Mamba at base width
     python -m tools.bench --what=prepare                    # full-size Kaggle batches, written for it (0.3 GB), 5 minutes
 
-The training baseline does what the published code does: every event padded to max_pulses, logits at every position,
-float32, unfused optimizer. The preparing baseline handles one event after another. Prints events/s (median over rounds,
-with the spread) and the ratio; absolute numbers depend on the machine and on what else runs there, ratios much less.
+The training baseline does what the published code does: every event padded to max_pulses, logits at every
+position, float32, unfused optimizer. The preparing baseline handles one event after another. Prints events/s
+(median over rounds, with the spread) and the ratio; absolute numbers depend on the machine and on what else
+runs there, ratios much less.
 """
 import common  # first: it sets how torch's threads wait
 
@@ -64,9 +65,9 @@ def print_rates(rates, more=lambda name, rate: ""):
               f"{np.median(rate / baseline):6.2f} x{more(name, np.median(rate))}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # training step
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def load_steps(config, n_steps):
     """The events of some steps with a quarter of their good pulses hidden, read once: loading is not measured here."""
@@ -188,9 +189,9 @@ def bench_train(config):
     print_rates(rates, more)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # preparing
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 COLUMNS = ["time", "charge", "sensor_id", "auxiliary"]
 N_BATCHES = 8  # links to one and the same file; Kaggle has 660, so the start of the processes must not count
@@ -248,7 +249,8 @@ def seconds_of(function, *args):
 def bench_prepare(config, folder):
     """The rule for events in memory, and whole runs of prepare.py over full-size batches, against a plain loop over events.
 
-    The floor of a whole run is the decoding of the four columns, which the plain loop with reading is charged with as well.
+    The floor of a whole run is the decoding of the four columns, which the plain loop with reading is charged
+    with as well.
     """
     write_kaggle_batch(folder / "raw", config.n_events)
     settings = prepare.PrepareConfig(input_dir=f"{folder}/raw", data_dir=f"{folder}/0", splits={"all": (1, N_BATCHES)})

@@ -2,9 +2,10 @@
 
     python -m tools.export --checkpoint=out/demo_finetune/best.pt --out=out/model.pt2
 
-It is used as torch.export.load("out/model.pt2").module()(pulses, valid). pulses: dict of time [ns], charge [p.e.] float32,
-dom int64 (sensor_id), aux bool, each (B, L); valid bool (B, L). It gives what model.Reconstructor gives, in float32, for
-any B and L. Takes some 10 seconds. A GRU cannot be exported (torch 2.13 takes it for events of one length only).
+It is used as torch.export.load("out/model.pt2").module()(pulses, valid). pulses: dict of time [ns], charge
+[p.e.] float32, dom int64 (sensor_id), aux bool, each (B, L); valid bool (B, L). It gives what
+model.Reconstructor gives, in float32, for any B and L. Takes some 10 seconds. A GRU cannot be exported (torch
+2.13 takes it for events of one length only).
 """
 import common  # first: it sets how torch's threads wait
 

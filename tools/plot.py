@@ -9,8 +9,8 @@
     python -m tools.plot --what=event --data_dir=data/demo --event=5 --runs=out/demo,out/demo_finetune
 
 Each writes one .png, in a second or two, and prints its name. errors, calibration and labels read the
-evaluation_<split>.json that finetune.py leaves in a run's folder. event shows the model's guesses for hidden DOMs if runs
-holds a pretraining run, and the reconstructed direction if it holds one of fine-tuning.
+evaluation_<split>.json that finetune.py leaves in a run's folder. event shows the model's guesses for hidden
+DOMs if runs holds a pretraining run, and the reconstructed direction if it holds one of fine-tuning.
 """
 import common  # first: it sets how torch's threads wait
 
@@ -68,9 +68,9 @@ class PlotConfig:
             yield "tools.plot needs matplotlib: pip install matplotlib"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # what runs left behind
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def read_log(run):
     """log.csv -> dict of float arrays, NaN where a cell is empty."""
@@ -117,9 +117,9 @@ def plain_log(axis, ticks=()):
     axis.set_ticks([], minor=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # runs
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def curves(config, runs, plt):
     """Training as a line, evaluations as dots: the DOM loss of pretraining runs, or the loss of fine-tuning runs."""
@@ -305,9 +305,10 @@ def is_numbered(arm):
 def study(config, runs, plt):
     """Results of study.py, mean and standard deviation over seeds; a run that diverged is left out, with a word.
 
-    Against the learning rate: one line per arm; of arms with a number (muP/64), colour tells the number and dashes the
-    name. Against the number in an arm's name (pretrained/500) or parameters: the best learning rate of each, one line for
-    arms that share what stands before the number. Against events or seconds: their curves.
+    Against the learning rate: one line per arm; of arms with a number (muP/64), colour tells the number and
+    dashes the name. Against the number in an arm's name (pretrained/500) or parameters: the best learning
+    rate of each, one line for arms that share what stands before the number. Against events or seconds: their
+    curves.
     """
     results, lines = read_results(config.results), {}  # name of a line -> x -> values, one per seed
     names = [name.strip() for name in config.study.split(",")]
@@ -353,9 +354,9 @@ def study(config, runs, plt):
     return figure
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # one event
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def event(config, runs, plt):
     """The detector in 3-D; pulses coloured by time and sized by charge; directions; hidden DOMs and the model's best guesses."""

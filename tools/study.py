@@ -5,10 +5,11 @@
     python -m tools.study sample_config/study/embedding.py --jobs=2              one study, two runs at a time, each on half of the cores
     python -m tools.plot --what=study --study=embedding --x=learning_rate        a picture of it
 
-An arm is a name and what it adds to the command that all arms share. Each is run with every learning rate on seed 1; while
-the best of them lies at an end of the range, the range grows; the other seeds are run with the best. Prints the means and
-standard deviations over seeds as a table. An arm's runs with its best learning rate are copied to out_dir/<arm>/seed<seed>,
-where the arms of a later study find them. A study that was stopped goes on: what is in the results is not run again.
+An arm is a name and what it adds to the command that all arms share. Each is run with every learning rate on
+seed 1; while the best of them lies at an end of the range, the range grows; the other seeds are run with the
+best. Prints the means and standard deviations over seeds as a table. An arm's runs with its best learning
+rate are copied to out_dir/<arm>/seed<seed>, where the arms of a later study find them. A study that was
+stopped goes on: what is in the results is not run again.
 """
 import common
 
@@ -33,7 +34,8 @@ import knobs
 
 METRICS = ["val_loss", "val_dom_loss", "val_charge_loss", "val_perplexity", "val_top1", "val_top5", "val_string", "val_distance",
            "val_charge_rms", "val_center_rms", "val_angle_mean", "val_angle_median", "coverage_50", "coverage_90"]
-# one row for each evaluation of each run; metric is what decided on the learning rate, knobs a checksum of what was set
+# one row for each evaluation of each run; metric is what decided on the learning rate, knobs a checksum of
+# what was set
 RESULTS = ["study", "arm", "learning_rate", "seed", "step", "events", "events_per_s", "parameters", *METRICS,
            "metric", "arguments", "knobs", "hardware"]
 
@@ -105,9 +107,9 @@ def knobs_of(arguments):
     return f"{zlib.crc32(json.dumps(found, sort_keys=True, default=str).encode()):08x}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the file of results
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def read_results(path):
     """The rows of a results file as dicts of strings; [] if there is no file."""
@@ -153,9 +155,9 @@ def best_rate(final, arm):
     return min(ends, key=ends.get)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # runs
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def missing_runs(config, final):
     """The runs (arm, learning rate, seed) that can be started now: first the tuning of all arms, then the other seeds."""
@@ -273,7 +275,7 @@ def table(config, final):
                                  ", ".join(f"{rate:g}: {end:.4g}" for rate, end in tuning)]) + " |"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def main():
     config = knobs.load_config(StudyConfig, __doc__)

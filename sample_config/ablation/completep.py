@@ -1,3 +1,4 @@
-# CompleteP: carries a learning rate tuned at 8 layers to 24. Put after base.py; after demo.py put adamw.py as well.
+# CompleteP: carries a learning rate tuned at 8 layers to 24. Put after base.py; after demo.py put adamw.py as
+# well.
 mup_base_layers = 8
 num_layers = 24

@@ -1,4 +1,5 @@
-# muP: carries a learning rate tuned at width 256 to width 512. Put after base.py; after demo.py put adamw.py as well.
+# muP: carries a learning rate tuned at width 256 to width 512. Put after base.py; after demo.py put adamw.py
+# as well.
 mup_base_width = 256
 embedding_dim = 512
 dom_embed_dim = 256

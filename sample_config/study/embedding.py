@@ -1,4 +1,5 @@
-# How is a DOM embedded: by its position, by a learned table, or both? positions is the arm that other studies compare with.
+# How is a DOM embedded: by its position, by a learned table, or both? positions is the arm that other studies
+# compare with.
 arms = {"positions": "", "table": "sample_config/ablation/table.py", "both": "sample_config/ablation/positions_and_table.py"}
 seeds = 2
 out_dir = "out/study/embedding"

@@ -1,5 +1,6 @@
-# What is lost if DOM ids pass through float16, as in the published code? 5160 ids become 3338. Exact ids are positions of
-# embedding.py; fewer ids are easier to guess, so transfer.py has to tell. Needs a copy of the data so rounded:
+# What is lost if DOM ids pass through float16, as in the published code? 5160 ids become 3338. Exact ids are
+# positions of embedding.py; fewer ids are easier to guess, so transfer.py has to tell. Needs a copy of the
+# data so rounded:
 #     cp -r data/study data/study_float16
 #     python -c "
 #     import glob, numpy, data

@@ -1,5 +1,6 @@
-# How many labels does pretraining save? Direction from pretrained, random and frozen weights, with the loss that direction_loss.py found
-# best. Seed s begins from seed s of pretrain.py. To compare with: the same direction for all, zenith = pi, is off by 1.535 rad,
+# How many labels does pretraining save? Direction from pretrained, random and frozen weights, with the loss
+# that direction_loss.py found best. Seed s begins from seed s of pretrain.py. To compare with: the same
+# direction for all, zenith = pi, is off by 1.535 rad,
 #     python -c "import math, data; print(math.pi - data.open_split('data/study', 'val').events['zenith'][:4000].mean())"
 # and a line fit by 1.179 rad, which the table at the end of each run shows.
 script = "finetune.py"

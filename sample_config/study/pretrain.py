@@ -1,5 +1,6 @@
-# How far does pretraining go with the events seen? One long run, 102,400 different events; labels.py and branches.py begin from it.
-# To compare with: guessing gives ln 5160 = 8.549; guessing by how often each DOM is good (aux = False) in the training events gives 8.504:
+# How far does pretraining go with the events seen? One long run, 102,400 different events; labels.py and
+# branches.py begin from it. To compare with: guessing gives ln 5160 = 8.549; guessing by how often each DOM
+# is good (aux = False) in the training events gives 8.504:
 #     python -c "
 #     import numpy, data
 #     pulses = [data.open_split('data/study', split).pulses for split in ('pretrain', 'val')]

@@ -1,4 +1,5 @@
-# What do the arms of the other studies mean for the direction? 2,000 labels, from seed s of each arm's pretraining of 19,200 events.
+# What do the arms of the other studies mean for the direction? 2,000 labels, from seed s of each arm's
+# pretraining of 19,200 events.
 script = "finetune.py"
 shared = "sample_config/study/finetune.py --direction_loss=vmf"
 arms = {arm: f"--pretrained=out/study/{arm}/seed{{seed}}/ckpt.pt" for arm in (
