@@ -479,15 +479,15 @@ def init_weights(model, config):
 
     Linear, Conv1d     normal, std 1/sqrt(3 fan_in)    the variance of torch's (and upstream's) uniform default
     their biases       0                               # DIFF(upstream): uniform
-    features, time     10 times that                   # DIFF(upstream): light crosses the detector in 0.1 of the scaled
-                                                       # time, but in 2 of the scaled positions; else it stays
-                                                       unseen long
+    features, time     10 times that                   # DIFF(upstream): light crosses the detector in 0.1 of
+                                                       # the scaled time, but in 2 of the scaled positions;
+                                                       # else it stays unseen long
     heads              1/sqrt(3 D); with muP 1/sqrt(3 mup_base_width), whatever the width
     dom_table, MASK, PAD, [CLS]   normal, std 1        upstream's
     norms              weight 1, bias 0                torch's default; GRU likewise torch's
-    Mamba              decay rates 0.1..1, time steps 0.1..1, spread over the heads: memories of 1 to 100 pulses. Its
-                       paper's ranges, 1..16 and 0.001..0.1, are for long texts: heads forget at once or see
-                       next to nothing
+    Mamba              decay rates 0.1..1, time steps 0.1..1, spread over the heads: memories of 1 to 100
+                       pulses. Its paper's ranges, 1..16 and 0.001..0.1, are for long texts: with them heads
+                       forget at once or see next to nothing
     """
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv1d)):
