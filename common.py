@@ -1,4 +1,4 @@
-"""Plumbing that the stages share and a reader may skip: errors, files, workers, ranks, learning rate, checkpoints, log.csv.
+"""Plumbing that the stages share and a reader may skip: errors, files, workers, ranks, checkpoints, log.csv.
 
 torch is imported where it is needed, so that simulate.py and prepare.py (and their worker processes) start
 without it.
@@ -8,7 +8,6 @@ import dataclasses
 import importlib
 import importlib.util
 import json
-import math
 import multiprocessing
 import os
 import signal
@@ -348,7 +347,6 @@ def print_run_header(config, ranks, model, n_train):
           f"{config.batch_size} events a step | {config.max_steps * config.batch_size / n_train:.2f} epochs")
     if config.train_split == config.val_split:
         print(f"warning: train_split and val_split are both {config.val_split!r}: val_loss says nothing about new events")
-    print_schedule_notes(config)
 
 
 def count_parameters(weights):
@@ -401,49 +399,6 @@ def stop_bad_run(config, step, losses, event_ids, ranks):
          f"which were skipped; {what}: event_id {some}{', ...' if len(bad) > 10 else ''}. Look at these events in "
          f"{config.data_dir}, or lower learning_rate; {config.out_dir} keeps its last checkpoint",
          SystemExit if 0 < len(bad) < len(losses) else Diverged)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# learning rate
-# ------------------------------------------------------------------------------------------------------------
-
-def warmup_steps(config):
-    """The knob; 0 stands for the memory of Adam's second moment, 1 / (1 - beta2) steps (5000 for 0.9998)."""
-    return config.warmup_steps or round(1 / (1 - config.beta2))
-
-
-def learning_rate(step, config):
-    """The learning rate of update `step` (from 0): linear warm-up, then the schedule; both decays reach 0 at max_steps."""
-    warmup = warmup_steps(config)
-    rise = min(1.0, (step + 1) / warmup)
-    if config.schedule == "trapezoidal":
-        return config.learning_rate * min(rise, (config.max_steps - step) / max(config.cooldown_steps, 1))
-    if config.schedule == "cosine" and step >= warmup:
-        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (config.max_steps - warmup)))
-    return config.learning_rate * rise  # "constant"
-
-
-def print_schedule_notes(config):
-    """Say so if the run is too short for its schedule: it never reaches its learning rate."""
-    warmup = warmup_steps(config)
-    if warmup > config.max_steps:
-        print(f"note: the warm-up of {warmup} steps is longer than the run, which never reaches its learning rate; "
-              "set warmup_steps, or a smaller beta2")
-    elif config.schedule == "trapezoidal" and warmup + config.cooldown_steps > config.max_steps:
-        peak = max(learning_rate(step, config) for step in range(config.max_steps))
-        print(f"note: warm-up ({warmup} steps) and cooldown ({config.cooldown_steps}) do not fit into max_steps = "
-              f"{config.max_steps}: the learning rate reaches {peak:.2g}, not {config.learning_rate:.2g}; set "
-              f"--cooldown_steps={min(config.max_steps // 2, config.max_steps - warmup)}")
-
-
-def print_reheating(saved, config):
-    """Going on with a run that has cooled down raises its learning rate again: allowed, but not without a word."""
-    step = saved["step"]
-    before, now = learning_rate(step, SimpleNamespace(**saved["config"])), learning_rate(step, config)
-    if now > 1.01 * before:
-        print(f"note: this run was to end at max_steps = {saved['config']['max_steps']}; now its learning rate rises again "
-              f"at step {step}, from {before:.2g} to {now:.2g}. The clean way to several lengths is one long run of "
-              "train.py with keep_every, and a branch_from for each length")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ import data
 import evaluate
 import knobs
 from model import DIRECTION_LOSSES, N_DOMS, POSITION_SCALE, TASKS, ModelConfig, Reconstructor, event_losses, parameter_groups
+from train import learning_rate, print_reheating, print_schedule_notes
 
 
 @dataclass
@@ -282,10 +283,11 @@ def main():
         lock = common.hold_lock(config.out_dir)  # held until main() ends
         knobs.print_knobs(config)
         common.print_run_header(config, ranks, raw_model, n_train)
+        print_schedule_notes(config)
         common.write_json(f"{config.out_dir}/config.json", dataclasses.asdict(config))
         log = common.start_log(config, LOG_COLUMNS, first_step)
         if saved:
-            common.print_reheating(saved, config)
+            print_reheating(saved, config)
             print(f"resume from {checkpoint_path} at step {first_step}")
 
     # ---- training loop -------------------------------------------------------------------------------------
@@ -329,7 +331,7 @@ def main():
                 log(row)
             break
 
-        row["lr"] = common.learning_rate(step, config)
+        row["lr"] = learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = row["lr"] * group["lr_scale"]  # 1 without muP
         called = time.perf_counter()

@@ -13,9 +13,11 @@ Ctrl-C. Expect dom_loss to fall from ln 5160 = 8.55.
 import common  # first: it sets how torch's threads wait
 
 import dataclasses
+import math
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -149,6 +151,49 @@ def evaluate(model, split, n_events, config, ranks, autocast):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# learning rate
+# ------------------------------------------------------------------------------------------------------------
+
+def warmup_steps(config):
+    """The knob; 0 stands for the memory of Adam's second moment, 1 / (1 - beta2) steps (5000 for 0.9998)."""
+    return config.warmup_steps or round(1 / (1 - config.beta2))
+
+
+def learning_rate(step, config):
+    """The learning rate of update `step` (from 0): linear warm-up, then the schedule; both decays reach 0 at max_steps."""
+    warmup = warmup_steps(config)
+    rise = min(1.0, (step + 1) / warmup)
+    if config.schedule == "trapezoidal":
+        return config.learning_rate * min(rise, (config.max_steps - step) / max(config.cooldown_steps, 1))
+    if config.schedule == "cosine" and step >= warmup:
+        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (config.max_steps - warmup)))
+    return config.learning_rate * rise  # "constant"
+
+
+def print_schedule_notes(config):
+    """Say so if the run is too short for its schedule: it never reaches its learning rate."""
+    warmup = warmup_steps(config)
+    if warmup > config.max_steps:
+        print(f"note: the warm-up of {warmup} steps is longer than the run, which never reaches its learning rate; "
+              "set warmup_steps, or a smaller beta2")
+    elif config.schedule == "trapezoidal" and warmup + config.cooldown_steps > config.max_steps:
+        peak = max(learning_rate(step, config) for step in range(config.max_steps))
+        print(f"note: warm-up ({warmup} steps) and cooldown ({config.cooldown_steps}) do not fit into max_steps = "
+              f"{config.max_steps}: the learning rate reaches {peak:.2g}, not {config.learning_rate:.2g}; set "
+              f"--cooldown_steps={min(config.max_steps // 2, config.max_steps - warmup)}")
+
+
+def print_reheating(saved, config):
+    """Going on with a run that has cooled down raises its learning rate again: allowed, but not without a word."""
+    step = saved["step"]
+    before, now = learning_rate(step, SimpleNamespace(**saved["config"])), learning_rate(step, config)
+    if now > 1.01 * before:
+        print(f"note: this run was to end at max_steps = {saved['config']['max_steps']}; now its learning rate rises again "
+              f"at step {step}, from {before:.2g} to {now:.2g}. The clean way to several lengths is one long run of "
+              "train.py with keep_every, and a branch_from for each length")
+
+
+# ------------------------------------------------------------------------------------------------------------
 # branches
 # ------------------------------------------------------------------------------------------------------------
 
@@ -173,7 +218,7 @@ def find_branch(config, saved):
             if before != now:
                 common.fail(f"{path} was written with {field.name} = {before!r}, now it is {now!r}; a branch repeats the "
                             "knobs of its run")
-    first, last = common.warmup_steps(config), origin["config"]["max_steps"] - origin["config"]["cooldown_steps"]
+    first, last = warmup_steps(config), origin["config"]["max_steps"] - origin["config"]["cooldown_steps"]
     if first > last:
         common.fail(f"{path}: its run has no flat part to branch from: a warm-up of {first} steps, and a cooldown from step "
                     f"{last} on; branch from a longer run, or one with a shorter warm-up")
@@ -247,10 +292,11 @@ def main():
         lock = common.hold_lock(config.out_dir)  # held until main() ends
         knobs.print_knobs(config)
         common.print_run_header(config, ranks, raw_model, n_train)
+        print_schedule_notes(config)
         common.write_json(f"{config.out_dir}/config.json", dataclasses.asdict(config))
         log = common.start_log(config, LOG_COLUMNS, first_step)
         if saved and begins_from == checkpoint_path:
-            common.print_reheating(saved, config)
+            print_reheating(saved, config)
         if saved:
             print(f"{'branch' if begins_from == config.branch_from else 'resume'} from {begins_from} at step {first_step}")
 
@@ -293,7 +339,7 @@ def main():
                 log(row)
             break
 
-        row["lr"] = common.learning_rate(step, config)
+        row["lr"] = learning_rate(step, config)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = row["lr"] * group.get("lr_scale", 1.0)  # muP has others
         called = time.perf_counter()

@@ -21,7 +21,7 @@ from tools.export import ExportConfig
 from tools.plot import PlotConfig
 from tools.prometheus import PrometheusConfig
 from tools.study import StudyConfig
-from train import TrainConfig
+from train import TrainConfig, learning_rate
 
 CONFIGS = {"simulate": SimulateConfig, "prepare": PrepareConfig, "tools/prometheus": PrometheusConfig,
            "train": TrainConfig, "finetune": FinetuneConfig}
@@ -97,7 +97,8 @@ def test_help_explains_every_knob(stage):
 
 @pytest.mark.parametrize("stage", CONFIGS | OTHERS)
 def test_every_knob_is_read(stage):
-    files = [f"{stage}.py", *(["common.py", "model.py"] if stage in ("train", "finetune", "evaluate") else [])]
+    files = [f"{stage}.py", *{"train": ["common.py", "model.py"], "finetune": ["common.py", "model.py", "train.py"],
+                              "evaluate": ["common.py"]}.get(stage, [])]
     source = "".join((ROOT / file).read_text() for file in files)
     for field in dataclasses.fields((CONFIGS | OTHERS)[stage]):
         uses = re.findall(rf"(?:config|self)\.{field.name}\b", source)
@@ -144,16 +145,16 @@ def test_learning_rate_agrees_with_torch():
     cosine = rates(lambda o: lr.SequentialLR(o, [warm(o), lr.CosineAnnealingLR(o, T_max=90)], milestones=[10]))
     for schedule, expected in (("trapezoidal", trapezoid), ("cosine", cosine)):
         config = schedule_config(schedule=schedule, warmup_steps=10, cooldown_steps=20)
-        assert [common.learning_rate(step, config) for step in range(100)] == pytest.approx(expected, abs=1e-9)
+        assert [learning_rate(step, config) for step in range(100)] == pytest.approx(expected, abs=1e-9)
 
 
 def test_warmup_follows_beta2_and_both_ends_are_finite():
     config = schedule_config(schedule="constant", beta2=0.95)
-    assert common.learning_rate(9, config) == pytest.approx(0.05) and common.learning_rate(19, config) == 0.1
+    assert learning_rate(9, config) == pytest.approx(0.05) and learning_rate(19, config) == 0.1
     for schedule in ("trapezoidal", "cosine", "constant"):  # a warm-up longer than the run
         config = schedule_config(schedule=schedule, warmup_steps=1000, cooldown_steps=0)
-        assert all(0 < common.learning_rate(step, config) <= 0.1 for step in range(100))
-    assert common.learning_rate(100, schedule_config(schedule="trapezoidal", beta2=0.9)) == 0
+        assert all(0 < learning_rate(step, config) <= 0.1 for step in range(100))
+    assert learning_rate(100, schedule_config(schedule="trapezoidal", beta2=0.9)) == 0
 
 
 def test_checkpoints_survive_a_failed_save_and_refuse_damage(tmp_path, monkeypatch):

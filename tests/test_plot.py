@@ -13,6 +13,12 @@ from tools import plot, study
 plt = pytest.importorskip("matplotlib.pyplot")
 
 
+@pytest.fixture(autouse=True)
+def closed_figures():
+    yield
+    plt.close("all")
+
+
 @pytest.fixture(scope="module")
 def tuned(demo_data, pretrained, tmp_path_factory):
     """Fine-tuning runs: two of the direction, with 50 and 150 labels, and one of the energy."""
