@@ -80,6 +80,7 @@ def print_error(line):
         if not all_ranks_say(line):
             line = line.replace("error: ", f"error: rank {os.environ['RANK']}: ", 1)
         elif not is_main_process():
+            time.sleep(1)  # torchrun stops all ranks as soon as one has ended: rank 0 speaks first
             return
     print(line, file=sys.stderr, flush=True)
 
