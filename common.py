@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -32,9 +33,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 from tqdm import tqdm
 
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 DIVERGED_STATUS = 3  # exit status of a run whose loss or weights are not finite any more; other errors have 1
-open_bars = []
+bars_on_screen = []
 
 
 class Diverged(SystemExit):
@@ -61,7 +62,7 @@ def run_stage(main):
             raise SystemExit(130) from None
         except RuntimeError as error:  # torch's errors, told by their names: prepare.py does not import torch
             if type(error).__name__ == "OutOfMemoryError":
-                fail(f"out of GPU memory ({first_line(error)}); raise micro_batches or lower batch_size")
+                fail(f"out of GPU memory ({first_line(error)}); lower micro_batch_size")
             if "gloo" in str(error) and "onnection" in str(error):
                 fail("lost another rank, which died; the same command goes on from the last checkpoint")
             raise
@@ -74,7 +75,7 @@ def run_stage(main):
 
 def print_error(line):
     """Print the line below all bars. What all ranks have to say is said by rank 0, else each puts its rank in front."""
-    for bar in open_bars:
+    for bar in bars_on_screen:
         bar.close()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if not all_ranks_say(line):
@@ -141,10 +142,12 @@ def first_line(error):
 
 
 def progress_bar(total, desc, unit, initial=0):
-    """A tqdm bar on stderr; redrawn twice a second on a terminal, every 10 s in a log file; rank 0 only."""
+    """A tqdm bar on stderr; redrawn twice a second on a terminal, every 10 s in a log file; silent on all ranks but 0."""
     bar = tqdm(total=total, desc=desc, unit=unit, initial=initial, disable=not is_main_process(),
                unit_scale=total > 9999, mininterval=0.5 if sys.stderr.isatty() else 10, dynamic_ncols=True)
-    open_bars[:] = [other for other in open_bars if not other.disable] + [bar]  # a closed one is disabled
+    if not is_main_process():
+        bar.write = lambda text: None
+    bars_on_screen[:] = [other for other in bars_on_screen if not other.disable] + [bar]  # a closed one is disabled
     return bar
 
 
@@ -236,10 +239,11 @@ def count_events(n):
 # devices and ranks
 # ------------------------------------------------------------------------------------------------------------
 
-def start_device(config):
-    """Choose device and precision, join torchrun's process group. -> rank, world_size, device, dtype, why, main.
+def start_process(config):
+    """Choose device and precision, join torchrun's process group -> what this process is, and how it computes:
 
-    why: the reason for the dtype, in words. All ranks follow rank 0's choice: their machines may differ.
+    rank, world_size, is_main (rank 0), device, dtype, why_dtype (in words), autocast (a context for forward passes).
+    All ranks follow rank 0's choice of dtype: their machines may differ.
     """
     import torch
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -256,10 +260,9 @@ def start_device(config):
             fail(f"rank {rank} has no GPU of its own: {torch.cuda.device_count()} on this machine, "
                  "lower --nproc_per_node")
         torch.cuda.set_device(local_rank)
-        torch.backends.cuda.matmul.allow_tf32 = True  # for float32 runs; in the embedding it rounds times by 1 ns
         name = f"cuda:{local_rank}"
     device = torch.device(name)
-    dtype, why = choose_dtype(config.dtype, device)
+    dtype, why_dtype = choose_dtype(config.dtype, device)
     if world_size > 1:
         # ranks that torchrun starts again (--max_restarts) get the old store, in which they may find the
         # addresses of those that died (torch 2.13): hence a prefix. On several nodes the count may differ:
@@ -272,10 +275,18 @@ def start_device(config):
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, rank=rank, world_size=world_size, store=store)
         if rank == 0:
-            store.set("dtype", f"{dtype}|{why}")
-        dtype, _, why = store.get("dtype").decode().partition("|")
-    return SimpleNamespace(rank=rank, world_size=world_size, device=device, dtype=getattr(torch, dtype), why=why,
-                           main=rank == 0)
+            store.set("dtype", f"{dtype}|{why_dtype}")
+        dtype, _, why_dtype = store.get("dtype").decode().partition("|")
+    dtype = getattr(torch, dtype)
+    if device.type == "cuda":
+        # TF32 makes float32 runs fast; in others only the embedding is float32, and there it would round times by 4 ns
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == torch.float32 else "ieee"
+        # cuDNN's attention comes first where there is a mask, plans each new shape for a second, and has NaN
+        # gradients at 64 tokens (torch 2.13, pytorch issue 196678)
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    return SimpleNamespace(rank=rank, world_size=world_size, is_main=rank == 0, device=device, dtype=dtype,
+                           why_dtype=why_dtype, autocast=autocast)
 
 
 def choose_dtype(name, device):
@@ -293,59 +304,62 @@ def choose_dtype(name, device):
     return "float32", "no bfloat16 hardware"
 
 
-def stop_device(ranks):
+def stop_process(process):
     import torch
-    if ranks.world_size > 1:
+    if process.world_size > 1:
         torch.distributed.destroy_process_group()
 
 
-def wait_for_all(ranks):
+def wait_for_all(process):
     import torch
-    if ranks.world_size > 1:
+    if process.world_size > 1:
         torch.distributed.barrier()
 
 
-def sum_over_ranks(values, ranks):
+def sum_over_ranks(values, process):
     """Add up a short list of numbers, or a 1-d tensor, over all ranks, in float64 -> list of floats; waits for a GPU's tensor only."""
     import torch
     total = torch.as_tensor(values)
     total = total.to(torch.float32 if total.device.type == "mps" else torch.float64)  # mps has no float64
-    if ranks.world_size > 1:
+    if process.world_size > 1:
         torch.distributed.all_reduce(total)
     return total.tolist()
 
 
-def gather_over_ranks(rows, ranks):
-    """Stack every rank's numpy array (n_i, ...) in the order of the ranks -> (sum of n_i, ...) on every rank."""
+def gather_arrays(arrays, process):
+    """Stack every rank's arrays (dict of (n_i, ...), or {} of a rank that has nothing) in the order of the process."""
     import torch
-    if ranks.world_size == 1:
-        return rows
-    gathered = [None] * ranks.world_size
-    torch.distributed.all_gather_object(gathered, rows)
-    return np.concatenate(gathered)
-
-
-def gather_arrays(arrays, ranks):
-    """Stack every rank's arrays (dict of (n_i, ...), or {} of a rank that has nothing) in the order of the ranks."""
-    import torch
-    if ranks.world_size == 1:
+    if process.world_size == 1:
         return arrays
-    gathered = [None] * ranks.world_size
+    gathered = [None] * process.world_size
     torch.distributed.all_gather_object(gathered, arrays)
     parts = [part for part in gathered if part]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def print_run_header(config, ranks, model, n_train):
+def suited_micro_batch_size(process, max_pulses, config):
+    """micro_batch_size where the knob is 0: what a GPU's memory holds, at most 1024; a CPU is fastest with small ones.
+
+    The base model keeps about 0.1 MB per token for the backward pass, others in proportion to layers and width.
+    """
+    if process.device.type != "cuda":
+        return 32
+    import torch
+    bytes_per_token = 1e5 * config.num_layers / 8 * config.embedding_dim / 256
+    memory = 0.6 * torch.cuda.get_device_properties(process.device).total_memory
+    return int(min(max(memory / bytes_per_token / (max_pulses + 1), 1), 1024))
+
+
+def print_run_header(config, process, model, n_train):
     """What a log needs to be reproducible: versions, hardware, commit, size of the model and of the data."""
     import torch
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False,
                             cwd=Path(__file__).parent).stdout.strip() or "unknown"
-    where = torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name() if process.device.type == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"run {config.out_dir} | commit {commit} | python {sys.version.split()[0]} torch {torch.__version__} | "
-          f"{ranks.world_size} x {ranks.device.type} ({where}) {str(ranks.dtype).removeprefix('torch.')} ({ranks.why})")
+          f"{process.world_size} x {process.device.type} ({where}) {str(process.dtype).removeprefix('torch.')} ({process.why_dtype})")
     print(f"run {count_parameters(model.state_dict()) / 1e6:.2f} M parameters | {n_train:,} training events | "
-          f"{config.batch_size} events a step | {config.max_steps * config.batch_size / n_train:.2f} epochs")
+          f"{config.batch_size} events a step, {config.micro_batch_size} at once | {config.max_steps * config.batch_size / n_train:.2f} epochs")
     if config.train_split == config.val_split:
         print(f"warning: train_split and val_split are both {config.val_split!r}: val_loss says nothing about new events")
 
@@ -353,6 +367,38 @@ def print_run_header(config, ranks, model, n_train):
 def count_parameters(weights):
     """Of a state_dict, in which the DOMs' positions are no parameters."""
     return sum(weight.numel() for name, weight in weights.items() if not name.endswith("geometry"))
+
+
+class Speedometer:
+    """Events/s, and how long a step waits for its events, since the last reading; pauses do not count."""
+
+    def __init__(self, batch_size):
+        self.batch_size = batch_size
+        self.start()
+
+    def start(self):
+        self.begin, self.n_steps, self.waited = time.perf_counter(), 0, 0.0
+
+    @contextmanager
+    def pause(self):
+        begin = time.perf_counter()
+        yield
+        self.begin += time.perf_counter() - begin
+
+    def next_step(self, loader):
+        begin = time.perf_counter()
+        batches = next(loader)
+        self.waited += time.perf_counter() - begin
+        self.n_steps += 1
+        return batches
+
+    def read(self):
+        """-> columns of log.csv, and a text for the log line; starts anew."""
+        seconds = (time.perf_counter() - self.begin) / self.n_steps
+        columns = {"events_per_s": self.batch_size / seconds, "data_ms": self.waited / self.n_steps * 1e3}
+        text = f"{seconds * 1e3:.1f} ms, data {columns['data_ms']:.1f} | {columns['events_per_s']:,.0f} events/s"
+        self.start()
+        return columns, text
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -378,21 +424,24 @@ def release_signals():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def end_stopped_run(config, caught, step, ranks):
+def end_stopped_run(config, caught, step, process):
     """After the checkpoint of a run that was asked to stop: exit 130 on Ctrl-C, as a shell expects, 0 on SIGTERM."""
-    wait_for_all(ranks)
-    if ranks.main:
+    wait_for_all(process)
+    if process.is_main:
         print(f"stopped at step {step}, saved in {config.out_dir}/ckpt.pt; the same command goes on from there", flush=True)
-    stop_device(ranks)
+    stop_process(process)
     raise SystemExit(130 if signal.SIGINT in caught else 0)
 
 
-def stop_bad_run(config, step, losses, event_ids, ranks):
+def stop_bad_run(config, step, losses, batches, process):
     """More steps in a row than max_bad_steps had a gradient that is not finite: name the events and exit.
 
+    losses: tensors (B,), one for each micro-batch of this rank's share of the step.
     A loss that is not finite for some events only is a fault of these; otherwise the run has diverged.
     """
-    losses, event_ids = (gather_over_ranks(values, ranks) for values in (losses, event_ids))
+    found = gather_arrays({"loss": np.concatenate([loss.float().cpu().numpy() for loss in losses]),
+                           "event_id": np.concatenate([batch["event_id"] for batch in batches])}, process)
+    losses, event_ids = found["loss"], found["event_id"]
     bad = event_ids[~np.isfinite(losses)]
     what = f"the loss is not finite for {len(bad)} of its events" if len(bad) else "all its events have a finite loss"
     some = ", ".join(map(str, (bad if len(bad) else event_ids)[:10].tolist()))
@@ -400,6 +449,12 @@ def stop_bad_run(config, step, losses, event_ids, ranks):
          f"which were skipped; {what}: event_id {some}{', ...' if len(bad) > 10 else ''}. Look at these events in "
          f"{config.data_dir}, or lower learning_rate; {config.out_dir} keeps its last checkpoint",
          SystemExit if 0 < len(bad) < len(losses) else Diverged)
+
+
+def check_val_loss(config, step, val_loss):
+    if not math.isfinite(val_loss):
+        fail(f"step {step}: val_loss is {val_loss}; {config.out_dir} keeps the last good checkpoint, go on with a "
+             "smaller learning_rate", Diverged)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -434,12 +489,22 @@ def read_checkpoint(path):
 def load_checkpoint(path):
     """A checkpoint of ours as a dict of tensors and plain python values, on the CPU; one line and exit 1 if it is not."""
     checkpoint = read_checkpoint(path)
+    if is_published(checkpoint):
+        fail(f"{path}: weights of the published PolarBERT code; convert them with: python -m tools.import_published "
+             f"--checkpoint={path} --data_dir=... --out=out/published.pt")
     found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
     if found != CHECKPOINT_FORMAT:
-        fail(f"{path}: checkpoint format {found}, need {CHECKPOINT_FORMAT}; it was written by another version or program")
+        fail(f"{path}: checkpoint format {found}, need {CHECKPOINT_FORMAT}; it was written by another version or program: "
+             "check it out, or train anew")
     if not {"model", "config", "step"} <= checkpoint.keys():
         fail(f"{path}: holds only {', '.join(checkpoint)}; it is damaged, remove it")
     return checkpoint
+
+
+def is_published(checkpoint):
+    """Whether it is one of timinar/PolarBERT: a state_dict, or Lightning's file with one inside."""
+    state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else {}
+    return any(str(name).endswith("transformer_blocks.0.attention.wq.weight") for name in state)
 
 
 def find_run(config, path, may_change):
@@ -480,11 +545,13 @@ def check_same(path, what, before, now):
 
 
 def start_log(config, columns, step):
-    """Open out_dir/log.csv for a run that begins at `step`: keeps the rows before it -> log(row), which appends one.
+    """Open out_dir/log.csv for a run that begins at `step`: keeps the rows before it -> log(row), which adds one.
 
     Missing columns stay empty, floats get 6 significant digits. With wandb_project the row goes to Weights &
     Biases as well.
     """
+    if not is_main_process():
+        return lambda row: None
     path, rows = f"{config.out_dir}/log.csv", []
     if step > 0 and os.path.isfile(path):
         with open(path, newline="") as file:

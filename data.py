@@ -1,4 +1,4 @@
-"""The .bin format on disk, and which events make up training step k.
+"""The .bin format on disk, which events make up training step k, and the batches they are packed into.
 
     data/<name>/meta.json           format version, source, seed, max_pulses, dtypes, splits and counts; written last
                 geometry.bin        float32 (5160, 3), DOM positions in m, row = sensor_id
@@ -10,7 +10,6 @@ read. A step is a pure function of its number: resuming, other ranks and other l
 same events.
 """
 import json
-import os
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -52,67 +51,6 @@ RUN_LENGTH = 8  # consecutive events that stay together when an epoch is shuffle
 
 
 # ------------------------------------------------------------------------------------------------------------
-# physics shared by simulate.py and prepare.py
-# ------------------------------------------------------------------------------------------------------------
-
-COINCIDENCE_TIME = 1000  # [ns] local coincidence: a hit on a neighbour within 1 us, arXiv:1612.05093
-COINCIDENCE_REACH = 2  # the two DOMs above and the two below on the string
-
-
-def local_coincidence(event, dom, time):
-    """True where a neighbour on the string, one or two DOMs up or down, has a pulse of the same event within 1 us.
-
-    event (integers), dom (0..5159), time [ns] hold the pulses of many events in any order -> bool of the same
-    length.
-    """
-    if len(time) == 0:
-        return np.zeros(0, bool)
-    window = 1000 * COINCIDENCE_TIME
-    time = np.rint(np.asarray(time, np.float64) * 1000).astype(np.int64)  # [ps]: integers, so that keys are exact
-    time = time - time.min()
-    step = time.max() + window + 1  # from a DOM to the next: keys that are within the window are of one DOM
-    event = np.asarray(event, np.int64)
-    key = ((event - event.min()) * N_DOMS + np.asarray(dom, np.int64)) * step + time
-    order = np.argsort(key)
-    key, height = key[order], np.asarray(dom, np.int64)[order] % DOMS_PER_STRING
-    found = np.zeros(len(key), bool)
-    for offset in range(-COINCIDENCE_REACH, COINCIDENCE_REACH + 1):
-        if offset != 0:
-            # the first pulse of that neighbour that is not too early counts, if it is not too late either
-            earliest = key + offset * step - window
-            candidate = key[np.minimum(np.searchsorted(key, earliest), len(key) - 1)]
-            on_string = (height + offset >= 0) & (height + offset < DOMS_PER_STRING)
-            found |= on_string & (candidate >= earliest) & (candidate <= earliest + 2 * window)
-    result = np.empty_like(found)
-    result[order] = found
-    return result
-
-
-# ------------------------------------------------------------------------------------------------------------
-# writing a data folder
-# ------------------------------------------------------------------------------------------------------------
-
-def reserve(path, n_bytes):
-    """Create a file of its final size, with its room on the disk taken (OSError if there is none)."""
-    with open(path, "wb") as file:
-        if hasattr(os, "posix_fallocate") and n_bytes:
-            os.posix_fallocate(file.fileno(), 0, n_bytes)
-        file.truncate(n_bytes)
-
-
-def write_records(path, first, records):
-    """Write PULSE or EVENT records to a reserved file, from record `first` on; many processes may do so at once."""
-    with open(path, "r+b") as file:
-        file.seek(first * records.dtype.itemsize)
-        file.write(np.ascontiguousarray(records).data.cast("B") if len(records) else b"")
-
-
-def describe_dtypes():
-    """The record layouts in the form that meta.json holds: lists of [name, type] and [name, type, shape]."""
-    return json.loads(json.dumps({"pulse": PULSE.descr, "event": EVENT.descr}))
-
-
-# ------------------------------------------------------------------------------------------------------------
 # reading a data folder
 # ------------------------------------------------------------------------------------------------------------
 
@@ -151,6 +89,11 @@ def read_meta(data_dir):
     if meta.get("dtypes") != describe_dtypes():
         fail(f"{path}: the records are laid out differently from data.py; {anew}")
     return meta
+
+
+def describe_dtypes():
+    """The record layouts in the form that meta.json holds: lists of [name, type] and [name, type, shape]."""
+    return json.loads(json.dumps({"pulse": PULSE.descr, "event": EVENT.descr}))
 
 
 def command_to_prepare(data_dir):
@@ -326,21 +269,23 @@ def to_unit(bits):  # 53 bits of 64; via int64, whose conversion to float takes 
 
 
 # ------------------------------------------------------------------------------------------------------------
-# padded micro-batches
+# packed micro-batches
 # ------------------------------------------------------------------------------------------------------------
 
-def micro_batches(events, pulses, n, hidden=None):
-    """Sort events by length and cut them into n micro-batches, each padded to its own longest event -> list of dicts.
+def micro_batches(events, pulses, size, labels=(), hidden=None):
+    """Sort events by length, cut them into micro-batches of at most `size` and pack each -> list of dicts.
 
-    The mean event has half of max_pulses pulses: sorted, hardly any padding is computed.
+    Packed: the tokens of B events one after another, T in all, no padding; each event is opened by its [CLS].
+    Sorted, events of a micro-batch are of about equal length, for those mixers that lay them out in a rectangle.
     # DIFF(upstream): every event is padded to 127 pulses there
 
-    Each dict holds tensors, B events by L pulses, physical units, padding = 0:
-      time [ns], charge [p.e.] float32 (B, L), dom int64 (B, L), aux, valid bool (B, L),
-      total_charge [p.e.] (B,), center [m] (B, 3), azimuth, zenith [rad] (B,), energy [GeV] (B,), event_id
-      int64 (B,), row int64 (B,): the event's place in `events`,
-      and, if hidden (one bool a pulse) is given, hidden int64 (M,): places of the hidden pulses in the
-      flattened (B, L), and two plain ints, n_scored and n_hidden: events with a hidden pulse, hidden pulses.
+    Each dict holds, in physical units, 0 at [CLS]:
+      time [ns], charge [p.e.] float32, dom int64, aux bool, (T,) tensors,
+      starts int32 (B + 1,): event i is tokens starts[i] to starts[i + 1] - 1; longest: tokens of the longest event, an int,
+      the fields of EVENT that `labels` names, (B,) or (B, 3) tensors,
+      row and event_id: numpy arrays (B,), which stay on the CPU; row is the event's place in `events`,
+    and if hidden (one bool per pulse) is given, hidden, hidden_event int64 (M,): token and event of each hidden
+    pulse, and the ints n_scored and n_hidden: events with a hidden pulse, hidden pulses.
     """
     import torch  # here, not above: prepare.py and its worker processes need no torch
     length = events["length"].astype(np.int64)
@@ -348,47 +293,62 @@ def micro_batches(events, pulses, n, hidden=None):
     columns = {name: np.ascontiguousarray(pulses[name]) for name in PULSE.names}
     columns["dom"] = columns["dom"].astype(np.int64)
     batches = []
-    for rows in np.array_split(np.argsort(length, kind="stable"), n):
-        if len(rows) == 0:
-            continue
-        grid = np.arange(length[rows].max())  # (L,)
-        valid = grid < length[rows, None]  # (B, L)
-        place = np.where(valid, offset[rows, None] + grid, 0)
-        batch = {name: np.where(valid, column[place], column.dtype.type(0)) for name, column in columns.items()}
-        batch["valid"] = valid
-        for name in ("total_charge", "center", "azimuth", "zenith", "energy", "event_id"):
-            batch[name] = np.ascontiguousarray(events[name][rows])
-        batch["row"] = rows
+    for rows in np.array_split(np.argsort(length, kind="stable"), -(-len(events) // size)):
+        starts = np.append(0, np.cumsum(length[rows] + 1))
+        first, n_tokens = starts[:-1], length[rows] + 1
+        place = np.arange(starts[-1]) + np.repeat(offset[rows] - first - 1, n_tokens)  # of each token in pulses, (T,)
+        batch = {name: column[place] for name, column in columns.items()}
+        for column in batch.values():
+            column[first] = 0
+        batch |= {name: np.ascontiguousarray(events[name][rows]) for name in labels}
+        batch["starts"] = starts.astype(np.int32)
         if hidden is not None:
-            is_hidden = valid & hidden[place]
+            is_hidden = hidden[place]
+            is_hidden[first] = False
             batch["hidden"] = np.flatnonzero(is_hidden)
-        batches.append({name: torch.from_numpy(array) for name, array in batch.items()})
+            batch["hidden_event"] = np.repeat(np.arange(len(rows)), n_tokens)[batch["hidden"]]
+        batch = {name: torch.from_numpy(array) for name, array in batch.items()}
+        batch |= {"longest": int(n_tokens.max()), "row": rows, "event_id": events["event_id"][rows]}
         if hidden is not None:
-            batches[-1] |= {"n_scored": int(is_hidden.any(1).sum()), "n_hidden": len(batch["hidden"])}
+            n_scored = np.count_nonzero(np.diff(batch["hidden_event"].numpy(), prepend=-1))
+            batch |= {"n_scored": n_scored, "n_hidden": len(batch["hidden"])}
+        batches.append(batch)
     return batches
 
 
 def prefetch(load, steps, device, depth=2):
-    """Yield load(step) for each step, read ahead by a thread; on CUDA the tensors are pinned there and copied here.
+    """Yield load(step) for each step, read ahead by a thread, on the device.
 
-    load: step -> list of dicts of tensors. One thread is enough: it makes 190,000 masked events/s (2.5 GHz
-    Xeon core, 55 pulses an event), three times what an H100 is meant to train on, and numpy's copies release
-    the interpreter lock.
+    load: step -> list of dicts, whose tensors are moved. One thread is enough: it makes more masked events/s than
+    a GPU trains on (see tools/bench.py), and numpy's copies release the interpreter lock. On CUDA it copies from
+    pinned memory on a stream of its own, while the step before is computed.
     """
+    import torch
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
     def each_tensor(change, batches):
-        return [{name: value if isinstance(value, int) else change(value) for name, value in batch.items()} for batch in batches]
+        return [{name: change(value) if torch.is_tensor(value) else value for name, value in batch.items()}
+                for batch in batches]
 
-    def pinned(step):
-        return each_tensor(lambda value: value.pin_memory(), load(step)) if device.type == "cuda" else load(step)
+    def loaded(step):
+        if stream is None:
+            return each_tensor(lambda value: value.to(device), load(step)), None
+        with torch.cuda.device(device), torch.cuda.stream(stream):  # threads begin with GPU 0
+            batches = each_tensor(lambda value: value.pin_memory().to(device, non_blocking=True), load(step))
+            return batches, stream.record_event()
 
-    def moved(future):
-        return each_tensor(lambda value: value.to(device, non_blocking=True), future.result())
+    def arrived(batches, copied):
+        if stream is not None:
+            present = torch.cuda.current_stream(device)
+            present.wait_event(copied)
+            each_tensor(lambda value: value.record_stream(present), batches)  # not freed while a step still reads it
+        return batches
 
     with ThreadPoolExecutor(1) as pool:
         waiting = deque()
         for step in steps:
-            waiting.append(pool.submit(pinned, step))
+            waiting.append(pool.submit(loaded, step))
             if len(waiting) > depth:
-                yield moved(waiting.popleft())
+                yield arrived(*waiting.popleft().result())
         while waiting:
-            yield moved(waiting.popleft())
+            yield arrived(*waiting.popleft().result())

@@ -52,7 +52,6 @@ class EvaluateConfig:
 
 
 LABELS = {"direction": ("azimuth", "zenith"), "energy": ("energy",)}  # of EVENT, by task
-PIECES = 4  # that a rank's share is cut into, sorted by length, so that little padding is computed
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -75,46 +74,47 @@ def find_unlabelled(split, n_events, config):
     return np.flatnonzero(np.any([np.isnan(split.events[label][:n_events]) for label in LABELS[config.task]], axis=0))
 
 
-def event_batches(split, index, n, shift=None):
-    """Events as micro-batches; shift [ns] (one an event) moves their pulses in time."""
-    if len(index) == 0:
-        return []  # more ranks than events
-    events, pulses = data.read_events(split, index)
-    if shift is not None:
-        pulses = pulses.copy()
-        pulses["time"] += np.repeat(shift, events["length"])
-    return data.micro_batches(events, pulses, n)
+def check_labels(split, n_events, config):
+    unlabelled = find_unlabelled(split, n_events, config)
+    if len(unlabelled):
+        common.fail(f"{split.path}: {len(unlabelled):,} of {n_events:,} events have no {config.task}, the first is event "
+                    f"{split.events['event_id'][unlabelled[0]]}; choose a labelled split (evaluate.py can predict without)")
 
 
 @torch.no_grad()
-def predict(model, split, n_events, config, ranks, autocast, wants_cls=False):
+def predict(model, split, n_events, config, process, wants_cls=False):
     """Go through the first n_events in their order, batch_size at a time: yields index (n,) and arrays (n, ...) of all ranks.
 
-    config: task and losses of the model, and batch_size. The arrays are the model's outputs, line_fit, and
-    where labels are known the loss; and cls, what [CLS] knows, if that is wanted.
+    config: task and losses of the model, batch_size and micro_batch_size. The arrays are the model's outputs,
+    line_fit, and where labels are known the loss; and cls, what [CLS] knows, if that is wanted.
     """
     edges = np.linspace(0, n_events, -(-n_events // config.batch_size) + 1).astype(np.int64).tolist()
-    shares = [np.array_split(np.arange(a, b), ranks.world_size)[ranks.rank] for a, b in zip(edges, edges[1:])]
-    geometry = model.encoder.embedding.geometry
+    shares = [np.array_split(np.arange(a, b), process.world_size)[process.rank] for a, b in zip(edges, edges[1:])]
+    geometry, has_task = model.encoder.embedding.geometry, hasattr(config, "task")
     was_training = model.training
     model.eval()
+
+    def load(i):
+        if len(shares[i]) == 0:
+            return []  # more ranks than events
+        return data.micro_batches(*data.read_events(split, shares[i]), config.micro_batch_size,
+                                  LABELS[config.task] if has_task else ())
+
     with common.progress_bar(n_events, f"predict {split.path}", "event") as bar:
-        loader = data.prefetch(lambda i: event_batches(split, shares[i], PIECES), range(len(shares)), ranks.device)
-        for a, b, share, batches in zip(edges, edges[1:], shares, loader):
+        for a, b, share, batches in zip(edges, edges[1:], shares, data.prefetch(load, range(len(shares)), process.device)):
             arrays = {}
             for batch in batches:
-                with autocast:
-                    cls = model.encoder(batch)[:, 0]
+                with process.autocast:
+                    cls, _ = model.encoder(batch)
                     found = {"cls": cls} if wants_cls else {}
-                    if hasattr(config, "task"):
+                    if has_task:
                         outputs = model.answer(cls)
                         losses = event_losses(outputs, batch, config)
                         found |= outputs | {"loss": losses, "line_fit": line_fit(batch, geometry)}
-                rows = batch["row"].cpu().numpy()
                 for name, value in found.items():
                     value = value.float().cpu().numpy()
-                    arrays.setdefault(name, np.empty((len(share), *value.shape[1:]), np.float32))[rows] = value
-            yield np.arange(a, b), common.gather_arrays(arrays, ranks)
+                    arrays.setdefault(name, np.empty((len(share), *value.shape[1:]), np.float32))[batch["row"]] = value
+            yield np.arange(a, b), common.gather_arrays(arrays, process)
             bar.update(b - a)
     model.train(was_training)
 
@@ -129,9 +129,17 @@ def line_fit(batch, geometry):
     IceCube's first guess (astro-ph/0407044, section 3.1.3); 1.18 rad on average on Kaggle's data. 0 where no
     fit is possible.
     """
-    weight = batch["charge"] * (batch["valid"] & ~batch["aux"])  # (B, L)
-    time = batch["time"] - (weight * batch["time"]).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1e-6)
-    velocity = ((weight * time)[..., None] * geometry[batch["dom"]]).sum(1)  # times a positive number
+    lengths = batch["starts"].diff()
+    event = torch.repeat_interleave(lengths, output_size=len(batch["time"]))  # of each token, (T,)
+
+    def sums(values):
+        """Over each event's tokens, (T, ...) -> (B, ...)."""
+        return values.new_zeros(len(lengths), *values.shape[1:]).index_add(0, event, values)
+
+    weight = batch["charge"] * ~batch["aux"]  # (T,), 0 at [CLS]
+    mean = sums(weight * batch["time"]) / sums(weight).clamp(min=1e-6)  # (B,)
+    time = batch["time"] - mean[event]
+    velocity = sums((weight * time)[:, None] * geometry[batch["dom"]])  # times a positive number
     return F.normalize(-velocity, dim=-1)
 
 
@@ -150,14 +158,14 @@ def score(arrays, events, config):
             "quantile": vmf_quantile(direction, kappa, truth).numpy()}
 
 
-def score_events(model, split, n_events, config, ranks, autocast):
+def score_events(model, split, n_events, config, process):
     """Scores of the first n_events of a labelled split -> dict of arrays (n_events,), on every rank.
 
     loss; "direction": error, fit_error (of the line fit) [rad], quantile (see vmf_quantile); "energy": error
     [dex].
     """
     parts = [score(arrays, split.events[index], config)
-             for index, arrays in predict(model, split, n_events, config, ranks, autocast)]
+             for index, arrays in predict(model, split, n_events, config, process)]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -341,7 +349,7 @@ def table_file(path):
 
 # ------------------------------------------------------------------------------------------------------------
 
-def evaluate_checkpoint(config, ranks):
+def evaluate_checkpoint(config, process):
     """Score a checkpoint, print and keep the result, write what is asked for -> the result in one line, or None."""
     model, run, saved = load_model(config.checkpoint, config.data_dir)
     config.data_dir, config.split = config.data_dir or run.data_dir, config.split or run.val_split
@@ -352,15 +360,15 @@ def evaluate_checkpoint(config, ranks):
     if not (is_labelled or config.predictions or config.embeddings):
         common.fail(f"{split.path} has no labels of the {run.task} to evaluate with; name a file to write: --predictions=")
     run.batch_size, scores = config.batch_size, []
+    run.micro_batch_size = common.suited_micro_batch_size(process, data.read_meta(config.data_dir)["max_pulses"], run)
     known = [name for name in ("azimuth", "zenith", "energy") if not np.isnan(split.events[name][:n_events]).all()]
     if split.events["event_class"][:n_events].any():
         known.append("event_class")
-    autocast = torch.autocast(ranks.device.type, ranks.dtype, enabled=ranks.dtype != torch.float32)
     with ExitStack() as files:
-        write, write_cls = (files.enter_context(table_file(path)) if path and ranks.main else None
+        write, write_cls = (files.enter_context(table_file(path)) if path and process.is_main else None
                             for path in (config.predictions, config.embeddings))
-        model.to(ranks.device)
-        for index, arrays in predict(model, split, n_events, run, ranks, autocast, wants_cls=bool(config.embeddings)):
+        model.to(process.device)
+        for index, arrays in predict(model, split, n_events, run, process, wants_cls=bool(config.embeddings)):
             events = split.events[index]
             if is_labelled:
                 scores.append(score(arrays, events, run))
@@ -369,7 +377,7 @@ def evaluate_checkpoint(config, ranks):
             if write_cls:
                 cls = pa.FixedSizeListArray.from_arrays(arrays["cls"].ravel(), arrays["cls"].shape[1])
                 write_cls(pa.table({"event_id": events["event_id"], "cls": cls}))
-    if not (is_labelled and ranks.main):
+    if not (is_labelled and process.is_main):
         return None
     scores = {name: np.concatenate([part[name] for part in scores]) for name in scores[0]}
     result, content = report(scores, split.events[:n_events], config, run, saved)
@@ -379,9 +387,9 @@ def evaluate_checkpoint(config, ranks):
 
 def main():
     config = knobs.load_config(EvaluateConfig, __doc__)
-    ranks = common.start_device(config)
-    evaluate_checkpoint(config, ranks)
-    common.stop_device(ranks)
+    process = common.start_process(config)
+    evaluate_checkpoint(config, process)
+    common.stop_process(process)
 
 
 if __name__ == "__main__":

@@ -13,19 +13,17 @@ import common  # first: it sets how torch's threads wait
 
 import dataclasses
 import os
-import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import data
 import evaluate
 import knobs
-from model import DIRECTION_LOSSES, N_DOMS, POSITION_SCALE, TASKS, ModelConfig, Reconstructor, event_losses, parameter_groups
-from train import learning_rate, print_reheating, print_schedule_notes
+from model import DIRECTION_LOSSES, TASKS, ModelConfig, Reconstructor, event_losses, parameter_groups
+from train import (GuardedOptimizer, compiled_and_distributed, describe, learning_rate, make_adamw, print_reheating,
+                   print_schedule_notes, summing_gradients)
 
 
 @dataclass
@@ -36,7 +34,7 @@ class FinetuneConfig(ModelConfig):
     train_events: int = 0  # use the first N events of train_split, so that sets are nested; 0 = all
     val_events: int = 0  # evaluate on the first N events of val_split, or as many as there are; 0 = all
     out_dir: str = ""  # where the run is kept; "" = out/<stems of the config files joined by +>
-    pretrained: str = "out/base/ckpt.pt"  # checkpoint whose encoder to begin with, ours or a published one; "" = from scratch
+    pretrained: str = "out/base/ckpt.pt"  # checkpoint whose encoder to begin with; "" = from scratch
     task: str = "direction"  # what to reconstruct; or "energy", log10 of the neutrino's energy in GeV
     direction_loss: str = "angular"  # mean angle; or "cosine", "vmf" (with an uncertainty for each event), or a sum: "angular+vmf"
     freeze_backbone: bool = False  # train the head alone
@@ -44,7 +42,7 @@ class FinetuneConfig(ModelConfig):
     head_lr_factor: float = 1.0  # learning rate of the head over that of the encoder
     time_offset_std: float = 0.0  # [ns] shift each event in time at random while training, so that only differences count
     batch_size: int = 1024  # events a step, over all ranks
-    micro_batches: int = 4  # pieces a rank's share is cut into, sorted by length; more pieces need less memory
+    micro_batch_size: int = 0  # events computed at once on a device, which changes no result; 0 = what suits it
     max_steps: int = 19_531  # updates; 19,531 x 1024 events = 20 epochs of 1 M labels
     patience: int = 0  # end after so many evaluations without a lower val_loss; 0 = never
     learning_rate: float = 1.5e-5  # at the top of the schedule; the encoder is good already
@@ -87,7 +85,7 @@ LOG_COLUMNS = ["step", "events", "lr", "loss", "grad_norm", "events_per_s", "val
                "val_bias", "val_resolution"]
 # Knobs that may differ when a run goes on: the steps already done would have been the same but for rounding,
 # and for the learning rate's end, which max_steps and cooldown_steps move
-MAY_CHANGE = {"data_dir", "out_dir", "micro_batches", "max_steps", "cooldown_steps", "eval_interval", "log_interval",
+MAY_CHANGE = {"data_dir", "out_dir", "micro_batch_size", "max_steps", "cooldown_steps", "eval_interval", "log_interval",
               "save_interval", "max_bad_steps", "resume", "device", "dtype", "compile", "wandb_project", "patience"}
 
 
@@ -95,75 +93,13 @@ MAY_CHANGE = {"data_dir", "out_dir", "micro_batches", "max_steps", "cooldown_ste
 # checkpoints
 # ------------------------------------------------------------------------------------------------------------
 
-def take_architecture(config, saved, path, keys):
+def take_architecture(config, saved, path):
     """The architecture comes from the checkpoint; a knob that was set to something else is a contradiction."""
     known = {**dataclasses.asdict(ModelConfig()), **saved["config"]}  # a knob that is younger than the checkpoint was off
-    for key in keys:
-        if key not in known:
-            common.fail(f"{path} is no fine-tuned checkpoint (it knows no {key}); pretrained ones go to --pretrained=")
+    for key in dataclasses.asdict(ModelConfig()):
         if key in config.sources and getattr(config, key) != known[key]:
             common.fail(f"{key} = {getattr(config, key)!r}, but {path} has {known[key]!r}; leave {key} out, the checkpoint tells it")
         setattr(config, key, known[key])
-
-
-def load_pretrained(path, config, geometry, data_dir):
-    """A checkpoint of train.py or finetune.py, or one of the published PolarBERT code (.pth, or Lightning's .ckpt)."""
-    saved = common.read_checkpoint(path)
-    state = saved.get("state_dict", saved) if isinstance(saved, dict) else {}
-    if not any(name.endswith("transformer_blocks.0.attention.wq.weight") for name in state):
-        saved = common.load_checkpoint(path)
-    else:
-        try:
-            shape, state = from_published(state)
-        except KeyError as error:
-            common.fail(f"{path}: published PolarBERT weights, but not of the plain flash variant: {error.args[0]}; not supported")
-        # without positions it does not tell the detector: it is IceCube; its file has scaled positions,
-        # rounded to float32
-        known = state.setdefault("encoder.embedding.geometry", torch.from_numpy(geometry))
-        if (known - torch.from_numpy(geometry)).abs().max() < 0.01:
-            state["encoder.embedding.geometry"] = torch.from_numpy(geometry)
-        # nor do shapes tell the number of heads and the activation: those are the config's
-        saved = {"model": state, "config": {**dataclasses.asdict(ModelConfig()), **shape, "num_heads": config.num_heads,
-                                            "mlp": config.mlp}}
-    data.check_geometry(saved, geometry, path, data_dir)
-    return saved
-
-
-def from_published(state):
-    """A state dict of timinar/PolarBERT (flash variant) -> our ModelConfig knobs as read off the shapes, our state dict.
-
-    Its ids: 0 is padding, sensor_id + 1 the DOM, and 5161, or later a vector of its own, the mask. Positions
-    are scaled as ours are. Its logit for padding is dropped. KeyError if a name is missing or left over.
-    Source: its src/polarbert/embedding.py, flash_model.py, base_model.py.
-    """
-    state = {name.removeprefix("model."): value.float() for name, value in state.items()}
-    n_layers = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("transformer_blocks."))
-    cls = state.pop("embedding.cls_embedding").flatten()
-    D, E = len(cls), len(cls) - len(state["embedding.features_embedding.weight"])
-    shape = {"embedding_dim": D, "dom_embed_dim": E, "num_layers": n_layers,
-             "hidden_size": len(state["transformer_blocks.0.feed_forward.0.weight"]),
-             "use_dom_positions": "embedding.position_embedding.weight" in state,
-             "final_norm": "final_layer_norm.weight" in state}
-    ours, mask = {"encoder.embedding.cls": cls}, state.pop("embedding.mask_token_embedding", torch.zeros(1, E))
-    if shape["use_dom_positions"]:
-        ours["encoder.embedding.geometry"] = state.pop("embedding.dom_positions")[1:] * POSITION_SCALE
-        ours["encoder.embedding.special"] = torch.cat([mask, mask])  # padding is seen by nobody
-    else:
-        table = torch.cat([state.pop("embedding.dom_embedding.weight"), mask])[:N_DOMS + 2]
-        ours["encoder.embedding.dom_table.weight"] = torch.cat([table[1:], table[:1]])  # DOMs, mask, padding
-    renamed = {"embedding.features_embedding": "encoder.embedding.features", "final_layer_norm": "encoder.final_norm",
-               "embedding.position_embedding": "encoder.embedding.position", "charge_prediction": "charge_head",
-               "unembedding": "dom_head"}
-    for i in range(n_layers):
-        theirs, block = f"transformer_blocks.{i}", f"encoder.backbone.blocks.{i}"
-        ours[f"{block}.mixer.qkv.weight"] = torch.cat([state.pop(f"{theirs}.attention.w{x}.weight") for x in "qkv"])
-        renamed |= {f"{theirs}.attention.wo": f"{block}.mixer.out", f"{theirs}.feed_forward.0": f"{block}.mlp.up",
-                    f"{theirs}.feed_forward.2": f"{block}.mlp.down", f"{theirs}.layer_norm1": f"{block}.norm1",
-                    f"{theirs}.layer_norm2": f"{block}.norm2"}
-    for name, value in state.items():
-        module, _, kind = name.rpartition(".")
-        ours[f"{renamed[module]}.{kind}"] = value[1:] if module == "unembedding" else value
-    return shape, ours
 
 
 def load_encoder(model, saved, path):
@@ -193,63 +129,64 @@ def ran_out_of_patience(step, best_step, config):
 
 # ------------------------------------------------------------------------------------------------------------
 
+def load_step_of(config, split, n_train, process):
+    """-> function of a step: this rank's share of its events, whose choice does not depend on the number of ranks."""
+    def load_step(step):
+        index, epoch = data.step_events(step, config.batch_size, n_train, config.seed)
+        mine = np.array_split(np.arange(config.batch_size), process.world_size)[process.rank]
+        events, pulses = data.read_events(split, index[mine])
+        if config.time_offset_std:  # two uniform numbers make a normal one (Box & Muller)
+            u, v = (data.uniform_hash(config.seed, epoch[mine], 2 * index[mine] + i) for i in (0, 1))
+            shift = config.time_offset_std * np.sqrt(-2 * np.log1p(-u)) * np.cos(2 * np.pi * v)
+            pulses = pulses.copy()
+            pulses["time"] += np.repeat(shift.astype(np.float32), events["length"])
+        return data.micro_batches(events, pulses, config.micro_batch_size, evaluate.LABELS[config.task])
+    return load_step
+
+
 def main():
     config = knobs.load_config(FinetuneConfig, __doc__)
-    ranks = common.start_device(config)
-    autocast = torch.autocast(ranks.device.type, ranks.dtype, enabled=ranks.dtype != torch.float32)
-    architecture = [field.name for field in dataclasses.fields(ModelConfig)]
+    process = common.start_process(config)
     checkpoint_path, best_path = f"{config.out_dir}/ckpt.pt", f"{config.out_dir}/best.pt"
 
     # ---- data ----------------------------------------------------------------------------------------------
-    geometry = data.read_geometry(config.data_dir)
+    geometry, fingerprint = data.read_geometry(config.data_dir), data.fingerprint(config.data_dir)
+    train_split, n_train = data.open_first_events(config.data_dir, config.train_split, config.train_events)
     val_split, n_val = data.open_first_events(config.data_dir, config.val_split, config.val_events, at_most=True)
-    fingerprint = data.fingerprint(config.data_dir)
+    evaluate.check_labels(train_split, n_train, config)
+    evaluate.check_labels(val_split, n_val, config)
+    config.micro_batch_size = config.micro_batch_size or common.suited_micro_batch_size(
+        process, data.read_meta(config.data_dir)["max_pulses"], config)
 
     def evaluate_best():
         """Evaluate what was kept as best, print and keep the result."""
         result = evaluate.evaluate_checkpoint(evaluate.EvaluateConfig(
             checkpoint=best_path, data_dir=config.data_dir, split=config.val_split, n_events=n_val,
-            batch_size=config.batch_size), ranks)
-        if ranks.main:
+            batch_size=config.batch_size), process)
+        if process.is_main:
             common.write_atomic(f"{config.out_dir}/result.txt", lambda part: part.write_text(result + "\n"))
 
-    train_split, n_train = data.open_first_events(config.data_dir, config.train_split, config.train_events)
-    for split, n in ((train_split, n_train), (val_split, n_val)):
-        unlabelled = evaluate.find_unlabelled(split, n, config)
-        if len(unlabelled):
-            common.fail(f"{split.path}: {len(unlabelled):,} of {n:,} events have no {config.task}, the first is event "
-                        f"{split.events['event_id'][unlabelled[0]]}; choose a labelled split (evaluate.py can predict without)")
-
-    def load_step(step):
-        """This rank's share of a step; the step's events and shifts do not depend on the number of ranks."""
-        index, epoch = data.step_events(step, config.batch_size, n_train, config.seed)
-        shift = None
-        if config.time_offset_std:  # two uniform numbers make a normal one (Box & Muller)
-            u, v = (data.uniform_hash(config.seed, epoch, 2 * index + i) for i in (0, 1))
-            shift = (config.time_offset_std * np.sqrt(-2 * np.log1p(-u)) * np.cos(2 * np.pi * v)).astype(np.float32)
-            shift = np.array_split(shift, ranks.world_size)[ranks.rank]
-        return evaluate.event_batches(train_split, np.array_split(index, ranks.world_size)[ranks.rank], config.micro_batches, shift)
-
-    # ---- model, optimizer, resume, compile, DDP ------------------------------------------------------------
-    pretrained, is_started = None, os.path.exists(checkpoint_path)
-    if config.pretrained:
-        begin = checkpoint_path if is_started else config.pretrained  # a run that goes on has all that it needs
-        pretrained = common.load_checkpoint(begin) if is_started else load_pretrained(begin, config, geometry, config.data_dir)
-        take_architecture(config, pretrained, begin, architecture)
+    # ---- checkpoint, model, optimizer ----------------------------------------------------------------------
+    pretrained = None
+    if config.pretrained:  # a run that goes on has all that it needs
+        begin = checkpoint_path if os.path.exists(checkpoint_path) else config.pretrained
+        pretrained = common.load_checkpoint(begin)
+        data.check_geometry(pretrained, geometry, begin, config.data_dir)
+        take_architecture(config, pretrained, begin)
     saved = common.find_run(config, checkpoint_path, MAY_CHANGE)
     if saved:
         common.check_same(checkpoint_path, "labels in train_split", saved["n_train"], n_train)
         data.check_geometry(saved, geometry, checkpoint_path, config.data_dir)
         data.check_events(saved, checkpoint_path, config.data_dir)
         if saved["step"] >= config.max_steps or ran_out_of_patience(saved["step"], saved["best_step"], config):
-            if ranks.main:
+            if process.is_main:
                 print(f"{config.out_dir} is complete at step {saved['step']}; raise max_steps (or patience, if that ended it) "
                       "to go on, or choose another out_dir")
             if not os.path.exists(best_path):
                 common.fail(f"{best_path} is missing; the last weights can be evaluated with: python evaluate.py "
                             f"--checkpoint={checkpoint_path}")
             evaluate_best()
-            common.stop_device(ranks)
+            common.stop_process(process)
             return
 
     torch.manual_seed(config.seed)
@@ -257,132 +194,111 @@ def main():
     if pretrained and not saved:
         load_encoder(raw_model, pretrained, config.pretrained)
     raw_model.encoder.requires_grad_(not config.freeze_backbone)
-    raw_model.to(ranks.device)
-    optimizer = torch.optim.AdamW(head_and_encoder(raw_model, config), lr=config.learning_rate,
-                                  betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
-    scaler = torch.amp.GradScaler(ranks.device.type, init_scale=2.0**10, enabled=ranks.dtype == torch.float16)
+    raw_model.to(process.device)
+    optimizer = GuardedOptimizer(raw_model, [make_adamw(head_and_encoder(raw_model, config), config)], config, process)
     first_step, best_val, best_step = 0, float("inf"), 0
-    bad_steps = bad_in_a_row = torch.zeros((), dtype=torch.int64, device=ranks.device)  # counted without waiting for the GPU
     if saved:
         raw_model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        if saved["scaler"] and scaler.is_enabled():
-            scaler.load_state_dict(saved["scaler"])
+        optimizer.load_state_dict(saved)
         first_step, best_val, best_step = saved["step"], saved["best_val"], saved["best_step"]
-        bad_steps = bad_steps + saved["bad_steps"]
-    compiled_model = torch.compile(raw_model, dynamic=True) if config.compile else raw_model
-    model = DistributedDataParallel(compiled_model) if ranks.world_size > 1 else compiled_model
+    model = compiled_and_distributed(raw_model, config, process)
 
     def save(path, step):
-        common.save_checkpoint(path, model=raw_model.state_dict(), optimizer=optimizer.state_dict(),
-                               scaler=scaler.state_dict(), step=step, best_val=best_val, best_step=best_step,
-                               bad_steps=bad_steps.item(), n_train=n_train, data=fingerprint,
-                               config=dataclasses.asdict(config))
+        if process.is_main:
+            common.save_checkpoint(path, model=raw_model.state_dict(), **optimizer.state_dict(), step=step,
+                                   best_val=best_val, best_step=best_step, n_train=n_train, data=fingerprint,
+                                   config=dataclasses.asdict(config))
 
-    if ranks.main:
+    if process.is_main:
         lock = common.hold_lock(config.out_dir)  # held until main() ends
         knobs.print_knobs(config)
-        common.print_run_header(config, ranks, raw_model, n_train)
+        common.print_run_header(config, process, raw_model, n_train)
         print_schedule_notes(config)
         common.write_json(f"{config.out_dir}/config.json", dataclasses.asdict(config))
-        log = common.start_log(config, LOG_COLUMNS, first_step)
         if saved:
             print_reheating(saved, config)
             print(f"resume from {checkpoint_path} at step {first_step}")
+    log = common.start_log(config, LOG_COLUMNS, first_step)
 
     # ---- training loop -------------------------------------------------------------------------------------
+    loader = data.prefetch(load_step_of(config, train_split, n_train, process), range(first_step, config.max_steps),
+                           process.device)
     bar = common.progress_bar(config.max_steps, "finetune", "step", initial=first_step)
-    loader = data.prefetch(load_step, range(first_step, config.max_steps), ranks.device)
-    clock, clock_step, waited = time.perf_counter(), first_step, 0.0
-    caught, asked_to_stop = common.catch_signals(), False
+    speed, caught, asked_to_stop = common.Speedometer(config.batch_size), common.catch_signals(), False
     for step in range(first_step, config.max_steps + 1):  # one extra turn to evaluate and save
-        last_step = step == config.max_steps
+        is_end = step == config.max_steps
         row = {"step": step, "events": step * config.batch_size}
-        if asked_to_stop and not last_step:
-            if ranks.main:
-                save(checkpoint_path, step)
-            bar.close()
-            common.end_stopped_run(config, caught, step, ranks)
 
-        paused = time.perf_counter()
-        if step % config.eval_interval == 0 or last_step:
-            scores = evaluate.score_events(raw_model, val_split, n_val, config, ranks, autocast)
-            row |= evaluate.summary(scores, config)
-            if ranks.main:
-                bar.write(f"eval {step:6d}/{config.max_steps} | " + " ".join(f"{name} {value:.4f}" for name, value in row.items()
-                                                                             if name.startswith("val_")))
-            if not np.isfinite(row["val_loss"]):
-                common.fail(f"step {step}: val_loss is {row['val_loss']}; {config.out_dir} keeps the last good "
-                            "checkpoint, go on with a smaller learning_rate", common.Diverged)
-            if row["val_loss"] < best_val and step > 0:
-                best_val, best_step = row["val_loss"], step
-                if ranks.main:
+        # asked to stop
+        if asked_to_stop and not is_end:
+            save(checkpoint_path, step)
+            bar.close()
+            common.end_stopped_run(config, caught, step, process)
+
+        with speed.pause():
+            # evaluate
+            if step % config.eval_interval == 0 or is_end:
+                row |= evaluate.summary(evaluate.score_events(raw_model, val_split, n_val, config, process), config)
+                bar.write(f"eval {step:6d}/{config.max_steps} | " + describe(row))
+                common.check_val_loss(config, step, row["val_loss"])
+                if row["val_loss"] < best_val and step > 0:
+                    best_val, best_step = row["val_loss"], step
                     save(best_path, step)
-            if ran_out_of_patience(step, best_step, config) and not last_step:
-                last_step = True
-                if ranks.main:
+                if ran_out_of_patience(step, best_step, config) and not is_end:
+                    is_end = True
                     bar.write(f"no lower val_loss than at step {best_step} in patience = {config.patience} "
                               "evaluations: this is the end")
-        if ranks.main and (step % config.save_interval == 0 or last_step):
-            save(checkpoint_path, step)
-        clock += time.perf_counter() - paused  # evaluating and saving do not count as training
-        if last_step:
-            if ranks.main:
-                log(row)
+
+            # save; at step 0 too, so that a run that has a log has a checkpoint
+            if step % config.save_interval == 0 or is_end:
+                save(checkpoint_path, step)
+        if is_end:
+            log(row)
             break
 
+        # learning rate
         row["lr"] = learning_rate(step, config)
-        for group in optimizer.param_groups:
-            group["lr"] = row["lr"] * group["lr_scale"]  # 1 without muP
-        called = time.perf_counter()
-        batches = next(loader)
-        waited += time.perf_counter() - called
-        asked_to_stop, = common.sum_over_ranks([bool(caught)], ranks)  # any rank: then all do, after this step
+        optimizer.set_learning_rate(row["lr"])
+
+        # events; whether any rank was asked to stop: then all do, after this step
+        batches = speed.next_step(loader)
+        asked_to_stop, = common.sum_over_ranks([bool(caught)], process)
+
+        # micro-batches: each adds its share of the step's mean, so that the update does not depend on the cuts
         step_loss = 0.0
         for i, batch in enumerate(batches):
-            # gradients are summed over ranks only after the last micro-batch
-            syncs = nullcontext() if ranks.world_size == 1 or i == len(batches) - 1 else model.no_sync()
-            with syncs:
-                with autocast:
+            with summing_gradients(model, process, is_last=i == len(batches) - 1):
+                with process.autocast:
                     outputs = model(batch)
-                loss = event_losses(outputs, batch, config).sum() / config.batch_size  # a share of the whole step's mean
-                scaler.scale(loss * ranks.world_size).backward()  # DDP takes the mean over ranks, the sum is meant
+                loss = event_losses(outputs, batch, config).sum() / config.batch_size
+                optimizer.backward(loss * process.world_size)  # DDP takes the mean over ranks, the sum is meant
             step_loss += loss.detach()
-        scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip)
-        is_bad = ~grad_norm.isfinite()
-        optimizer.found_inf = is_bad.float()  # on the device: the fused kernel then changes nothing
-        scaler.step(optimizer)
-        scaler.update()
-        raw_model.zero_grad(set_to_none=True)
-        bad_steps = bad_steps + is_bad
-        too_bad = bad_in_a_row > config.max_bad_steps  # stays so until the next log line looks at it
-        bad_in_a_row = torch.where(too_bad, bad_in_a_row, (bad_in_a_row + 1) * is_bad)
 
+        # guarded step
+        grad_norm = optimizer.step()
+
+        # log; only here the loop waits for the GPU
         if step % config.log_interval == 0:
-            row["loss"], = common.sum_over_ranks(step_loss[None], ranks)  # waits for the GPU
-            now, n_steps = time.perf_counter(), step + 1 - clock_step
-            row |= {"grad_norm": grad_norm.item(), "events_per_s": n_steps * config.batch_size / (now - clock),
-                    "data_ms": waited / n_steps * 1e3, "bad_steps": bad_steps.item()}
-            if ranks.main:
-                bar.write(f"step {step:6d}/{config.max_steps} | loss {row['loss']:.4f} | norm {row['grad_norm']:.2f} | "
-                          f"lr {row['lr']:.1e} | {(now - clock) / n_steps * 1e3:.1f} ms, data {row['data_ms']:.1f} | "
-                          f"{row['events_per_s']:,.0f} events/s" + f" | {row['bad_steps']} steps skipped" * (row["bad_steps"] > 0))
-            if bad_in_a_row > config.max_bad_steps:
-                with torch.no_grad(), autocast:
-                    losses = np.concatenate([event_losses(raw_model(batch), batch, config).cpu().numpy() for batch in batches])
-                event_ids = np.concatenate([batch["event_id"].cpu().numpy() for batch in batches])
-                common.stop_bad_run(config, step, losses, event_ids, ranks)
-            clock, clock_step, waited = now, step + 1, 0.0
-        if ranks.main and (step % config.log_interval == 0 or "val_loss" in row):
+            row["loss"], = common.sum_over_ranks(step_loss[None], process)
+            row |= {"grad_norm": grad_norm.item(), "bad_steps": optimizer.n_bad.item()}
+            columns, speed_text = speed.read()
+            row |= columns
+            bar.write(f"step {step:6d}/{config.max_steps} | loss {row['loss']:.4f} | norm {row['grad_norm']:.2f} | "
+                      f"lr {row['lr']:.1e} | {speed_text}"
+                      + (f" | {row['bad_steps']} steps skipped" if row["bad_steps"] else ""))
+            if optimizer.gave_up():
+                with torch.no_grad(), process.autocast:
+                    losses = [event_losses(raw_model(batch), batch, config) for batch in batches]
+                common.stop_bad_run(config, step, losses, batches, process)
+        if step % config.log_interval == 0 or "val_loss" in row:
             log(row)
         bar.update()
 
     bar.close()
     common.release_signals()
-    common.wait_for_all(ranks)  # rank 0 may still be writing best.pt
+    common.wait_for_all(process)  # rank 0 may still be writing best.pt
     evaluate_best()
-    common.stop_device(ranks)
+    common.stop_process(process)
 
 
 if __name__ == "__main__":

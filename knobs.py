@@ -153,10 +153,10 @@ def check_fraction(config, *keys):
 
 def check_training(config):
     """The knobs that the loops of train.py and finetune.py have in common."""
-    yield from check_positive(config, "batch_size", "micro_batches", "max_steps", "learning_rate", "adam_eps", "grad_clip",
+    yield from check_positive(config, "batch_size", "max_steps", "learning_rate", "adam_eps", "grad_clip",
                               "eval_interval", "log_interval", "save_interval")
     yield from check_not_negative(config, "train_events", "val_events", "warmup_steps", "cooldown_steps", "weight_decay",
-                                  "max_bad_steps", "seed")
+                                  "max_bad_steps", "seed", "micro_batch_size")
     yield from check_fraction(config, "beta1", "beta2")
     yield from check_choice(config, "schedule", ("trapezoidal", "cosine", "constant"))
     yield from check_device(config)
@@ -164,9 +164,8 @@ def check_training(config):
         yield (f"wandb_project = {config.wandb_project!r} needs the package wandb: pip install wandb, or leave it empty; log.csv is "
                "written in any case")
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if config.batch_size < config.micro_batches * world_size:
-        yield (f"batch_size = {config.batch_size} is too small to be cut into micro_batches = {config.micro_batches} on each "
-               f"of {world_size} ranks")
+    if config.batch_size < world_size:
+        yield f"batch_size = {config.batch_size} is too small for {world_size} ranks"
 
 
 def check_device(config):

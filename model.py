@@ -1,16 +1,20 @@
 """PolarBERT: everything that has parameters, and the losses, in the order in which the data flows through them.
 
-    pulses -> PulseEmbedding -> backbone -> final norm -> heads        (Encoder = all but the heads)
+    pulses -> PulseEmbedding -> Backbone -> final norm -> heads        (Encoder = all but the heads)
 
-Pretrainer hides DOM ids and predicts them, and predicts the event's total charge from [CLS]. Reconstructor
-tells the neutrino's direction or energy from [CLS]. Both are pure functions of their inputs: no random number
-is drawn after the weights are made.
+Pretrainer predicts the hidden DOM ids, and from [CLS] what is known of the whole event (CLS_TARGETS).
+Reconstructor tells the neutrino's direction or energy from [CLS]. Both are pure functions of their inputs: no
+random number is drawn after the weights are made.
 
-Shapes: B events, L pulses, D embedding_dim, H heads, E dom_embed_dim, V = 5160 DOMs, M hidden pulses of a
-batch. A batch is a dict of tensors, as data.micro_batches makes it: time [ns], charge [p.e.], dom, aux,
-valid, each (B, L), hidden (M,) places in the flattened (B, L), total_charge [p.e.] (B,), azimuth and zenith
-[rad] (B,).
+A batch is packed: the T tokens of its B events lie one after another without padding, and the first token of
+each event is its [CLS]. It is a dict of tensors that data.micro_batches makes: time [ns], charge [p.e.], dom,
+aux (T,), meaningless at [CLS]; starts int32 (B + 1,): event i is tokens starts[i] to starts[i + 1] - 1; the int
+longest, the tokens of the longest event; hidden and hidden_event (M,), token and event of each hidden pulse;
+and of each event (B,) what the heads learn: total_charge [p.e.], center [m], azimuth, zenith [rad], energy [GeV].
+Other sizes: D embedding_dim, E dom_embed_dim, H heads, d = D / H, V = 5160 DOMs.
 """
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 N_DOMS, DOMS_PER_STRING = 5160, 60  # IceCube-86, row = sensor_id
-MASK, PAD = N_DOMS, N_DOMS + 1  # the two extra rows of the DOM table
+MASK = N_DOMS  # the extra row of the DOM table
 POSITION_SCALE = 500.0  # [m] half the detector's height: scaled positions lie in about -1..1
 
 
@@ -39,7 +43,7 @@ class ModelConfig:
     dom_loss: str = "ce"  # cross-entropy; or "emd", mean distance of the predicted DOM in 100 m; or "ce+emd"
     emd_weight: float = 1.0  # of emd in "ce+emd"
     loss_weighting: str = "per_event"  # events count alike; or "per_pulse", hidden pulses do (paper v0.1)
-    cls_target: str = "charge"  # what [CLS] predicts: log10 of the total charge; or "center" of charge; or "both"
+    cls_target: str = "charge"  # what [CLS] predicts: log10 of the total charge; or "center" of charge; or "charge+center"
     mup_base_width: int = 0  # muP: keep what was tuned at this embedding_dim when embedding_dim changes; 0 = off
     mup_base_heads: int = 0  # num_heads of that base model; 0 = as many as here, so that wider models have wider heads
     mup_base_layers: int = 0  # CompleteP: the same for num_layers; 0 = off
@@ -52,6 +56,8 @@ class ModelConfig:
         for key, choices in CHOICES.items():
             if getattr(self, key) not in choices:
                 yield f"{key} = {getattr(self, key)!r}: choose one of {', '.join(map(repr, choices))}"
+        if not set(self.cls_target.split("+")) <= CLS_TARGETS.keys():
+            yield f"cls_target = {self.cls_target!r}: choose among {', '.join(CLS_TARGETS)}, or join some by +"
         if self.embedding_dim % max(self.num_heads, 1):
             yield f"embedding_dim = {self.embedding_dim} cannot be shared among num_heads = {self.num_heads}"
         if self.dom_embed_dim >= self.embedding_dim:
@@ -76,7 +82,7 @@ class ModelConfig:
 # ------------------------------------------------------------------------------------------------------------
 
 class PulseEmbedding(nn.Module):
-    """A batch -> one vector a pulse with [CLS] in front, x (B, 1+L, D), and which of them are real, valid (B, 1+L).
+    """A batch -> one vector for each token, (T, D).
 
     Each vector is [DOM part (E) | Linear(time, charge, aux) (D - E)]. There is no positional encoding: time
     is a feature.
@@ -86,43 +92,42 @@ class PulseEmbedding(nn.Module):
         super().__init__()
         D, E = config.embedding_dim, config.dom_embed_dim
         # kept in the checkpoint: a model of one detector must not be used on another
-        self.register_buffer("geometry", torch.as_tensor(geometry, dtype=torch.float32))  # (V, 3) [m]
+        self.register_buffer("geometry", torch.as_tensor(geometry).float().clone())  # (V, 3) [m]
         self.position = nn.Linear(3, E) if config.use_dom_positions else None
         if config.use_dom_positions:
-            self.special = nn.Parameter(torch.empty(2, E))  # MASK and PAD have no position
+            self.mask = nn.Parameter(torch.empty(1, E))  # a hidden DOM has no position
         has_table = config.use_dom_table or not config.use_dom_positions
-        self.dom_table = nn.Embedding(N_DOMS + 2, E) if has_table else None
+        self.dom_table = nn.Embedding(N_DOMS + 1, E) if has_table else None
         self.features = nn.Linear(3, D - E)
         self.cls = nn.Parameter(torch.empty(D))
 
     def forward(self, batch):
-        valid = batch["valid"]
-        dom = batch["dom"].masked_fill(~valid, PAD)  # (B, L)
+        dom = batch["dom"]  # (T,)
         if "hidden" in batch:  # only the id is hidden: when and how bright the pulse was stays visible
-            dom = dom.flatten().index_fill(0, batch["hidden"], MASK).view_as(dom)
-        with torch.autocast(valid.device.type, enabled=False):  # bfloat16 would round 12,000 ns by up to 7 ns
-            dom_part = F.embedding(dom, self.dom_vectors())  # (B, L, E)
-            x = torch.cat([dom_part, self.features(scale_pulses(batch))], dim=-1)  # (B, L, D)
-        x = torch.cat([self.cls.expand(x.shape[0], 1, -1), x], dim=1)  # (B, 1+L, D)
-        return x, F.pad(valid, (1, 0), value=True)
+            dom = dom.index_fill(0, batch["hidden"], MASK)
+        with torch.autocast(dom.device.type, enabled=False):  # bfloat16 would round 12,000 ns by up to 7 ns
+            dom_part = F.embedding(dom, self.dom_vectors())  # (T, E)
+            x = torch.cat([dom_part, self.features(scale_pulses(batch))], dim=-1)  # (T, D)
+        first = batch["starts"][:-1].long()
+        return x.index_copy(0, first, self.cls.expand(first.shape[0], -1))
 
     def dom_vectors(self):
-        """One vector for each DOM, MASK and PAD, (V+2, E)."""
+        """One vector for each DOM and for MASK, (V + 1, E)."""
         if self.position is None:
             return self.dom_table.weight
-        vectors = torch.cat([self.position(self.geometry / POSITION_SCALE), self.special])
+        vectors = torch.cat([self.position(self.geometry / POSITION_SCALE), self.mask])
         return vectors if self.dom_table is None else vectors + self.dom_table.weight
 
 
 def scale_pulses(batch):
-    """Physical units -> numbers of order one, (B, L, 3): the only place where pulses are scaled (upstream's factors)."""
+    """Physical units -> numbers of order one, (T, 3): the only place where pulses are scaled (upstream's factors)."""
     time = (batch["time"] - 1e4) / 3e4  # the trigger is near 10,000 ns
     charge = torch.log10(batch["charge"].clamp(min=1e-3)) / 3  # the smallest real charge is 0.025 p.e.
     return torch.stack([time, charge, batch["aux"].to(time.dtype) - 0.5], dim=-1)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# backbone: (x, valid) -> x
+# backbone: x (T, D) -> x (T, D)
 # ------------------------------------------------------------------------------------------------------------
 
 class Backbone(nn.Module):
@@ -130,10 +135,36 @@ class Backbone(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
 
-    def forward(self, x, valid):
+    def forward(self, x, starts, longest):
+        packing = Packing(starts, longest, x.shape[0])
         for block in self.blocks:
-            x = block(x, valid)
+            x = block(x, packing)
         return x
+
+
+class Packing:
+    """Where the events lie among T packed tokens, and how to lay them out in a rectangle (B, L), L = longest, and back.
+
+    Only mixers need it, everything else works token by token. In the rectangle each event has a row, which
+    padding fills up.
+    """
+
+    def __init__(self, starts, longest, n_tokens):
+        self.starts, self.longest = starts, longest  # int32 (B + 1,), int
+        lengths = starts.diff()
+        self.valid = torch.arange(longest, device=starts.device) < lengths[:, None]  # (B, L), False at padding
+        token = torch.arange(n_tokens, device=starts.device, dtype=starts.dtype)
+        event = torch.searchsorted(starts, token, right=True) - 1  # of each token, (T,)
+        self.cell = event * longest + token - starts[event]  # place of each token in the flattened rectangle, (T,)
+
+    def unpack(self, x):
+        """(T, C) -> (B, L, C), padding 0."""
+        B, L = self.valid.shape
+        return x.new_zeros(B * L, x.shape[1]).index_copy(0, self.cell, x).view(B, L, -1)
+
+    def pack(self, x):
+        """(B, L, ...) -> (T, ...)."""
+        return x.flatten(0, 1).index_select(0, self.cell)
 
 
 class Block(nn.Module):
@@ -150,8 +181,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.weight = config.mup_base_layers / config.num_layers if config.mup_base_layers else 1.0
 
-    def forward(self, x, valid):
-        x = x.add(self.mixer(self.norm1(x), valid), alpha=self.weight)
+    def forward(self, x, packing):
+        x = x.add(self.mixer(self.norm1(x), packing), alpha=self.weight)
         return x.add(self.mlp(self.norm2(x)), alpha=self.weight)
 
 
@@ -175,6 +206,8 @@ class MLP(nn.Module):
 
 
 class Attention(nn.Module):
+    """Every token looks at every token of its event."""
+
     def __init__(self, config):
         super().__init__()
         D, self.num_heads = config.embedding_dim, config.num_heads
@@ -182,26 +215,46 @@ class Attention(nn.Module):
         self.out = nn.Linear(D, D, bias=False)
         self.qk_norm = nn.RMSNorm(D // config.num_heads) if config.qk_norm else None
         self.scale = attention_scale(config)
+        self.can_flash = can_flash(D // config.num_heads)
 
-    def forward(self, x, valid):
-        B, L, D = x.shape
-        q, k, v = self.qkv(x).view(B, L, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, L, D/H)
+    def forward(self, x, packing):
+        T, D = x.shape
+        qkv = self.qkv(x).view(T, 3, self.num_heads, -1)  # (T, 3, H, d)
         if self.qk_norm is not None:
-            q, k = self.qk_norm(q).to(v.dtype), self.qk_norm(k).to(v.dtype)
-        return self.out(attention(q, k, v, valid, self.scale).transpose(1, 2).reshape(B, L, D))
+            q, k, v = qkv.unbind(1)
+            qkv = torch.stack([self.qk_norm(q).to(v.dtype), self.qk_norm(k).to(v.dtype), v], dim=1)  # norms give float32
+        is_flash = self.can_flash and qkv.device.type != "cpu" and qkv.dtype in (torch.bfloat16, torch.float16)
+        attend = flash_attention if is_flash else rectangle_attention
+        return self.out(attend(qkv, packing, self.scale).reshape(T, D))
 
 
-def attention(q, k, v, valid, scale):
-    """Every pulse looks at every real pulse of its event. q, k, v (B, H, L, d), valid (B, L) -> (B, H, L, d)."""
-    seen = valid[:, None, None, :]  # (B, 1, 1, L)
-    if q.device.type == "cpu" and q.dtype != torch.float32:
-        # torch's fused CPU kernel has a very slow bfloat16 backward: 185 ms against 45 ms at (64, 8, 128,
-        # 32), torch 2.13
-        scores = (q @ k.transpose(-2, -1)).to(torch.promote_types(q.dtype, torch.float32)) * scale
-        return scores.masked_fill(~seen, float("-inf")).softmax(-1).to(v.dtype) @ v
-    # DIFF(upstream): it calls this flash attention, but flash takes no mask; CUDA runs its memory-efficient
-    # kernel here
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
+def can_flash(d):
+    """Whether flash attention over packed events runs here, with heads d wide: CUDA, compute capability 8.0 or later."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0) and d % 8 == 0 and d <= 256
+
+
+def flash_attention(qkv, packing, scale):
+    """Flash attention over packed events, bfloat16 or float16 on CUDA. qkv (T, 3, H, d) -> (T, H, d).
+
+    # DIFF(upstream): it calls flash attention with a padding mask, with which CUDA never runs the flash kernel
+    """
+    from torch.nn.attention.varlen import varlen_attn  # torch 2.10 and later
+    return varlen_attn(*qkv.unbind(1), packing.starts, packing.starts, packing.longest, packing.longest, scale=scale)
+
+
+def rectangle_attention(qkv, packing, scale):
+    """The same in a padded rectangle, for all other devices and dtypes. qkv (T, 3, H, d) -> (T, H, d)."""
+    rows = packing.unpack(qkv.flatten(1)).unflatten(-1, qkv.shape[1:])  # (B, L, 3, H, d)
+    q, k, v = rows.permute(2, 0, 3, 1, 4)  # (B, H, L, d)
+    seen = packing.valid[:, None, None, :]  # (B, 1, 1, L)
+    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
+        # torch's fused kernel has a very slow bfloat16 backward on a CPU: 185 ms against 45 ms at (64, 8, 128, 32),
+        # torch 2.13
+        scores = (q @ k.transpose(-2, -1)).float() * scale
+        x = scores.masked_fill(~seen, float("-inf")).softmax(-1).to(v.dtype) @ v
+    else:
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
+    return packing.pack(x.transpose(1, 2))
 
 
 class TwoWays(nn.Module):
@@ -209,15 +262,16 @@ class TwoWays(nn.Module):
 
     def __init__(self, config, mixer):
         super().__init__()
-        self.there, self.back = mixer(config), mixer(config)
+        self.forwards, self.backwards = mixer(config), mixer(config)
 
-    def forward(self, x, valid):
+    def forward(self, x, packing):
+        x, valid = packing.unpack(x), packing.valid
         n, place = valid.sum(1, keepdim=True), torch.arange(x.shape[1], device=x.device)
-        # real pulses in reverse, padding stays behind them, where neither direction sees it before the last
-        # pulse
+        # real tokens in reverse; padding stays behind them, where neither direction sees it before the last one
         reverse = torch.where(place < n, n - 1 - place, place)[..., None]  # (B, L, 1)
-        back = self.back(x.gather(1, reverse.expand_as(x)), valid)
-        return torch.cat([self.there(x, valid), back.gather(1, reverse.expand_as(back))], dim=-1)
+        y = self.backwards(x.gather(1, reverse.expand_as(x)), valid)
+        y = y.gather(1, reverse.expand_as(y))
+        return packing.pack(torch.cat([self.forwards(x, valid), y], dim=-1))
 
 
 class GRU(nn.Module):
@@ -278,9 +332,8 @@ def state_space(x, log_decay, b, c, chunk=128):
 
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
 MIXERS = {"transformer": Attention, "gru": lambda config: TwoWays(config, GRU), "mamba": lambda config: TwoWays(config, Mamba)}
-METRICS = ("dom_loss", "cls_loss", "top1", "top5", "right_string", "distance", "cross_entropy", "charge_error2", "center_error2")
 CHOICES = {"backbone": MIXERS, "mlp": ("relu", "gelu", "swiglu"), "norm": NORMS, "dom_loss": ("ce", "emd", "ce+emd"),
-           "loss_weighting": ("per_event", "per_pulse"), "cls_target": ("charge", "center", "both")}
+           "loss_weighting": ("per_event", "per_pulse")}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -288,88 +341,107 @@ CHOICES = {"backbone": MIXERS, "mlp": ("relu", "gelu", "swiglu"), "norm": NORMS,
 # ------------------------------------------------------------------------------------------------------------
 
 class Encoder(nn.Module):
-    """A batch -> (B, 1+L, D): what the model knows about the event ([:, 0], [CLS]) and about each pulse ([:, 1:])."""
+    """A batch -> what the model knows about each event, [CLS] (B, D), and about each token (T, D)."""
 
     def __init__(self, config, geometry):
         super().__init__()
         self.embedding = PulseEmbedding(config, geometry)
         self.backbone = Backbone(config)
         self.final_norm = NORMS[config.norm](config.embedding_dim) if config.final_norm else nn.Identity()
-        self.readout = 1 / width_ratio(config)  # muP: heads shrink with the width; 1 without muP
+        self.output_scale = 1 / width_ratio(config)  # muP: what heads see shrinks with the width; 1 without muP
 
     def forward(self, batch):
-        x, valid = self.embedding(batch)
-        return self.final_norm(self.backbone(x, valid)) * self.readout
+        x = self.backbone(self.embedding(batch), batch["starts"], batch["longest"])
+        x = self.final_norm(x) * self.output_scale
+        return x.index_select(0, batch["starts"][:-1].long()), x
+
+
+@dataclass(frozen=True)
+class ClsTarget:
+    """Something about the whole event that [CLS] learns to tell: the loss is (prediction - truth)^2, mean over `width` numbers."""
+    width: int
+    label: str  # field of data.EVENT that it comes from
+    truth: Callable  # that field of a batch -> (B, width), numbers of order one
+    metric: str  # column of log.csv that tells in units how good it is: val_<metric>
+    measure: Callable  # prediction, truth (B, width) -> (B,)
+    of_mean: Callable = math.sqrt  # mean of that over the events -> the number in the column
+
+
+CLS_TARGETS = {
+    "charge": ClsTarget(1, "total_charge", lambda charge: torch.log10(charge.clamp(min=1e-3))[:, None],
+                        "charge_rms", lambda x, truth: (x - truth).square().sum(-1)),  # [dex]
+    "center": ClsTarget(3, "center", lambda center: center / POSITION_SCALE,
+                        "center_rms", lambda x, truth: ((x - truth) * POSITION_SCALE).square().sum(-1)),  # [m]
+}
 
 
 class Pretrainer(nn.Module):
-    """Encoder with the heads of pretraining; forward gives the two losses of each event."""
+    """Encoder with the heads of pretraining; forward gives the losses of each event."""
 
     def __init__(self, config, geometry):
         super().__init__()
         self.config = config
+        self.targets = {name: CLS_TARGETS[name] for name in config.cls_target.split("+")}
         self.encoder = Encoder(config, geometry)
         self.dom_head = nn.Linear(config.embedding_dim, N_DOMS)  # DIFF(upstream): no logit for padding
-        self.charge_head = nn.Linear(config.embedding_dim, 1) if config.cls_target != "center" else None
-        self.center_head = nn.Linear(config.embedding_dim, 3) if config.cls_target != "charge" else None
+        self.cls_heads = nn.ModuleDict({name: nn.Linear(config.embedding_dim, target.width)
+                                        for name, target in self.targets.items()})
         init_weights(self, config)
 
     def forward(self, batch):
-        """-> dom_loss (B,) and cls_loss (B,), float32, shares of the batch's means: see dom_losses and cls_losses."""
-        logits, log_charge, center = self.predict(batch)
-        return self.dom_losses(logits, batch), self.cls_losses(log_charge, center, batch)
+        """-> dict of float32 losses (B,): "dom" (see dom_losses), and one for each name in cls_target."""
+        logits, answers = self.predict(batch)
+        return {"dom": self.dom_losses(logits, batch), **self.cls_losses(answers, batch)}
 
     def predict(self, batch):
-        """-> logits of the hidden pulses (M, V), log10 of the charge [p.e.] (B,) or None, centre [m] (B, 3) or None."""
-        x = self.encoder(batch)
+        """-> logits of the hidden pulses (M, V); dict name of a ClsTarget to prediction (B, width)."""
+        cls, x = self.encoder(batch)
         # DIFF(upstream): logits at the hidden pulses only, 8 % of the positions that upstream computes
-        logits = self.dom_head(x[:, 1:].flatten(0, 1)[batch["hidden"]])
-        return (logits.to(self.dom_head.weight.dtype),
-                self.charge_head(x[:, 0]).squeeze(-1).float() if self.charge_head is not None else None,
-                self.center_head(x[:, 0]).float() * POSITION_SCALE if self.center_head is not None else None)
+        logits = self.dom_head(x.index_select(0, batch["hidden"]))
+        dtype = self.dom_head.weight.dtype  # that of the weights, whatever autocast has chosen
+        return logits.to(dtype), {name: head(cls).to(dtype) for name, head in self.cls_heads.items()}
 
     def dom_losses(self, logits, batch):
         """Loss of the hidden pulses of each event: their mean ("per_event"), or their sum ("per_pulse") -> (B,).
 
         Loss per event first: otherwise bright events dominate (upstream since v0.2).
         """
-        B, L = batch["dom"].shape
-        dom, event = batch["dom"].flatten()[batch["hidden"]], batch["hidden"] // L  # (M,)
+        dom, event = batch["dom"].index_select(0, batch["hidden"]), batch["hidden_event"]  # (M,)
         loss = 0.0
         if "ce" in self.config.dom_loss:
             loss = F.cross_entropy(logits, dom, reduction="none")  # (M,)
         if "emd" in self.config.dom_loss:
             emd = earth_movers_distance(logits, dom, self.encoder.embedding.geometry)
             loss = emd if self.config.dom_loss == "emd" else loss + self.config.emd_weight * emd
-        total = loss.new_zeros(B).index_add(0, event, loss)
+        zeros = loss.new_zeros(len(batch["starts"]) - 1)
+        total = zeros.index_add(0, event, loss)
         if self.config.loss_weighting == "per_pulse":
             return total
-        return total / loss.new_zeros(B).index_add(0, event, torch.ones_like(loss)).clamp(min=1)
+        return total / zeros.index_add(0, event, torch.ones_like(loss)).clamp(min=1)
 
-    def cls_losses(self, log_charge, center, batch):
-        """Squared error of log10(charge) [dex^2], of the centre of charge [(500 m)^2], or their sum -> (B,)."""
-        losses = []
-        if log_charge is not None:
-            losses.append((log_charge - torch.log10(batch["total_charge"].clamp(min=1e-3))).square())
-        if center is not None:
-            losses.append(((center - batch["center"]) / POSITION_SCALE).square().mean(-1))
-        return sum(losses)
+    def cls_losses(self, answers, batch):
+        return {name: (answers[name] - target.truth(batch[target.label])).square().mean(-1)
+                for name, target in self.targets.items()}
+
+    @property
+    def metric_names(self):
+        of_targets = [name for target in self.targets for name in (f"{target}_loss", f"{target}_metric")]
+        return ["dom_loss", "top1", "top5", "string", "distance", "cross_entropy", *of_targets]
 
     def metrics(self, batch):
-        """Sums over a batch, in the order of METRICS, that make the losses readable."""
-        logits, log_charge, center = self.predict(batch)
-        dom, geometry = batch["dom"].flatten()[batch["hidden"]], self.encoder.embedding.geometry
+        """Sums over a batch, in the order of metric_names, of the losses and of what makes them readable."""
+        logits, answers = self.predict(batch)
+        dom, geometry = batch["dom"].index_select(0, batch["hidden"]), self.encoder.embedding.geometry
         best = logits.topk(5, dim=-1).indices  # (M, 5)
-        log_target = torch.log10(batch["total_charge"].clamp(min=1e-3))
-        zero = log_target.new_zeros(())
-        return torch.stack([
-            self.dom_losses(logits, batch).sum(), self.cls_losses(log_charge, center, batch).sum(),
-            (best[:, 0] == dom).float().sum(), (best == dom[:, None]).float().sum(),
-            (best[:, 0] // DOMS_PER_STRING == dom // DOMS_PER_STRING).float().sum(),
-            (geometry[best[:, 0]] - geometry[dom]).norm(dim=-1).sum(),
-            F.cross_entropy(logits, dom, reduction="sum"),
-            zero if log_charge is None else (log_charge - log_target).square().sum(),
-            zero if center is None else (center - batch["center"]).square().sum()])
+        sums = [self.dom_losses(logits, batch).sum(),
+                (best[:, 0] == dom).float().sum(), (best == dom[:, None]).float().sum(),
+                (best[:, 0] // DOMS_PER_STRING == dom // DOMS_PER_STRING).float().sum(),
+                (geometry[best[:, 0]] - geometry[dom]).norm(dim=-1).sum(),  # [m]
+                F.cross_entropy(logits, dom, reduction="sum")]
+        losses = self.cls_losses(answers, batch)
+        for name, target in self.targets.items():
+            sums += [losses[name].sum(), target.measure(answers[name], target.truth(batch[target.label])).sum()]
+        return torch.stack(sums)
 
 
 def earth_movers_distance(logits, dom, geometry):
@@ -398,7 +470,7 @@ class Reconstructor(nn.Module):
         init_weights(self, config)
 
     def forward(self, batch):
-        return self.answer(self.encoder(batch)[:, 0])
+        return self.answer(self.encoder(batch)[0])
 
     def answer(self, cls):
         x = self.head(cls).float()
@@ -483,7 +555,7 @@ def init_weights(model, config):
                                                        # the scaled time, but in 2 of the scaled positions;
                                                        # else it stays unseen long
     heads              1/sqrt(3 D); with muP 1/sqrt(3 mup_base_width), whatever the width
-    dom_table, MASK, PAD, [CLS]   normal, std 1        upstream's
+    dom_table, MASK, [CLS]   normal, std 1             upstream's
     norms              weight 1, bias 0                torch's default; GRU likewise torch's
     Mamba              decay rates 0.1..1, time steps 0.1..1, spread over the heads: memories of 1 to 100
                        pulses. Its paper's ranges, 1..16 and 0.001..0.1, are for long texts: with them heads
@@ -507,11 +579,14 @@ def init_weights(model, config):
         embedding.features.weight[:, 0] *= 10
         nn.init.normal_(embedding.cls)
         if config.use_dom_positions:
-            nn.init.normal_(embedding.special)
-        for head in model.children():
-            if head is not model.encoder:
-                first = head[0] if isinstance(head, nn.Sequential) else head
-                first.weight *= width_ratio(config) ** 0.5
+            nn.init.normal_(embedding.mask)
+        for head in heads_of(model):
+            head.weight *= width_ratio(config) ** 0.5
+
+
+def heads_of(model):
+    """The linear layers that read what the encoder gives."""
+    return [model.dom_head, *model.cls_heads.values()] if isinstance(model, Pretrainer) else [model.head[0]]
 
 
 def parameter_groups(model, weight_decay):
@@ -525,9 +600,9 @@ def parameter_groups(model, weight_decay):
     hidden, decayed, kept = [], [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_kept = parameter.ndim < 2 or name.endswith(("dom_table.weight", "special"))
+            is_kept = parameter.ndim < 2 or name.endswith(("dom_table.weight", "embedding.mask"))
             (kept if is_kept else hidden if ".backbone." in name else decayed).append(parameter)
-    scale = model.encoder.readout
+    scale = model.encoder.output_scale
     return [{"params": hidden, "weight_decay": weight_decay / scale, "lr_scale": scale},
             {"params": decayed, "weight_decay": weight_decay, "lr_scale": 1.0},
             {"params": kept, "weight_decay": 0.0, "lr_scale": 1.0}]

@@ -35,7 +35,7 @@ import pyarrow.parquet as pq
 from common import (count_cores, count_events, fail, first_line, hold_lock, progress_bar, read_json, run_in_workers,
                     run_stage, write_atomic, write_json)
 from data import (EVENT, FORMAT_VERSION, N_DOMS, PULSE, UNFINISHED, describe_dtypes, open_split, read_meta,
-                  reserve, uniform_runs, write_records)
+                  uniform_runs)
 from knobs import check_not_negative, load_config, print_knobs
 
 CHUNK = 2**18  # pulses at a time, some 1,600 events: arrays of 2 MB stay in the cache
@@ -375,6 +375,21 @@ def pack(events, time, charge, dom, aux, geometry, config):
 # ------------------------------------------------------------------------------
 # write: the slice of each batch, in a worker; then what meta.json tells
 # ------------------------------------------------------------------------------
+
+def reserve(path, n_bytes):
+    """Create a file of its final size, with its room on the disk taken (OSError if there is none)."""
+    with open(path, "wb") as file:
+        if hasattr(os, "posix_fallocate") and n_bytes:
+            os.posix_fallocate(file.fileno(), 0, n_bytes)
+        file.truncate(n_bytes)
+
+
+def write_records(path, first, records):
+    """Write PULSE or EVENT records to a reserved file, from record `first` on; many processes may do so at once."""
+    with open(path, "r+b") as file:
+        file.seek(first * records.dtype.itemsize)
+        file.write(np.ascontiguousarray(records).data.cast("B") if len(records) else b"")
+
 
 @contextmanager
 def writing(path):

@@ -22,13 +22,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet as pq
 
 from common import (count_cores, count_events, fail, hold_lock, progress_bar, read_json, run_in_workers, run_stage,
                     write_atomic, write_json)
-from data import DOMS_PER_STRING, N_DOMS, local_coincidence
+from data import DOMS_PER_STRING, N_DOMS
 from knobs import check_not_negative, check_positive, load_config, print_knobs
+from prepare import read_geometry_csv
 
 # Sources: [D] the detector, arXiv:1612.05093; [DC] DeepCore, arXiv:1109.6096; [A] AMANDA's track
 # reconstruction, astro-ph/0407044; [I] the ice, arXiv:1301.5361; [PMT] arXiv:1002.2442; [SPE]
@@ -120,27 +120,25 @@ def build_geometry() -> np.ndarray:
 
 def read_geometry(path: str) -> np.ndarray:
     """DOM positions (N_DOMS, 3) [m] from a sensor_geometry.csv, whose rows may be in any order."""
-    try:
-        table = pyarrow.csv.read_csv(path)
-        rows = np.column_stack([table[name].to_numpy().astype(float) for name in ("sensor_id", "x", "y", "z")])
-    except (OSError, KeyError, ValueError) as error:  # pyarrow's errors are among them
-        fail(f"{path}: not a readable file with columns sensor_id,x,y,z ({str(error).splitlines()[0]})")
-    rows = rows[np.argsort(rows[:, 0], kind="stable")]
-    if not np.array_equal(rows[:, 0], np.arange(N_DOMS)):
-        fail(f"{path}: need each sensor_id from 0 to {N_DOMS - 1} once; it has {len(rows)} rows")
-    if not 100 < np.abs(rows[:, 1:]).max() < 1500:  # also False for NaN
+    doms = read_geometry_csv(Path(path)).T
+    if not 100 < np.abs(doms).max() < 1500:
         fail(f"{path}: need x,y,z in m from the middle of the detector, as in Kaggle's sensor_geometry.csv")
-    return rows[:, 1:]
+    return doms
 
 
 # ------------------------------------------------------------------------------------------------------------
 # events: vectors are (3, n), one row a coordinate, for speed
 # ------------------------------------------------------------------------------------------------------------
 
+def unit_vector(azimuth, zenith):
+    """Angles [rad] of a direction -> unit vectors (3, n)."""
+    return np.stack([np.cos(azimuth) * np.sin(zenith), np.sin(azimuth) * np.sin(zenith), np.cos(zenith)])
+
+
 def draw_events(n, rng) -> dict:
     """n neutrinos that interact in or near the detector. A track is a cascade at the vertex plus a muon."""
     azimuth, zenith = 2 * np.pi * rng.random(n), np.arccos(1 - 2 * rng.random(n))  # isotropic; where it came from
-    flight = -np.stack([np.cos(azimuth) * np.sin(zenith), np.sin(azimuth) * np.sin(zenith), np.cos(zenith)])
+    flight = -unit_vector(azimuth, zenith)
     power = 1 - SPECTRAL_INDEX
     energy = ENERGY_MIN * (1 + rng.random(n) * ((ENERGY_MAX / ENERGY_MIN) ** power - 1)) ** (1 / power)
     is_track = rng.random(n) < TRACK_SHARE
@@ -279,7 +277,7 @@ def draw_noise(event, time, rng):
     return noise, rng.integers(N_DOMS, size=len(noise)), time
 
 
-def merge_photons(event, dom, time, weight, rng):
+def make_pulses(event, dom, time, weight, rng):
     """Photons -> pulses: event, dom, time [ns, integer], charge [p.e.]."""
     time = np.floor(time + TIME_JITTER * rng.standard_normal(len(time))).astype(np.int64)
     origin = time.min() // MERGE_TIME * MERGE_TIME
@@ -298,8 +296,41 @@ def merge_photons(event, dom, time, weight, rng):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# trigger
+# local coincidence and trigger
 # ------------------------------------------------------------------------------------------------------------
+
+COINCIDENCE_TIME = 1000  # [ns] local coincidence: a hit on a neighbour within 1 us, arXiv:1612.05093
+COINCIDENCE_REACH = 2  # the two DOMs above and the two below on the string
+
+
+def local_coincidence(event, dom, time):
+    """True where a neighbour on the string, one or two DOMs up or down, has a pulse of the same event within 1 us.
+
+    event (integers), dom (0..5159), time [ns] hold the pulses of many events in any order -> bool of the same
+    length.
+    """
+    if len(time) == 0:
+        return np.zeros(0, bool)
+    window = 1000 * COINCIDENCE_TIME
+    time = np.rint(np.asarray(time, np.float64) * 1000).astype(np.int64)  # [ps]: integers, so that keys are exact
+    time = time - time.min()
+    step = time.max() + window + 1  # from a DOM to the next: keys that are within the window are of one DOM
+    event = np.asarray(event, np.int64)
+    key = ((event - event.min()) * N_DOMS + np.asarray(dom, np.int64)) * step + time
+    order = np.argsort(key)
+    key, height = key[order], np.asarray(dom, np.int64)[order] % DOMS_PER_STRING
+    found = np.zeros(len(key), bool)
+    for offset in range(-COINCIDENCE_REACH, COINCIDENCE_REACH + 1):
+        if offset != 0:
+            # the first pulse of that neighbour that is not too early counts, if it is not too late either
+            earliest = key + offset * step - window
+            candidate = key[np.minimum(np.searchsorted(key, earliest), len(key) - 1)]
+            on_string = (height + offset >= 0) & (height + offset < DOMS_PER_STRING)
+            found |= on_string & (candidate >= earliest) & (candidate <= earliest + 2 * window)
+    result = np.empty_like(found)
+    result[order] = found
+    return result
+
 
 def trigger(event, dom, time, charge, aux, rng):
     """Keep the readout of the events that trigger -> the same columns, sorted by event and time."""
@@ -334,7 +365,7 @@ def simulate_chunk(doms, rng):
     noise = draw_noise(event, time, rng)
     event, dom, time = (np.concatenate(pair) for pair in zip((event, dom, time), noise))
     weight = np.append(weight, np.ones(len(time) - len(weight)))
-    event, dom, time, charge = merge_photons(event, dom, time, weight, rng)
+    event, dom, time, charge = make_pulses(event, dom, time, weight, rng)
     event, *columns = trigger(event, dom, time, charge, ~local_coincidence(event, dom, time), rng)
     triggered, event = np.unique(event, return_inverse=True)
     return (event, *columns), {name: values[..., triggered] for name, values in events.items()}

@@ -14,7 +14,6 @@ import common  # first: it sets how torch's threads wait
 
 import dataclasses
 import math
-import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -25,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import knobs
-from model import METRICS, ModelConfig, Pretrainer, parameter_groups
+from model import CLS_TARGETS, ModelConfig, Pretrainer, parameter_groups
 
 
 @dataclass
@@ -37,7 +36,7 @@ class TrainConfig(ModelConfig):
     val_events: int = 100_000  # evaluate on the first N events of val_split, or as many as there are; 0 = all
     out_dir: str = ""  # where the run is kept; "" = out/<stems of the config files joined by +>
     batch_size: int = 4096  # events a step, over all ranks
-    micro_batches: int = 8  # pieces a rank's share is cut into, sorted by length; more pieces need less memory
+    micro_batch_size: int = 0  # events computed at once on a device, which changes no result; 0 = what suits it
     max_steps: int = 127_000  # updates; 127,000 x 4096 = 520 M events: 4 epochs of all 130 M, 5.2 of batches 1-500
     learning_rate: float = 1e-3  # at the top of the schedule
     warmup_steps: int = 0  # linear rise from 0; 0 = 1 / (1 - beta2)
@@ -50,7 +49,8 @@ class TrainConfig(ModelConfig):
     weight_decay: float = 0.1  # of the matrices only, see model.parameter_groups
     grad_clip: float = 1.0  # largest norm of the gradient
     mask_prob: float = 0.25  # share of good pulses (aux = False) whose DOM id is hidden
-    lambda_charge: float = 1.0  # weight of the charge loss beside the DOM loss
+    lambda_charge: float = 1.0  # weight of the charge's loss, beside the DOM loss with weight 1
+    lambda_center: float = 1.0  # weight of the centre's loss
     eval_interval: int = 1000  # steps between evaluations
     log_interval: int = 50  # steps between log lines
     save_interval: int = 1000  # steps between checkpoints
@@ -68,7 +68,7 @@ class TrainConfig(ModelConfig):
         yield from super().check()
         yield from knobs.check_training(self)
         yield from knobs.check_fraction(self, "mask_prob")
-        yield from knobs.check_not_negative(self, "lambda_charge", "keep_every")
+        yield from knobs.check_not_negative(self, "lambda_charge", "lambda_center", "keep_every")
         yield from knobs.check_choice(self, "optimizer", ("adamw", "muon"))
         if self.optimizer == "muon" and (self.mup_base_width or self.mup_base_layers):
             yield ("mup_base_width and mup_base_layers carry learning rates of AdamW, not of optimizer = 'muon'; put "
@@ -77,17 +77,17 @@ class TrainConfig(ModelConfig):
             yield "branch_from is a cooldown: it needs schedule = 'trapezoidal' and cooldown_steps > 0"
 
 
-# charge_loss is that of cls_target; perplexity, shares of right DOM (among the best 1 and 5) and right
-# string, distance of the best guess [m] are means over hidden pulses; rms of log10(charge) [dex] and of the
-# centre of charge [m]
-LOG_COLUMNS = ["step", "events", "lr", "loss", "dom_loss", "charge_loss", "grad_norm", "events_per_s",
-               "val_loss", "val_dom_loss", "val_charge_loss", "val_perplexity", "val_top1", "val_top5", "val_string",
-               "val_distance", "val_charge_rms", "val_center_rms",
+# perplexity, shares of right DOM (among the best 1 and 5) and right string, distance of the best guess [m] are means
+# over hidden pulses; rms of log10(charge) [dex] and of the centre of charge [m]; what [CLS] does not predict is empty
+LOG_COLUMNS = ["step", "events", "lr", "loss", "dom_loss", *(f"{name}_loss" for name in CLS_TARGETS), "grad_norm",
+               "events_per_s", "val_loss", "val_dom_loss", *(f"val_{name}_loss" for name in CLS_TARGETS),
+               "val_perplexity", "val_top1", "val_top5", "val_string", "val_distance",
+               *(f"val_{target.metric}" for target in CLS_TARGETS.values()),
                "data_ms", "bad_steps"]  # time a step waits for its events; steps so far that were skipped
 VAL_SEED = 0  # of the masks at evaluation: the same for every run, so that runs with other seeds compare
 # Knobs that may differ when a run goes on: the steps already done would have been the same but for rounding,
 # and for the learning rate's end, which max_steps and cooldown_steps move
-MAY_CHANGE = {"data_dir", "out_dir", "micro_batches", "max_steps", "cooldown_steps", "eval_interval", "log_interval",
+MAY_CHANGE = {"data_dir", "out_dir", "micro_batch_size", "max_steps", "cooldown_steps", "eval_interval", "log_interval",
               "save_interval", "keep_every", "max_bad_steps", "resume", "device", "dtype", "compile", "wandb_project"}
 
 
@@ -114,40 +114,53 @@ def masked_batches(split, index, epoch, config, seed):
     """The events `index` of a split as micro-batches with hidden pulses."""
     events, pulses = data.read_events(split, index)
     hidden = hide_pulses(events, pulses, epoch, config.mask_prob, seed)
-    return data.micro_batches(events, pulses, config.micro_batches, hidden)
+    labels = [CLS_TARGETS[name].label for name in config.cls_target.split("+")]
+    return data.micro_batches(events, pulses, config.micro_batch_size, labels, hidden)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # evaluation
 # ------------------------------------------------------------------------------------------------------------
 
+def loss_weights(config):
+    """Of the losses that Pretrainer.forward gives; to be weighed by lambda_<name>."""
+    return {"dom": 1.0} | {name: getattr(config, f"lambda_{name}") for name in config.cls_target.split("+")}
+
+
 @torch.no_grad()
-def evaluate(model, split, n_events, config, ranks, autocast):
+def evaluate(model, split, n_events, config, process):
     """Losses and metrics over exactly the first n_events of the split, with the same masks each time -> dict of val_*."""
-    mine = np.array_split(np.arange(n_events), ranks.world_size)[ranks.rank]
-    n_chunks = -(-len(mine) * ranks.world_size // config.batch_size)  # a step's memory is enough
+    mine = np.array_split(np.arange(n_events), process.world_size)[process.rank]
+    n_chunks = -(-len(mine) * process.world_size // config.batch_size)  # a step's memory is enough
     chunks = np.array_split(mine, n_chunks) if n_chunks else []  # a rank may have none
-    totals = np.zeros(len(METRICS) + 3)
+
+    def load(i):
+        return masked_batches(split, chunks[i], np.zeros_like(chunks[i]), config, VAL_SEED)
+
+    totals = np.zeros(len(model.metric_names) + 2)
     model.eval()
-    for batches in data.prefetch(lambda i: masked_batches(split, chunks[i], np.zeros_like(chunks[i]), config, VAL_SEED),
-                                 range(len(chunks)), ranks.device):
+    for batches in data.prefetch(load, range(len(chunks)), process.device):
         for batch in batches:
-            with autocast:
+            with process.autocast:
                 sums = model.metrics(batch)
-            totals += [*sums.tolist(), batch["n_scored"], batch["n_hidden"], len(batch["valid"])]
+            totals += [*sums.tolist(), batch["n_scored"], batch["n_hidden"]]
     model.train()
-    *sums, n_scored, n_hidden, n = common.sum_over_ranks(totals, ranks)
-    sums, n_hidden = dict(zip(METRICS, sums)), max(n_hidden, 1)
-    dom_loss = sums["dom_loss"] / (max(n_scored, 1) if config.loss_weighting == "per_event" else n_hidden)
-    charge_loss = sums["cls_loss"] / n
-    found = {"val_loss": dom_loss + config.lambda_charge * charge_loss, "val_dom_loss": dom_loss,
-             "val_charge_loss": charge_loss, "val_perplexity": float(np.exp(sums["cross_entropy"] / n_hidden)),
-             "val_top1": sums["top1"] / n_hidden, "val_top5": sums["top5"] / n_hidden,
-             "val_string": sums["right_string"] / n_hidden, "val_distance": sums["distance"] / n_hidden}
-    for target in ("charge", "center"):
-        if config.cls_target in (target, "both"):  # what no head predicts is not measured
-            found[f"val_{target}_rms"] = (sums[f"{target}_error2"] / n) ** 0.5
-    return found
+    *sums, n_scored, n_hidden = common.sum_over_ranks(totals, process)
+    sums, n_hidden = dict(zip(model.metric_names, sums)), max(n_hidden, 1)
+    losses = {"dom": sums["dom_loss"] / (max(n_scored, 1) if config.loss_weighting == "per_event" else n_hidden)}
+    losses |= {name: sums[f"{name}_loss"] / n_events for name in model.targets}
+    row = {"val_loss": sum(weight * losses[name] for name, weight in loss_weights(config).items())}
+    row |= {f"val_{name}_loss": loss for name, loss in losses.items()}
+    row |= {f"val_{name}": sums[name] / n_hidden for name in ("top1", "top5", "string", "distance")}
+    row["val_perplexity"] = math.exp(min(sums["cross_entropy"] / n_hidden, 700))
+    for name, target in model.targets.items():
+        row[f"val_{target.metric}"] = target.of_mean(sums[f"{name}_metric"] / n_events)
+    return row
+
+
+def describe(row):
+    """What an evaluation has found, in one line."""
+    return " ".join(f"{name} {value:.4g}" for name, value in row.items() if name.startswith("val_"))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -194,6 +207,94 @@ def print_reheating(saved, config):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# optimizer
+# ------------------------------------------------------------------------------------------------------------
+
+class GuardedOptimizer:
+    """How both loops update a model: unscale the gradients, clip them, skip the step if they are not finite, forget them.
+
+    n_bad counts skipped steps, bad_in_a_row those since the last good one; on the device, so that nothing waits.
+    """
+
+    def __init__(self, model, optimizers, config, process):
+        self.model, self.optimizers, self.grad_clip, self.max_bad_steps = model, optimizers, config.grad_clip, config.max_bad_steps
+        self.scaler = torch.amp.GradScaler(process.device.type, init_scale=2.0**10, enabled=process.dtype == torch.float16)
+        self.n_bad = self.bad_in_a_row = torch.zeros((), dtype=torch.int64, device=process.device)
+
+    def set_learning_rate(self, rate):
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            group["lr"] = rate * group.get("lr_scale", 1.0)  # muP and the head of finetune.py have others
+
+    def backward(self, loss):
+        self.scaler.scale(loss).backward()
+
+    def step(self):
+        """-> norm of the gradient before it is clipped, a tensor on the device."""
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
+        is_bad = ~grad_norm.isfinite()
+        # not through scaler.step, which looks at each optimizer's gradients alone: clipping has spread a NaN to all
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, torch.optim.AdamW):
+                optimizer.found_inf = is_bad.float()  # the fused kernel then changes nothing
+                optimizer.step()
+            elif not is_bad.item():  # Muon has no such kernel: this waits for the GPU
+                optimizer.step()
+        self.scaler.update()
+        self.model.zero_grad(set_to_none=True)
+        self.n_bad = self.n_bad + is_bad
+        too_many = self.bad_in_a_row > self.max_bad_steps  # stays so until the next log line looks at it
+        self.bad_in_a_row = torch.where(too_many, self.bad_in_a_row, (self.bad_in_a_row + 1) * is_bad)
+        return grad_norm
+
+    def gave_up(self):
+        return self.bad_in_a_row.item() > self.max_bad_steps
+
+    def state_dict(self):
+        return {"optimizer": [optimizer.state_dict() for optimizer in self.optimizers],
+                "scaler": self.scaler.state_dict(), "bad_steps": self.n_bad.item()}
+
+    def load_state_dict(self, saved):
+        for optimizer, state in zip(self.optimizers, saved["optimizer"], strict=True):
+            optimizer.load_state_dict(state)
+        if saved["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(saved["scaler"])
+        self.n_bad = self.n_bad + saved["bad_steps"]
+
+
+def make_optimizers(model, config):
+    """AdamW, or Muon for the matrices of the backbone and AdamW for the rest."""
+    groups, optimizers = parameter_groups(model, config.weight_decay), []
+    if config.optimizer == "muon":  # its updates are scaled to the size of AdamW's, so one learning rate serves both
+        matrices = [parameter for parameter in groups[0]["params"] if parameter.ndim == 2]
+        groups[0]["params"] = [parameter for parameter in groups[0]["params"] if parameter.ndim != 2]
+        optimizers = [torch.optim.Muon(matrices, weight_decay=config.weight_decay, momentum=0.95,
+                                       adjust_lr_fn="match_rms_adamw")]
+    return [make_adamw(groups, config), *optimizers]
+
+
+def make_adamw(groups, config):
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.adam_eps,
+                             fused=True)
+
+
+def compiled_and_distributed(raw_model, config, process):
+    """The model as the loop calls it. What is saved and evaluated is raw_model, whose weights it shares."""
+    # DDP around the compiled model; its own cutting of graphs would compile anew for each new length
+    torch._dynamo.config.optimize_ddp = False
+    model = torch.compile(raw_model, dynamic=True) if config.compile else raw_model
+    if process.world_size == 1:
+        return model
+    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def summing_gradients(model, process, is_last):
+    """A context for the micro-batches of a step: gradients are summed over ranks with the last one only."""
+    return nullcontext() if process.world_size == 1 or is_last else model.no_sync()
+
+
+# ------------------------------------------------------------------------------------------------------------
 # branches
 # ------------------------------------------------------------------------------------------------------------
 
@@ -232,177 +333,147 @@ def find_branch(config, saved):
 
 def main():
     config = knobs.load_config(TrainConfig, __doc__)
-    ranks = common.start_device(config)
+    process = common.start_process(config)
     checkpoint_path = f"{config.out_dir}/ckpt.pt"
     saved = common.find_run(config, checkpoint_path, MAY_CHANGE)
     begins_from = checkpoint_path if saved else config.branch_from
     if config.branch_from:
         saved, config.max_steps = find_branch(config, saved)
     if saved and saved["step"] >= config.max_steps:
-        if ranks.main:
+        if process.is_main:
             print(f"{config.out_dir} is complete at step {saved['step']}; raise max_steps to go on, or choose another "
                   "out_dir")
-        common.stop_device(ranks)
+        common.stop_process(process)
         return
 
     # ---- data ----------------------------------------------------------------------------------------------
     train_split, n_train = data.open_first_events(config.data_dir, config.train_split, config.train_events)
     val_split, n_val = data.open_first_events(config.data_dir, config.val_split, config.val_events, at_most=True)
     geometry, fingerprint = data.read_geometry(config.data_dir), data.fingerprint(config.data_dir)
+    config.micro_batch_size = config.micro_batch_size or common.suited_micro_batch_size(
+        process, data.read_meta(config.data_dir)["max_pulses"], config)
 
     def load_step(step):
         """This rank's share of a step; the step's events and masks do not depend on the number of ranks."""
         index, epoch = data.step_events(step, config.batch_size, n_train, config.seed)
-        mine = np.array_split(np.arange(config.batch_size), ranks.world_size)[ranks.rank]
+        mine = np.array_split(np.arange(config.batch_size), process.world_size)[process.rank]
         return masked_batches(train_split, index[mine], epoch[mine], config, config.seed)
 
-    # ---- model, optimizer, resume, compile, DDP ------------------------------------------------------------
+    # ---- model, optimizer, checkpoint ----------------------------------------------------------------------
     torch.manual_seed(config.seed)
-    raw_model = Pretrainer(config, geometry).to(ranks.device)
-    groups, muon = parameter_groups(raw_model, config.weight_decay), None
-    if config.optimizer == "muon":  # its updates are scaled to the size of AdamW's, so one learning rate serves both
-        matrices = [parameter for parameter in groups[0]["params"] if parameter.ndim == 2]
-        groups[0]["params"] = [parameter for parameter in groups[0]["params"] if parameter.ndim != 2]
-        muon = torch.optim.Muon(matrices, weight_decay=config.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw")
-    adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
-    optimizers = [adamw, muon] if muon else [adamw]
-    scaler = torch.amp.GradScaler(ranks.device.type, init_scale=2.0**10, enabled=ranks.dtype == torch.float16)
-    autocast = torch.autocast(ranks.device.type, ranks.dtype, enabled=ranks.dtype != torch.float32)
+    raw_model = Pretrainer(config, geometry).to(process.device)
+    optimizer = GuardedOptimizer(raw_model, make_optimizers(raw_model, config), config, process)
     first_step, best_val = 0, float("inf")
-    bad_steps = bad_in_a_row = torch.zeros((), dtype=torch.int64, device=ranks.device)  # counted without waiting for the GPU
     if saved:
         common.check_same(begins_from, "events in train_split", saved["n_train"], n_train)
         data.check_geometry(saved, geometry, begins_from, config.data_dir)
         data.check_events(saved, begins_from, config.data_dir)
         raw_model.load_state_dict(saved["model"])
-        for optimizer, state in zip(optimizers, saved["optimizer"]):
-            optimizer.load_state_dict(state)
-        if saved["scaler"] and scaler.is_enabled():
-            scaler.load_state_dict(saved["scaler"])
-        first_step, best_val, bad_steps = saved["step"], saved["best_val"], bad_steps + saved["bad_steps"]
-    compiled_model = torch.compile(raw_model, dynamic=True) if config.compile else raw_model
-    model = DistributedDataParallel(compiled_model) if ranks.world_size > 1 else compiled_model
+        optimizer.load_state_dict(saved)
+        first_step, best_val = saved["step"], saved["best_val"]
+    model = compiled_and_distributed(raw_model, config, process)
 
     def save(path, step):
-        common.save_checkpoint(path, model=raw_model.state_dict(), optimizer=[o.state_dict() for o in optimizers],
-                               scaler=scaler.state_dict(), step=step, best_val=best_val, bad_steps=bad_steps.item(),
-                               n_train=n_train, data=fingerprint, config=dataclasses.asdict(config))
+        if process.is_main:
+            common.save_checkpoint(path, model=raw_model.state_dict(), **optimizer.state_dict(), step=step,
+                                   best_val=best_val, n_train=n_train, data=fingerprint, config=dataclasses.asdict(config))
 
-    if ranks.main:
+    if process.is_main:
         lock = common.hold_lock(config.out_dir)  # held until main() ends
         knobs.print_knobs(config)
-        common.print_run_header(config, ranks, raw_model, n_train)
+        common.print_run_header(config, process, raw_model, n_train)
         print_schedule_notes(config)
         common.write_json(f"{config.out_dir}/config.json", dataclasses.asdict(config))
-        log = common.start_log(config, LOG_COLUMNS, first_step)
         if saved and begins_from == checkpoint_path:
             print_reheating(saved, config)
         if saved:
             print(f"{'branch' if begins_from == config.branch_from else 'resume'} from {begins_from} at step {first_step}")
+    log = common.start_log(config, LOG_COLUMNS, first_step)
 
     # ---- training loop -------------------------------------------------------------------------------------
+    weights = loss_weights(config)
+    loader = data.prefetch(load_step, range(first_step, config.max_steps), process.device)
     bar = common.progress_bar(config.max_steps, "pretrain", "step", initial=first_step)
-    loader = data.prefetch(load_step, range(first_step, config.max_steps), ranks.device)
-    clock, clock_step, waited = time.perf_counter(), first_step, 0.0
-    caught, asked_to_stop = common.catch_signals(), False
+    speed, caught, asked_to_stop = common.Speedometer(config.batch_size), common.catch_signals(), False
     for step in range(first_step, config.max_steps + 1):  # one extra turn to evaluate and save
-        last_step = step == config.max_steps
+        is_end = step == config.max_steps
         row = {"step": step, "events": step * config.batch_size}
-        if asked_to_stop and not last_step:
-            if ranks.main:
-                save(checkpoint_path, step)
-            bar.close()
-            common.end_stopped_run(config, caught, step, ranks)
 
-        paused = time.perf_counter()
-        if step % config.eval_interval == 0 or last_step:
-            row |= evaluate(raw_model, val_split, n_val, config, ranks, autocast)
-            if ranks.main:
-                bar.write(f"eval {step:6d}/{config.max_steps} | val_loss {row['val_loss']:.4f} "
-                          f"dom {row['val_dom_loss']:.4f} charge {row['val_charge_loss']:.4f} | top1 {row['val_top1']:.1%} "
-                          f"top5 {row['val_top5']:.1%} string {row['val_string']:.1%} off by {row['val_distance']:.0f} m")
-            if not np.isfinite(row["val_loss"]):
-                common.fail(f"step {step}: val_loss is {row['val_loss']}; {config.out_dir} keeps the last good "
-                            "checkpoint, go on with a smaller learning_rate", common.Diverged)
-            if row["val_loss"] < best_val and step > 0:
-                best_val = row["val_loss"]
-                if ranks.main:
-                    save(f"{config.out_dir}/best.pt", step)
-        # at the first step too: a run that was stopped between the two files has only one of them
-        if ranks.main and (step % config.save_interval == 0 or last_step):
+        # asked to stop
+        if asked_to_stop and not is_end:
             save(checkpoint_path, step)
-        if ranks.main and config.keep_every and step % config.keep_every == 0 and step > 0:
-            save(f"{config.out_dir}/ckpt_{step}.pt", step)
-        clock += time.perf_counter() - paused  # evaluating and saving do not count as training
-        if last_step:
-            if ranks.main:
-                log(row)
+            bar.close()
+            common.end_stopped_run(config, caught, step, process)
+
+        with speed.pause():
+            # evaluate
+            if step % config.eval_interval == 0 or is_end:
+                row |= evaluate(raw_model, val_split, n_val, config, process)
+                bar.write(f"eval {step:6d}/{config.max_steps} | " + describe(row))
+                common.check_val_loss(config, step, row["val_loss"])
+                if row["val_loss"] < best_val and step > 0:
+                    best_val = row["val_loss"]
+                    save(f"{config.out_dir}/best.pt", step)
+
+            # save; at step 0 too, so that a run that has a log has a checkpoint
+            if step % config.save_interval == 0 or is_end:
+                save(checkpoint_path, step)
+            if config.keep_every and step % config.keep_every == 0 and step > 0:
+                save(f"{config.out_dir}/ckpt_{step}.pt", step)
+        if is_end:
+            log(row)
             break
 
+        # learning rate
         row["lr"] = learning_rate(step, config)
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = row["lr"] * group.get("lr_scale", 1.0)  # muP has others
-        called = time.perf_counter()
-        batches = next(loader)
-        waited += time.perf_counter() - called
-        # what the DOM loss is the mean over, on all ranks; and whether any rank was asked to stop: then all
-        # do, after this step
-        n_scored, n_hidden = (sum(batch.pop(count) for batch in batches) for count in ("n_scored", "n_hidden"))
-        n_averaged, asked_to_stop = common.sum_over_ranks(
-            [n_scored if config.loss_weighting == "per_event" else n_hidden, bool(caught)], ranks)
-        dom_loss = charge_loss = 0.0
-        for i, batch in enumerate(batches):
-            # gradients are summed over ranks only after the last micro-batch
-            syncs = nullcontext() if ranks.world_size == 1 or i == len(batches) - 1 else model.no_sync()
-            with syncs:
-                with autocast:
-                    dom_losses, charge_losses = model(batch)
-                # shares of the whole step's means: the update does not depend on how the step is cut
-                dom_part, charge_part = dom_losses.sum() / max(n_averaged, 1), charge_losses.sum() / config.batch_size
-                loss = dom_part + config.lambda_charge * charge_part
-                scaler.scale(loss * ranks.world_size).backward()  # DDP takes the mean over ranks, the sum is meant
-            dom_loss += dom_part.detach()
-            charge_loss += charge_part.detach()
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip)
-        is_bad = ~grad_norm.isfinite()
-        adamw.found_inf = is_bad.float()  # on the device: the fused kernel then changes nothing
-        scaler.step(adamw)
-        if muon and not is_bad.item():  # it has no such kernel: this waits for the GPU
-            scaler.step(muon)
-        scaler.update()
-        raw_model.zero_grad(set_to_none=True)
-        bad_steps = bad_steps + is_bad
-        too_bad = bad_in_a_row > config.max_bad_steps  # stays so until the next log line looks at it
-        bad_in_a_row = torch.where(too_bad, bad_in_a_row, (bad_in_a_row + 1) * is_bad)
+        optimizer.set_learning_rate(row["lr"])
 
+        # events; what the DOM loss is the mean over, on all ranks; whether any rank was asked to stop
+        batches = speed.next_step(loader)
+        n_scored = sum(batch["n_scored" if config.loss_weighting == "per_event" else "n_hidden"] for batch in batches)
+        n_scored, asked_to_stop = common.sum_over_ranks([n_scored, bool(caught)], process)
+
+        # micro-batches: each adds its share of the step's means, so that the update does not depend on the cuts
+        step_losses = dict.fromkeys(weights, 0.0)
+        for i, batch in enumerate(batches):
+            with summing_gradients(model, process, is_last=i == len(batches) - 1):
+                with process.autocast:
+                    losses = model(batch)
+                means = {name: loss.sum() / (max(n_scored, 1) if name == "dom" else config.batch_size)
+                         for name, loss in losses.items()}
+                loss = sum(weight * means[name] for name, weight in weights.items())
+                optimizer.backward(loss * process.world_size)  # DDP takes the mean over ranks, the sum is meant
+            step_losses = {name: step_losses[name] + mean.detach() for name, mean in means.items()}
+
+        # guarded step
+        grad_norm = optimizer.step()
+
+        # log; only here the loop waits for the GPU
         if step % config.log_interval == 0:
-            dom_loss, charge_loss = common.sum_over_ranks(torch.stack([dom_loss, charge_loss]), ranks)  # waits for the GPU
-            now, n_steps = time.perf_counter(), step + 1 - clock_step
-            row |= {"loss": dom_loss + config.lambda_charge * charge_loss, "dom_loss": dom_loss, "charge_loss": charge_loss,
-                    "grad_norm": grad_norm.item(), "events_per_s": n_steps * config.batch_size / (now - clock),
-                    "data_ms": waited / n_steps * 1e3, "bad_steps": bad_steps.item()}
-            if ranks.main:
-                bar.write(f"step {step:6d}/{config.max_steps} | loss {row['loss']:.4f} dom {dom_loss:.4f} charge "
-                          f"{charge_loss:.4f} | norm {row['grad_norm']:.2f} | lr {row['lr']:.1e} | "
-                          f"{(now - clock) / n_steps * 1e3:.1f} ms, data {row['data_ms']:.1f} | {row['events_per_s']:,.0f} events/s"
-                          + f" | {row['bad_steps']} steps skipped" * (row["bad_steps"] > 0))
-            if bad_in_a_row > config.max_bad_steps:
-                with torch.no_grad(), autocast:
-                    losses = np.concatenate([sum(raw_model(batch)).float().cpu().numpy() for batch in batches])
-                event_ids = np.concatenate([batch["event_id"].cpu().numpy() for batch in batches])
-                common.stop_bad_run(config, step, losses, event_ids, ranks)
-            clock, clock_step, waited = now, step + 1, 0.0
-        if ranks.main and (step % config.log_interval == 0 or "val_loss" in row):
+            sums = common.sum_over_ranks(torch.stack(list(step_losses.values())), process)
+            sums = dict(zip(weights, sums))
+            row |= {"loss": sum(weight * sums[name] for name, weight in weights.items()),
+                    **{f"{name}_loss": value for name, value in sums.items()},
+                    "grad_norm": grad_norm.item(), "bad_steps": optimizer.n_bad.item()}
+            columns, speed_text = speed.read()
+            row |= columns
+            bar.write(f"step {step:6d}/{config.max_steps} | loss {row['loss']:.4f} "
+                      + " ".join(f"{name} {value:.4f}" for name, value in sums.items())
+                      + f" | norm {row['grad_norm']:.2f} | lr {row['lr']:.1e} | {speed_text}"
+                      + (f" | {row['bad_steps']} steps skipped" if row["bad_steps"] else ""))
+            if optimizer.gave_up():
+                with torch.no_grad(), process.autocast:
+                    losses = [sum(raw_model(batch).values()) for batch in batches]
+                common.stop_bad_run(config, step, losses, batches, process)
+        if step % config.log_interval == 0 or "val_loss" in row:
             log(row)
         bar.update()
 
     bar.close()
     common.release_signals()
-    if ranks.main:
+    if process.is_main:
         print(f"done: {checkpoint_path}, best val_loss {best_val:.4f} in {config.out_dir}/best.pt, curves in log.csv")
-    common.stop_device(ranks)
+    common.stop_process(process)
 
 
 if __name__ == "__main__":

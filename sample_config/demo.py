@@ -11,7 +11,6 @@ hidden_size = 256
 num_layers = 3
 
 batch_size = 128
-micro_batches = 4
 max_steps = 600
 optimizer = "muon"
 learning_rate = 1e-2

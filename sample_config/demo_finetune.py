@@ -13,7 +13,6 @@ head_hidden_size = 256
 direction_loss = "vmf"  # on such data far better than the paper's mean angle, see direction_loss.py of the studies
 
 batch_size = 64
-micro_batches = 4
 max_steps = 500  # 4 epochs of 8,000
 learning_rate = 1e-3
 beta2 = 0.98

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 TINY_MODEL = ["--embedding_dim=32", "--dom_embed_dim=16", "--num_heads=2", "--hidden_size=64", "--num_layers=2"]
-TINY_RUN = [*TINY_MODEL, "--batch_size=16", "--micro_batches=2", "--max_steps=6", "--val_events=50", "--beta2=0.9",
+TINY_RUN = [*TINY_MODEL, "--batch_size=16", "--micro_batch_size=8", "--max_steps=6", "--val_events=50", "--beta2=0.9",
             "--cooldown_steps=2", "--eval_interval=3", "--log_interval=1", "--save_interval=2", "--device=cpu",
             "--dtype=float32"]
 
@@ -125,12 +125,13 @@ def random_events(rng, lengths, n_doms=5160):
 def write_folder(path, **splits):
     """A finished data folder from (events, pulses) of each split, and a made-up geometry."""
     import data
+    import prepare
     path.mkdir(parents=True, exist_ok=True)
     np.random.default_rng(0).uniform(-500, 500, (5160, 3)).astype("<f4").tofile(path / "geometry.bin")
     for name, (events, pulses) in splits.items():
         for kind, records in (("events", events), ("pulses", pulses)):
-            data.reserve(path / f"{name}_{kind}.bin", records.nbytes)
-            data.write_records(path / f"{name}_{kind}.bin", 0, records)
+            prepare.reserve(path / f"{name}_{kind}.bin", records.nbytes)
+            prepare.write_records(path / f"{name}_{kind}.bin", 0, records)
     counts = {name: {"n_events": len(events), "n_pulses": len(pulses)} for name, (events, pulses) in splits.items()}
     (path / "meta.json").write_text(json.dumps({"format": data.FORMAT_VERSION, "dtypes": data.describe_dtypes(),
                                                 "max_pulses": 127, "splits": counts}))

@@ -1,4 +1,4 @@
-"""The .bin format, the events of a step, padded micro-batches."""
+"""The .bin format, the events of a step, packed micro-batches."""
 import shutil
 
 import numpy as np
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import data
+import prepare
 from conftest import random_events, write_folder
 
 
@@ -55,48 +56,55 @@ def test_events_and_pulses_come_back_whatever_the_order(tmp_path):
 
 def test_records_written_in_pieces_are_the_same_bytes(tmp_path):
     events, _ = random_events(np.random.default_rng(0), [3] * 60)
-    data.reserve(tmp_path / "x.bin", events.nbytes)
+    prepare.reserve(tmp_path / "x.bin", events.nbytes)
     for first in (30, 0):  # the later piece first
-        data.write_records(tmp_path / "x.bin", first, events[first:first + 30])
+        prepare.write_records(tmp_path / "x.bin", first, events[first:first + 30])
     assert (tmp_path / "x.bin").read_bytes() == events.tobytes()
 
 
 def test_every_dom_id_survives_to_the_tensor():
     events, pulses = random_events(np.random.default_rng(1), [100] * 52)
     pulses["dom"][:5160] = np.arange(5160)
-    batches = data.micro_batches(events, pulses, 4)
-    found = np.concatenate([batch["dom"][batch["valid"]].numpy() for batch in batches])
+    batches = data.micro_batches(events, pulses, 13)
+    found = np.concatenate([batch["dom"].numpy() for batch in batches])
     assert np.array_equal(np.unique(found), np.arange(5160))
     assert all(batch["dom"].dtype == torch.int64 for batch in batches)
 
 
-def test_micro_batches_hold_each_pulse_once_with_little_padding():
+def test_micro_batches_hold_each_pulse_once_behind_the_cls_of_its_event():
     rng = np.random.default_rng(2)
     events, pulses = random_events(rng, rng.integers(1, 128, 101))
     hidden = rng.random(len(pulses)) < 0.2
-    batches = data.micro_batches(events, pulses, 7, hidden)
-    assert len(batches) == 7 and sorted(np.concatenate([b["row"].numpy() for b in batches])) == list(range(101))
+    batches = data.micro_batches(events, pulses, 16, ("total_charge", "center"), hidden)
+    assert max(len(batch["row"]) for batch in batches) <= 16
+    assert sorted(np.concatenate([batch["row"] for batch in batches])) == list(range(101))
     for batch in batches:
-        assert batch["valid"].shape[1] == batch["valid"].sum(1).max()
-        is_hidden = torch.zeros(batch["valid"].numel(), dtype=torch.bool)
+        starts = batch["starts"].tolist()
+        assert batch["starts"].dtype == torch.int32 and starts[0] == 0 and starts[-1] == len(batch["time"])
+        assert batch["longest"] == max(np.diff(starts)) and list(np.diff(starts)) == sorted(np.diff(starts))
+        is_hidden = torch.zeros(len(batch["time"]), dtype=torch.bool)
         is_hidden[batch["hidden"]] = True
-        is_hidden = is_hidden.view_as(batch["valid"])
-        assert batch["n_scored"] == is_hidden.any(1).sum()
+        n_hidden = []
         for i, row in enumerate(batch["row"].tolist()):
             e = events[row]
-            span, valid = slice(e["start"], e["start"] + e["length"]), batch["valid"][i]
+            cls, span = starts[i], slice(starts[i] + 1, starts[i + 1])
+            on_disk = slice(e["start"], e["start"] + e["length"])
             assert batch["total_charge"][i] == e["total_charge"] and batch["event_id"][i] == e["event_id"]
+            assert np.array_equal(batch["center"][i], e["center"])
             for name in ("time", "charge", "dom", "aux"):
-                assert np.array_equal(batch[name][i][valid].numpy(), pulses[name][span]), name
-                assert not batch[name][i][~valid].any(), "padding is zero"
-            assert np.array_equal(is_hidden[i][valid].numpy(), hidden[span])
-    n_cells = sum(batch["valid"].numel() for batch in batches)
-    assert n_cells < 1.2 * len(pulses) < 0.7 * 101 * 127
+                assert np.array_equal(batch[name][span].numpy(), pulses[name][on_disk]), name
+                assert batch[name][cls] == 0, "[CLS] has no values"
+            assert np.array_equal(is_hidden[span].numpy(), hidden[on_disk]) and not is_hidden[cls]
+            n_hidden.append(np.count_nonzero(hidden[on_disk]))
+        assert torch.bincount(batch["hidden_event"], minlength=len(n_hidden)).tolist() == n_hidden
+        assert (batch["n_scored"], batch["n_hidden"]) == (np.count_nonzero(n_hidden), sum(n_hidden))
 
 
-def test_more_micro_batches_than_events():
+def test_labels_are_taken_along_only_if_named():
     events, pulses = random_events(np.random.default_rng(3), [3, 4])
-    assert [len(batch["time"]) for batch in data.micro_batches(events, pulses, 5)] == [1, 1]
+    batch, = data.micro_batches(events, pulses, 5, ("azimuth",))
+    assert "azimuth" in batch and not {"zenith", "center", "hidden", "n_hidden"} & batch.keys()
+    assert [len(batch["row"]) for batch in data.micro_batches(events, pulses, 1)] == [1, 1]
 
 
 def test_prefetch_keeps_the_order_and_passes_errors_on():

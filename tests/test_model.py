@@ -1,4 +1,4 @@
-"""model.py: sizes, padding, masking, losses, numerics."""
+"""model.py: sizes, packing, masking, losses, numerics."""
 import math
 
 import numpy as np
@@ -10,7 +10,8 @@ import data
 import model as m
 from common import count_parameters
 from conftest import random_events
-from finetune import FinetuneConfig, from_published
+from finetune import FinetuneConfig
+from tools.import_published import from_published
 from train import TrainConfig
 
 SMALL = {"embedding_dim": 32, "dom_embed_dim": 16, "num_heads": 4, "hidden_size": 64, "num_layers": 2}
@@ -24,19 +25,34 @@ def make(kind=m.Pretrainer, seed=0, **knobs):
 
 
 def one_batch(lengths, hidden_share=0.3, seed=0, n=1):
+    """n micro-batches of as many events, as equal as can be."""
     rng = np.random.default_rng(seed)
     events, pulses = random_events(rng, lengths)
-    return data.micro_batches(events, pulses, n, rng.random(len(pulses)) < hidden_share)
+    labels = ("total_charge", "center", "azimuth", "zenith", "energy")
+    return data.micro_batches(events, pulses, -(-len(lengths) // n), labels, rng.random(len(pulses)) < hidden_share)
 
 
 def outputs(found):
     """What a model gives, as one tensor (B, n)."""
-    return torch.cat([value.view(len(value), -1) for value in (found.values() if isinstance(found, dict) else found)], 1)
+    return torch.cat([value.view(len(value), -1) for value in found.values()], 1)
+
+
+def shuffled(batch, order):
+    """The events of a packed batch in another order."""
+    starts, B = batch["starts"].tolist(), len(batch["row"])
+    tokens = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in order])
+    new = {name: value[tokens] if len(value) == starts[-1] else value[torch.tensor(order)] for name, value in batch.items()
+           if torch.is_tensor(value) and name not in ("starts", "hidden", "hidden_event")}
+    new["starts"] = torch.tensor([0, *np.cumsum(np.diff(starts)[order])], dtype=torch.int32)
+    is_hidden = torch.zeros(starts[-1], dtype=torch.bool).index_fill(0, batch["hidden"], True)[tokens]
+    new["hidden"] = is_hidden.nonzero().squeeze(1)
+    new["hidden_event"] = torch.arange(B).repeat_interleave(new["starts"].diff())[new["hidden"]]
+    return new | {"longest": batch["longest"], "row": batch["row"][order]}
 
 
 def test_base_has_the_papers_size():
-    assert count_parameters(m.Pretrainer(TrainConfig(), GEOMETRY).state_dict()) == 7_638_313
-    assert count_parameters(m.Reconstructor(FinetuneConfig(), GEOMETRY).state_dict()) == 6_578_179
+    assert count_parameters(m.Pretrainer(TrainConfig(), GEOMETRY).state_dict()) == 7_638_185
+    assert count_parameters(m.Reconstructor(FinetuneConfig(), GEOMETRY).state_dict()) == 6_578_051
 
 
 VARIANTS = [{}, {"backbone": "gru"}, {"backbone": "mamba"}, {"use_dom_positions": False}, {"use_dom_table": True},
@@ -46,96 +62,99 @@ BACKBONES = [{}, {"backbone": "gru"}, {"backbone": "mamba"}]
 
 @pytest.mark.parametrize("knobs", VARIANTS, ids=str)
 @pytest.mark.parametrize("kind", [m.Pretrainer, m.Reconstructor])
-def test_padding_never_changes_an_output(kind, knobs):
-    net = make(kind, **knobs)
-    padded, = one_batch([3, 50, 17, 120, 1])
-    alone = one_batch([3, 50, 17, 120, 1], n=5)
-    with torch.no_grad():
-        together = net(padded)
-        single = [net(batch) for batch in alone]
-    together, single = outputs(together), [outputs(part) for part in single]
-    assert torch.allclose(together, torch.cat(single), atol=1e-5)
-    # nor does what the padding holds
-    for name in ("time", "charge"):
-        padded[name][~padded["valid"]] = 77.0
-    padded["dom"][~padded["valid"]] = 4000
-    with torch.no_grad():
-        again = net(padded)
-    assert torch.allclose(together, outputs(again), atol=1e-6)
+def test_an_event_does_not_depend_on_its_neighbours(kind, knobs):
+    """Alone, packed with others, in any order: the same outputs and the same gradient of the weights."""
+    net, lengths = make(kind, **knobs).double(), [3, 50, 17, 127, 1]
+    packed, = one_batch(lengths)
+    alone = one_batch(lengths, n=5)
+    order = [3, 0, 4, 1, 2]
+    gradients, found = [], []
+    for batches in ([packed], alone, [shuffled(packed, order)]):
+        net.zero_grad()
+        parts = [outputs(net(batch)) for batch in map(doubled, batches)]
+        torch.cat(parts).square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]))
+        found.append(torch.cat(parts).detach())
+    bound = 1e-4 if knobs.get("backbone") == "mamba" or kind is m.Reconstructor else 1e-9  # which keep float32 at places
+    assert torch.allclose(found[0], found[1], atol=bound) and torch.allclose(found[0][order], found[2], atol=bound)
+    for gradient in gradients[1:]:
+        assert torch.allclose(gradient, gradients[0], rtol=1e-6, atol=bound * gradients[0].abs().max())
 
 
-@pytest.mark.parametrize("knobs", BACKBONES, ids=str)
-def test_swapping_events_swaps_outputs(knobs):
-    net, (batch,) = make(m.Reconstructor, **knobs), one_batch([20, 30, 25])
-    del batch["hidden"]
-    order = torch.tensor([2, 0, 1])
-    swapped = {name: value[order] for name, value in batch.items() if torch.is_tensor(value)}
-    assert torch.allclose(outputs(net(batch))[order], outputs(net(swapped)), atol=1e-5)
+def doubled(batch):
+    return {name: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
+            for name, value in batch.items()}
 
 
 @pytest.mark.parametrize("knobs", BACKBONES, ids=str)
 def test_the_last_pulse_reaches_cls(knobs):
     net, (batch,) = make(m.Reconstructor, **knobs), one_batch([20])
+    batch.pop("hidden")
     before = outputs(net(batch))
-    for name, value in (("time", 15000.0), ("charge", 4.0), ("dom", 7), ("aux", ~batch["aux"][0, -1])):
+    for name, value in (("time", 15000.0), ("charge", 4.0), ("dom", 7), ("aux", ~batch["aux"][-1])):
         changed = {**batch, name: batch[name].clone()}
-        changed[name][0, -1] = value
-        changed.pop("hidden")
+        changed[name][-1] = value
         assert not torch.allclose(before, outputs(net(changed)), atol=1e-7), name
 
 
 def test_a_hidden_dom_cannot_be_seen_and_other_pulses_can():
     net, (batch,) = make(), one_batch([40, 60])
-    x = net.encoder(batch)
-    changed = {**batch, "dom": batch["dom"].clone()}
-    changed["dom"].view(-1)[batch["hidden"]] = 123
-    assert torch.equal(x, net.encoder(changed))
-    visible = (batch["valid"].flatten().index_fill(0, batch["hidden"], False)).nonzero()[0]
-    changed["dom"].view(-1)[visible] = 123
-    assert not torch.allclose(x, net.encoder(changed), atol=1e-5)
+    _, x = net.encoder(batch)
+    changed = {**batch, "dom": batch["dom"].index_fill(0, batch["hidden"], 123)}
+    assert torch.equal(x, net.encoder(changed)[1])
+    visible = torch.ones(len(x), dtype=torch.bool).index_fill(0, batch["hidden"], False).nonzero()[1]  # 0 is [CLS]
+    changed["dom"][visible] = 123
+    assert not torch.allclose(x, net.encoder(changed)[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("knobs", BACKBONES, ids=str)
+def test_what_the_batch_holds_at_cls_means_nothing(knobs):
+    net, (batch,) = make(**knobs), one_batch([4, 6])
+    changed = {**batch}
+    for name, value in (("time", 77.0), ("charge", 5.0), ("dom", 4000), ("aux", True)):
+        changed[name] = batch[name].index_fill(0, batch["starts"][:-1].long(), value)
+    assert torch.equal(outputs(net(batch)), outputs(net(changed)))
 
 
 @pytest.mark.parametrize("knobs", [{}, {"use_dom_positions": False}, {"use_dom_table": True}], ids=str)
-def test_every_dom_mask_and_padding_have_vectors_of_their_own(knobs):
+def test_every_dom_and_mask_have_vectors_of_their_own(knobs):
     vectors = make(**knobs).encoder.embedding.dom_vectors()
-    assert vectors.shape == (5162, 16) and len(torch.unique(vectors, dim=0)) == 5162
+    assert vectors.shape == (5161, 16) and len(torch.unique(vectors, dim=0)) == 5161
 
 
 def test_losses_agree_with_the_plain_formula():
-    """Logits everywhere, padded, in float64, event by event: what the fast path must equal."""
+    """Logits everywhere, in float64, event by event: what the fast path must equal."""
     net, (batch,) = make().double(), one_batch([3, 50, 17, 9], seed=4)
-    batch = {name: value.double() if torch.is_tensor(value) and value.is_floating_point() else value for name, value in batch.items()}
+    batch, starts = doubled(batch), batch["starts"].tolist()
+    hidden = set(batch["hidden"].tolist())
     with torch.no_grad():
-        dom_loss, charge_loss = net(batch)
-        x = net.encoder(batch)
-        logits = F.linear(x[:, 1:], net.dom_head.weight, net.dom_head.bias)  # (B, L, V)
-        is_hidden = torch.zeros(batch["dom"].numel(), dtype=torch.bool)
-        is_hidden[batch["hidden"]] = True
-        is_hidden = is_hidden.view_as(batch["dom"])
-        assert 0 < is_hidden.any(1).sum() < len(x) or is_hidden.any(1).all()
-        for i in range(len(x)):
-            terms = [torch.logsumexp(logits[i, j], 0) - logits[i, j, batch["dom"][i, j]]
-                     for j in range(logits.shape[1]) if is_hidden[i, j]]
+        losses = net(batch)
+        _, x = net.encoder(batch)
+        logits = F.linear(x, net.dom_head.weight, net.dom_head.bias)  # (T, V)
+        for i in range(4):
+            terms = [torch.logsumexp(logits[j], 0) - logits[j, batch["dom"][j]]
+                     for j in range(starts[i], starts[i + 1]) if j in hidden]
             expected = sum(terms) / len(terms) if terms else torch.tensor(0.0)
-            assert dom_loss[i].item() == pytest.approx(expected.item(), abs=1e-4)
-            charge = x[i, 0] @ net.charge_head.weight[0] + net.charge_head.bias[0]
-            assert charge_loss[i].item() == pytest.approx((charge - math.log10(batch["total_charge"][i])).item() ** 2, rel=1e-4)
+            assert losses["dom"][i].item() == pytest.approx(expected.item(), abs=1e-9)
+            head = net.cls_heads["charge"]
+            charge = x[starts[i]] @ head.weight[0] + head.bias[0]
+            truth = math.log10(batch["total_charge"][i])
+            assert losses["charge"][i].item() == pytest.approx((charge - truth).item() ** 2, rel=1e-9)
 
 
 def test_the_transformer_is_the_plain_formula():
-    """One block in float64 against softmax(q k / sqrt(d)) v written out, real pulses only."""
+    """One block in float64 against softmax(q k / sqrt(d)) v written out, event by event."""
     block = make().double().encoder.backbone.blocks[0]
-    x, valid = torch.randn(2, 6, 32, dtype=torch.float64), torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
-    out = block(x, valid)
-    for b in range(2):
-        n = valid[b].sum()
-        h = F.layer_norm(x[b, :n], (32,), block.norm1.weight, block.norm1.bias)
+    x, starts = torch.randn(10, 32, dtype=torch.float64), torch.tensor([0, 6, 10], dtype=torch.int32)
+    out = block(x, m.Packing(starts, 6, 10))
+    for event in (slice(0, 6), slice(6, 10)):
+        h = F.layer_norm(x[event], (32,), block.norm1.weight, block.norm1.bias)
         q, k, v = (h @ block.mixer.qkv.weight.T).split(32, dim=1)
         heads = [((q[:, s] @ k[:, s].T) / 8 ** 0.5).softmax(1) @ v[:, s] for s in (slice(8 * i, 8 * i + 8) for i in range(4))]
-        y = x[b, :n] + torch.cat(heads, 1) @ block.mixer.out.weight.T
+        y = x[event] + torch.cat(heads, 1) @ block.mixer.out.weight.T
         h = F.layer_norm(y, (32,), block.norm2.weight, block.norm2.bias)
         y = y + F.relu(h @ block.mlp.up.weight.T + block.mlp.up.bias) @ block.mlp.down.weight.T + block.mlp.down.bias
-        assert torch.allclose(out[b, :n], y, atol=1e-10)
+        assert torch.allclose(out[event], y, atol=1e-10)
 
 
 @pytest.mark.parametrize("knobs", BACKBONES, ids=str)
@@ -145,19 +164,20 @@ def test_autocast_stays_near_float32(dtype, bound, knobs):
     exact = net(batch)
     with torch.autocast("cpu", dtype):
         rough = net(batch)
-    for a, b in zip(exact, rough):
-        assert b.dtype == torch.float32 and torch.allclose(a, b, rtol=bound, atol=bound)
-    sum(part.mean() for part in rough).backward()
+    for name, loss in rough.items():
+        assert loss.dtype == torch.float32 and torch.allclose(exact[name], loss, rtol=bound, atol=bound)
+    sum(loss.mean() for loss in rough.values()).backward()
     assert all(torch.isfinite(p.grad).all() for p in net.parameters())
 
 
-@pytest.mark.parametrize("knobs", [*BACKBONES, {"dom_loss": "ce+emd", "cls_target": "both"}], ids=str)
+@pytest.mark.parametrize("knobs", [*BACKBONES, {"dom_loss": "ce+emd", "cls_target": "charge+center"}], ids=str)
 def test_extreme_events_stay_finite(knobs):
     for kind in (m.Pretrainer, m.Reconstructor):
         net, (batch,) = make(kind, **knobs), one_batch([1, 1, 2, 5], hidden_share=0)
         assert len(batch["hidden"]) == 0
-        batch["charge"][:2, 0] = torch.tensor([0.0, 1e5])
-        batch["time"][:2, 0] = torch.tensor([0.0, 2e5])
+        first = batch["starts"][:2].long() + 1
+        batch["charge"][first] = torch.tensor([0.0, 1e5])
+        batch["time"][first] = torch.tensor([0.0, 2e5])
         batch["total_charge"][:2] = torch.tensor([0.025, 1e8])
         out = outputs(net(batch))
         out.sum().backward()
@@ -210,8 +230,8 @@ def test_weight_decay_spares_biases_norms_and_embeddings():
 
 def test_same_seed_same_weights_and_no_randomness_in_forward():
     a, b, (batch,) = make(seed=5), make(seed=5), one_batch([10, 20])
-    assert all(torch.equal(x, y) for x, y in zip(a(batch), b(batch)))
-    assert not torch.equal(a(batch)[0], make(seed=6)(batch)[0])
+    assert torch.equal(outputs(a(batch)), outputs(b(batch)))
+    assert not torch.equal(outputs(a(batch)), outputs(make(seed=6)(batch)))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -220,7 +240,7 @@ def test_same_seed_same_weights_and_no_randomness_in_forward():
 
 def test_mambas_heads_remember_what_events_have():
     """Memory of a head in pulses, 1 / (time step * decay rate), and the weight of what it reads, its time step."""
-    mixer = make(backbone="mamba").encoder.backbone.blocks[0].mixer.there
+    mixer = make(backbone="mamba").encoder.backbone.blocks[0].mixer.forwards
     step = F.softplus(mixer.dt_bias)
     memory = 1 / (step * mixer.log_a.exp())
     assert memory.min() > 0.9 and memory.max() < 128 and step.min() > 0.05
@@ -240,12 +260,22 @@ def test_mambas_matrix_form_is_the_recurrence(chunk):
     assert torch.allclose(m.state_space(x, log_decay, b, c, chunk), torch.stack(ys, 1), atol=1e-12)
 
 
-def test_both_ways_read_the_real_pulses_in_reverse():
-    net, x = make(backbone="gru").encoder.backbone.blocks[0].mixer, torch.randn(1, 9, 32)
-    valid = torch.arange(9)[None] < 6
-    y = net(x, valid)
-    assert torch.allclose(y[0, :6, :16], net.there(x[:, :6], valid[:, :6])[0], atol=1e-6)
-    assert torch.allclose(y[0, :6, 16:], net.back(x[:, :6].flip(1), valid[:, :6])[0].flip(0), atol=1e-6)
+def test_both_ways_read_the_event_in_reverse():
+    net, x = make(backbone="gru").encoder.backbone.blocks[0].mixer, torch.randn(15, 32)
+    y = net(x, m.Packing(torch.tensor([0, 6, 15], dtype=torch.int32), 9, 15))
+    for event in (x[:6], x[6:]):
+        found = y[:6] if len(event) == 6 else y[6:]
+        assert torch.allclose(found[:, :16], net.forwards(event[None], None)[0], atol=1e-6)
+        assert torch.allclose(found[:, 16:], net.backwards(event.flip(0)[None], None)[0].flip(0), atol=1e-6)
+
+
+def test_packing_and_unpacking():
+    x, starts = torch.arange(12.0).view(6, 2) + 1, torch.tensor([0, 1, 4, 6], dtype=torch.int32)
+    packing = m.Packing(starts, 3, 6)
+    rows = packing.unpack(x)
+    assert rows.shape == (3, 3, 2) and torch.equal(packing.pack(rows), x)
+    assert torch.equal(rows[1], x[1:4]) and torch.equal(rows[2, :2], x[4:]) and rows[0, 1:].sum() == 0
+    assert packing.valid.tolist() == [[True, False, False], [True] * 3, [True, True, False]]
 
 
 def test_backbones_and_mlps_are_of_about_equal_size():
@@ -255,7 +285,7 @@ def test_backbones_and_mlps_are_of_about_equal_size():
 
 
 @pytest.mark.parametrize("knobs", [{}, {"backbone": "mamba"}, {"mlp": "swiglu", "norm": "rmsnorm", "qk_norm": True,
-                                                               "dom_loss": "ce+emd", "cls_target": "both"}], ids=str)
+                                                               "dom_loss": "ce+emd", "cls_target": "charge+center"}], ids=str)
 def test_it_compiles_in_one_piece_for_all_lengths(knobs):
     """Not so the GRU: torch traces no nn.GRU, each stays one opaque call."""
     from torch._dynamo.testing import CompileCounter
@@ -277,39 +307,42 @@ def test_it_compiles_in_one_piece_for_all_lengths(knobs):
 def test_other_losses_agree_with_the_plain_formulas():
     (batch,) = one_batch([3, 50, 17, 9], seed=4)
     batch["center"] = torch.randn(4, 3) * 200
-    ce, emd, both = (make(dom_loss=kind, emd_weight=0.5, loss_weighting="per_pulse", cls_target="both")
+    ce, emd, both = (make(dom_loss=kind, emd_weight=0.5, loss_weighting="per_pulse", cls_target="charge+center")
                      for kind in ("ce", "emd", "ce+emd"))
     with torch.no_grad():
-        logits, log_charge, center = ce.predict(batch)
-        dom, event = batch["dom"].flatten()[batch["hidden"]], batch["hidden"] // batch["dom"].shape[1]
+        logits, answers = ce.predict(batch)
+        dom, event = batch["dom"][batch["hidden"]], batch["hidden_event"]
         p = logits.double().softmax(1)
         true = torch.tensor(GEOMETRY)[dom].double()
         distance = (true[:, None] - torch.tensor(GEOMETRY).double()).norm(dim=-1) / 100
         plain_emd, plain_ce = (p * distance).sum(1), -p[torch.arange(len(dom)), dom].log()
         for net, per_pulse in ((ce, plain_ce), (emd, plain_emd), (both, plain_ce + 0.5 * plain_emd)):
             sums = torch.stack([per_pulse[event == i].sum() for i in range(4)])
-            assert torch.allclose(net(batch)[0].double(), sums, rtol=1e-4)
-        cls = (log_charge - batch["total_charge"].log10()) ** 2 + (((center - batch["center"]) / 500) ** 2).mean(1)
-        assert torch.allclose(ce(batch)[1], cls, rtol=1e-4)
+            assert torch.allclose(net(batch)["dom"].double(), sums, rtol=1e-4)
+        losses = ce(batch)
+        assert torch.allclose(losses["charge"], (answers["charge"][:, 0] - batch["total_charge"].log10()) ** 2, rtol=1e-4)
+        assert torch.allclose(losses["center"], ((answers["center"] - batch["center"] / 500) ** 2).mean(1), rtol=1e-4)
 
 
 def test_metrics_by_hand():
     (batch,) = one_batch([30, 50, 17], seed=4)
     batch["dom"] %= 70  # many on the first string
-    net = make(cls_target="both")
-    dom = batch["dom"].flatten()[batch["hidden"]]
+    net = make(cls_target="charge+center")
+    dom = batch["dom"][batch["hidden"]]
     with torch.no_grad():
         net.dom_head.weight.zero_()
         net.dom_head.bias.copy_(torch.arange(5160) * -1e-3)  # always guesses 0, 1, 2, ...
-        found = dict(zip(m.METRICS, net.metrics(batch).tolist()))
-        _, log_charge, center = net.predict(batch)
+        found = dict(zip(net.metric_names, net.metrics(batch).tolist(), strict=True))
+        _, answers = net.predict(batch)
         logits = net.dom_head.bias.expand(len(dom), -1)
     assert found["top1"] == (dom == 0).sum() and found["top5"] == (dom < 5).sum()
-    assert found["right_string"] == (dom < 60).sum() > 0
+    assert found["string"] == (dom < 60).sum() > 0
     assert found["distance"] == pytest.approx(np.linalg.norm(GEOMETRY[dom] - GEOMETRY[0], axis=1).sum(), rel=1e-5)
     assert found["cross_entropy"] == pytest.approx(F.cross_entropy(logits, dom, reduction="sum").item(), rel=1e-5)
-    assert found["charge_error2"] == pytest.approx(((log_charge - batch["total_charge"].log10()) ** 2).sum().item(), rel=1e-4)
-    assert found["center_error2"] == pytest.approx(((center - batch["center"]) ** 2).sum().item(), rel=1e-4)
+    error = answers["charge"][:, 0] - batch["total_charge"].log10()
+    assert found["charge_metric"] == pytest.approx((error ** 2).sum().item(), rel=1e-4)
+    error = answers["center"] * 500 - batch["center"]  # [m]
+    assert found["center_metric"] == pytest.approx((error ** 2).sum().item(), rel=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -319,7 +352,7 @@ def test_metrics_by_hand():
 def test_mup_at_its_base_width_changes_nothing():
     plain, mup, (batch,) = make(), make(mup_base_width=32), one_batch([10, 20])
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), mup.parameters()))
-    assert all(torch.equal(a, b) for a, b in zip(plain(batch), mup(batch)))
+    assert torch.equal(outputs(plain(batch)), outputs(mup(batch)))
     for a, b in zip(m.parameter_groups(plain, 0.1), m.parameter_groups(mup, 0.1)):
         assert (a["weight_decay"], a["lr_scale"]) == (b["weight_decay"], b["lr_scale"])
 
@@ -332,15 +365,18 @@ def update_size(width=64, layers=2, **knobs):
                                    num_layers=layers, **knobs), GEOMETRY)
     groups = m.parameter_groups(net, 0.0)
     optimizer = torch.optim.AdamW([{**g, "lr": 1e-3 * g["lr_scale"]} for g in groups], betas=(0.9, 0.95))
-    with torch.no_grad():
-        x, valid = net.encoder.embedding(batches[0])
-        before = net.encoder.backbone(x, valid)[valid]
+    x = net.encoder.embedding(batches[0]).detach()
+
+    @torch.no_grad()
+    def look():
+        return net.encoder.backbone(x, batches[0]["starts"], batches[0]["longest"])
+
+    before = look()
     for step in range(4):
-        sum(loss.mean() for loss in net(batches[step % 2])).backward()
+        sum(loss.mean() for loss in net(batches[step % 2]).values()).backward()
         optimizer.step()
         optimizer.zero_grad()
-    with torch.no_grad():
-        return (net.encoder.backbone(x, valid)[valid] - before).std().item()
+    return (look() - before).std().item()
 
 
 def coordinates(width, heads, steps=20, **knobs):
@@ -354,18 +390,18 @@ def coordinates(width, heads, steps=20, **knobs):
 
     @torch.no_grad()
     def look():
-        x, valid = net.encoder.embedding(batches[0])
-        found = []
+        x, starts = net.encoder.embedding(batches[0]), batches[0]["starts"]
+        packing, found = m.Packing(starts, batches[0]["longest"], len(x)), []
         for block in net.encoder.backbone.blocks:
-            q, k, _ = block.mixer.qkv(block.norm1(x)).view(*x.shape[:2], 3, heads, -1).unbind(2)
-            logits = torch.einsum("blhd,bmhd->bhlm", q, k) * block.mixer.scale
-            x = block(x, valid)
-            found += [logits[(valid[:, None, :, None] & valid[:, None, None]).expand_as(logits)], x[valid]]
+            q, k, _ = block.mixer.qkv(block.norm1(x)).view(len(x), 3, heads, -1).unbind(1)
+            logits = [torch.einsum("lhd,mhd->hlm", q[a:b], k[a:b]).flatten() for a, b in zip(starts, starts[1:])]
+            x = block(x, packing)
+            found += [torch.cat(logits) * block.mixer.scale, x]
         return found
 
     before = look()
     for step in range(steps):
-        sum(loss.mean() for loss in net(batches[step % 2])).backward()
+        sum(loss.mean() for loss in net(batches[step % 2]).values()).backward()
         optimizer.step()
         optimizer.zero_grad()
     return np.array([[size.std().item() for size in (new, new - old)] for old, new in zip(before, look())])
@@ -451,11 +487,11 @@ def test_a_published_checkpoint_gives_its_own_outputs(prefix, variant):
     missing, unexpected = net.load_state_dict(ours, strict=False)
     assert missing == ([] if has_positions else ["encoder.embedding.geometry"]) and not unexpected
     batch, = one_batch([40])
-    hidden = torch.zeros(40, dtype=torch.bool).index_fill(0, batch["hidden"], True)
-    time, charge, aux = (batch[name][0].double() for name in ("time", "charge", "aux"))
+    hidden = torch.zeros(41, dtype=torch.bool).index_fill(0, batch["hidden"], True)[1:]  # token 0 is [CLS]
+    time, charge, aux = (batch[name][1:].double() for name in ("time", "charge", "aux"))
     features = torch.stack([(time - 1e4) / 3e4, charge.log10() / 3, aux - 0.5], 1)
-    logits, log_charge = published_outputs(published, batch["dom"][0], features, hidden)
+    logits, log_charge = published_outputs(published, batch["dom"][1:], features, hidden)
     with torch.no_grad():
-        found, found_charge, _ = net.predict(batch)
+        found, answers = net.predict(batch)
     assert torch.allclose(found.double(), logits[hidden][:, 1:], atol=1e-3)
-    assert found_charge.item() == pytest.approx(log_charge.item(), abs=1e-3)
+    assert answers["charge"].item() == pytest.approx(log_charge.item(), abs=1e-3)

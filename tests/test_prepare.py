@@ -255,8 +255,8 @@ def test_local_coincidence_pair_by_pair(kind):
     apart = np.abs(dom[:, None] - dom)
     near = (event[:, None] == event) & (dom[:, None] // 60 == dom // 60) & (apart >= 1) & (apart <= 2) \
         & (np.abs(time[:, None] - time) <= 1000)
-    assert np.array_equal(data.local_coincidence(event, dom, time), near.any(axis=1))
-    assert data.local_coincidence(event[:0], dom[:0], time[:0]).shape == (0,)
+    assert np.array_equal(simulate.local_coincidence(event, dom, time), near.any(axis=1))
+    assert simulate.local_coincidence(event[:0], dom[:0], time[:0]).shape == (0,)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import data
+import simulate
 from conftest import ROOT, TINY_RUN, run_ok, user_error
 from test_finetune import KNOBS
 from test_prepare import GEOMETRY, assert_equal_records, reference, write_geometry
@@ -27,7 +28,7 @@ TOOL = "tools.prometheus"
 
 def track_photons(rng, azimuth, zenith, n):
     """Photons of a track that comes from (azimuth, zenith): their rows of the geometry, their times."""
-    flight = -prometheus.direction(azimuth, zenith)
+    flight = -simulate.unit_vector(azimuth, zenith).T
     along = (GEOMETRY - rng.uniform(-150, 150, 3)) @ flight
     distance = np.sqrt(np.maximum(((GEOMETRY - rng.uniform(-150, 150, 3)) ** 2).sum(axis=1) - along**2, 1))
     dom = rng.choice(5160, n, p=np.exp(-distance / 20) / np.exp(-distance / 20).sum())

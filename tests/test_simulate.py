@@ -15,7 +15,7 @@ import pytest
 
 import simulate
 from conftest import ROOT, hear_ctrl_c, run_ok, user_error
-from data import local_coincidence
+from simulate import local_coincidence
 
 SETTINGS = ["--n_events=3100", "--events_per_batch=500", "--n_test_events=100", "--seed=3"]
 SMALL = ["--n_events=70", "--events_per_batch=40", "--n_test_events=0"]

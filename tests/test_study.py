@@ -131,7 +131,7 @@ def test_a_complete_study_runs_nothing_and_refuses_other_arguments(small_study, 
 def test_later_study_begins_from_an_earlier_one_and_is_drawn(small_study, demo_data, tmp_path, quick_starts):
     pytest.importorskip("matplotlib")
     folder, _ = small_study
-    tune = ["--head_hidden_size=8", "--batch_size=16", "--micro_batches=2", "--max_steps=3", "--warmup_steps=1",
+    tune = ["--head_hidden_size=8", "--batch_size=16", "--micro_batch_size=8", "--max_steps=3", "--warmup_steps=1",
             "--log_interval=1", "--direction_loss=vmf", "--eval_interval=3"]
     arms = {f"labels/{n}": f"--pretrained={folder}/small/charge/seed{{seed}}/ckpt.pt --train_events={n}" for n in (50, 100, 150)}
     (tmp_path / "labels.py").write_text(

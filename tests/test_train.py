@@ -74,7 +74,7 @@ def test_it_learns(demo_data, tmp_path):
     assert column(tmp_path, "val_charge_loss")[1] < 0.15
 
 
-@pytest.mark.parametrize("knob", ["--micro_batches=5", "--compile=True"])
+@pytest.mark.parametrize("knob", ["--micro_batch_size=3", "--compile=True"])
 def test_how_a_step_is_computed_does_not_change_it(demo_data, tmp_path, knob):
     args = [f"--data_dir={demo_data}", *TINY_RUN, "--num_layers=1", "--max_steps=4"]  # compiling a layer takes 15 s
     for name, more in (("plain", []), ("other", [knob])):
@@ -87,7 +87,7 @@ def test_how_a_step_is_computed_does_not_change_it(demo_data, tmp_path, knob):
 @pytest.mark.parametrize("n_ranks", [2, 4])
 def test_ranks_train_like_one(pretrained, demo_data, tmp_path, n_ranks):
     """Neither 16 events a step by 3 pieces nor 50 validation events can be shared evenly."""
-    run_ok("train.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}", *TINY_RUN, "--micro_batches=3",
+    run_ok("train.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}", *TINY_RUN, "--micro_batch_size=5",
            launcher=torchrun(n_ranks))
     for name in ("loss", "dom_loss", "charge_loss", "grad_norm", "val_loss", "val_dom_loss"):
         assert column(tmp_path, name) == pytest.approx(column(pretrained[0], name), rel=2e-4), name
@@ -405,21 +405,20 @@ def test_masks_depend_on_seed_and_epoch_and_not_on_the_company():
 
 @pytest.mark.parametrize("n_events", [103, 17, 1])
 def test_evaluation_is_the_mean_over_exactly_these_events(demo_data, pretrained, tmp_path, n_events):
-    """One by one in float64 against evaluate(), which pads, sorts and cuts."""
-    from types import SimpleNamespace
+    """One by one in float64 against evaluate(), which sorts, cuts and packs."""
     saved = common.load_checkpoint(pretrained[0] / "ckpt.pt")
-    config = train.TrainConfig(**saved["config"])
+    config = train.TrainConfig(**{**saved["config"], "micro_batch_size": 8})
     net = train.Pretrainer(config, data.read_geometry(demo_data))
     net.load_state_dict(saved["model"])
     split, _ = data.open_first_events(demo_data, "val", 0)
-    ranks = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))
-    found = train.evaluate(net, split, n_events, config, ranks, torch.autocast("cpu", enabled=False))
+    process = common.start_process(config)
+    found = train.evaluate(net, split, n_events, config, process)
     dom, charge = [], []
     for i in range(n_events):
         batch, = train.masked_batches(split, np.array([i]), np.array([0]), config, train.VAL_SEED)
         with torch.no_grad():
-            d, c = net(batch)
-        dom += [d.item()] if batch["n_scored"] else []
-        charge.append(c.item())
+            losses = net(batch)
+        dom += [losses["dom"].item()] if batch["n_scored"] else []
+        charge.append(losses["charge"].item())
     assert found["val_dom_loss"] == pytest.approx(np.mean(dom), rel=1e-4)
     assert found["val_charge_loss"] == pytest.approx(np.mean(charge), rel=1e-4)

@@ -1,14 +1,14 @@
 """How fast is it? Ratios against a plain baseline that runs in turns with it.
 
-    python -m tools.bench                                   # training step of the base model on data/demo, 4 minutes on 2 CPU cores
-    python -m tools.bench --device=cuda --batch_size=4096 --micro_batches=8 --compile=True
+    python -m tools.bench                                   # training step of the base model on data/demo, minutes
+    python -m tools.bench --device=cuda --compile=True      # all that docs/speed.md wants of a GPU
     python -m tools.bench --what=backbones                  # transformer, GRU and Mamba at base width
-    python -m tools.bench --what=prepare                    # full-size Kaggle batches, written for it (0.3 GB), 5 minutes
+    python -m tools.bench --what=prepare                    # batch files simulated for it, 5 minutes on 2 CPU cores
 
 The training baseline does what the published code does: every event padded to max_pulses, logits at every
 position, float32, unfused optimizer. The preparing baseline handles one event after another. Prints events/s
 (median over rounds, with the spread) and the ratio; absolute numbers depend on the machine and on what else
-runs there, ratios much less.
+runs there, ratios much less. No step is measured twice, so that new shapes cost what they cost in training.
 """
 import common  # first: it sets how torch's threads wait
 
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -31,6 +31,7 @@ import data
 import knobs
 import prepare
 from model import MIXERS, ModelConfig, Pretrainer, parameter_groups
+from train import TrainConfig, masked_batches
 
 
 @dataclass
@@ -38,20 +39,23 @@ class BenchConfig(ModelConfig):
     what: str = "train"  # or "backbones", "prepare"
     data_dir: str = "data/demo"  # folder made by prepare.py
     split: str = "pretrain"  # whose events to use
-    batch_size: int = 64  # events a step; 4096 on a GPU
-    micro_batches: int = 4  # pieces of a step, sorted by length
+    batch_size: int = 0  # events a step; 0 = 4096 on a GPU, 64 elsewhere
+    micro_batch_sizes: str = ""  # events computed at once, one arm for each; "" = 64,512,1024 on a GPU, 32 elsewhere
     rounds: int = 5  # measurements of each arm, in turns
     steps: int = 2  # training steps in a measurement
     device: str = "auto"  # or "cuda", "mps", "cpu"
-    dtype: str = "auto"  # of the fast arm: "bfloat16", "float16", "float32"; auto as in train.py
-    compile: bool = False  # torch.compile for the fast arms
-    n_events: int = 200_000  # of a batch file to prepare; 200,000 is Kaggle's
+    dtype: str = "auto"  # of the fast arms: "bfloat16", "float16", "float32"; auto as in train.py
+    compile: bool = False  # compiled arms beside the eager ones
+    n_events: int = 50_000  # of a batch file to prepare; Kaggle's have 200,000
 
     def check(self):
         yield from super().check()
-        yield from knobs.check_positive(self, "batch_size", "micro_batches", "rounds", "steps", "n_events")
+        yield from knobs.check_positive(self, "rounds", "steps", "n_events")
+        yield from knobs.check_not_negative(self, "batch_size")
         yield from knobs.check_choice(self, "what", ("train", "backbones", "prepare"))
         yield from knobs.check_device(self)
+        if not all(size.strip().isdigit() and int(size) for size in self.micro_batch_sizes.split(",") if self.micro_batch_sizes):
+            yield f"micro_batch_sizes = {self.micro_batch_sizes!r}: numbers, separated by commas"
 
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}  # bfloat16, dense, NVIDIA's data sheets (SXM)
@@ -69,124 +73,165 @@ def print_rates(rates, more=lambda name, rate: ""):
 # training step
 # ------------------------------------------------------------------------------------------------------------
 
-def load_steps(config, n_steps):
-    """The events of some steps with a quarter of their good pulses hidden, read once: loading is not measured here."""
-    split = data.open_split(config.data_dir, config.split)
-    for step in range(n_steps):
-        events, pulses = data.read_events(split, data.step_events(step, config.batch_size, len(split), seed=0)[0])
-        draw = data.uniform_hash(0, 0, data.pulse_places(events))
-        yield events, pulses, (draw < 0.25) & ~pulses["aux"]
+def padded(batch, max_pulses):
+    """A packed batch with every event padded to max_pulses, and [CLS], as upstream computes it."""
+    lengths = batch["starts"].diff().long()
+    B, L = len(lengths), max_pulses + 1
+    event = torch.repeat_interleave(lengths)
+    place = event * L + torch.arange(len(event)) - batch["starts"][event]
+    new = {name: value.new_zeros(B * L).index_copy(0, place, value) for name, value in batch.items()
+           if name in ("time", "charge", "dom", "aux")}
+    new["hidden"] = place[batch["hidden"]]
+    new["is_hidden"] = torch.zeros(B * L).index_fill(0, new["hidden"], 1.0).view(B, L)
+    new["valid"] = torch.arange(L) < lengths[:, None]
+    new["starts"] = torch.arange(0, B * L + 1, L, dtype=torch.int32)
+    return new | {name: batch[name] for name in ("total_charge", "n_hidden")}
 
 
-def padded_batch(events, pulses, hidden, max_pulses):
-    """One batch with every event padded to max_pulses, as upstream computes it."""
-    batch, = data.micro_batches(events, pulses, 1, hidden)
-    B, L = batch["valid"].shape
-    is_hidden = torch.zeros(B * L, dtype=torch.bool).index_fill(0, batch["hidden"], True).view(B, L)
-    for name in ("time", "charge", "dom", "aux", "valid"):
-        batch[name] = F.pad(batch[name], (0, max_pulses - L))
-    batch["is_hidden"] = F.pad(is_hidden, (0, max_pulses - L))
-    batch["hidden"] = batch["is_hidden"].flatten().nonzero().squeeze(1)
-    return batch
+class PaddedRows:
+    """Instead of model.Packing: each event fills a row of its own already, padding included."""
+
+    def __init__(self, valid):
+        self.valid = valid
+
+    def unpack(self, x):
+        return x.view(*self.valid.shape, -1)
+
+    def pack(self, x):
+        return x.flatten(0, 1)
 
 
 def plain_losses(model, batch):
-    """Logits of all V DOMs at all L positions, most of them multiplied by zero."""
-    x = model.encoder(batch)
-    logits = model.dom_head(x[:, 1:])  # (B, L, V)
-    loss = F.cross_entropy(logits.flatten(0, 1), batch["dom"].flatten(), reduction="none").view_as(batch["dom"])
+    """Logits of all V DOMs at all tokens, most of them multiplied by zero."""
+    x, rows = model.encoder.embedding(batch), PaddedRows(batch["valid"])
+    for block in model.encoder.backbone.blocks:
+        x = block(x, rows)
+    x = model.encoder.final_norm(x)
+    loss = F.cross_entropy(model.dom_head(x), batch["dom"], reduction="none").view_as(batch["is_hidden"])
     dom_loss = (loss * batch["is_hidden"]).sum(1) / batch["is_hidden"].sum(1).clamp(min=1)
-    return dom_loss, model.cls_losses(model.charge_head(x[:, 0]).squeeze(-1).float(), None, batch)
+    log_charge = model.cls_heads["charge"](x[batch["starts"][:-1].long()])
+    return {"dom": dom_loss, **model.cls_losses({"charge": log_charge}, batch)}
 
 
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def count_flops(config, batch):
+    """Floating-point operations of the matrix products of a micro-batch, forward and backward, from the shapes (transformer)."""
+    D, lengths = config.embedding_dim, batch["starts"].diff().double()
+    n_tokens, is_plain = lengths.sum().item(), "is_hidden" in batch
+    block = n_tokens * (4 * D * D + 2 * D * config.hidden_size) + 2 * lengths.square().sum().item() * D
+    total = config.num_layers * block + (n_tokens if is_plain else batch["n_hidden"]) * D * data.N_DOMS
+    return 2 * 3 * total  # a multiply and an add each; the backward pass costs twice the forward
 
 
-def count_flops(config, steps, all_logits):
-    """Floating-point operations of the matrix products of all steps, forward and backward, from the shapes (transformer)."""
-    D, total = config.embedding_dim, 0
-    for batch in (batch for batches in steps for batch in batches):
-        B, L = batch["valid"].shape[0], batch["valid"].shape[1] + 1
-        block = B * L * (4 * D * D + 2 * D * config.hidden_size) + 2 * B * L * L * D  # products, each a multiply and an add
-        total += config.num_layers * block + (B * L if all_logits else len(batch["hidden"])) * D * data.N_DOMS
-    return 2 * 3 * total  # the backward pass costs twice the forward
+class Arm:
+    """One way to train: its model and optimizer, and what it measured."""
 
+    def __init__(self, config, geometry, split, process, size, dtype, is_plain=False, is_compiled=False):
+        torch.manual_seed(0)
+        self.config, self.split, self.process, self.is_plain = replace(config, micro_batch_size=size), split, process, is_plain
+        self.model = Pretrainer(config, geometry).to(process.device)
+        self.called = torch.compile(self.model, dynamic=True) if is_compiled else self.model
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, 0.1), lr=1e-4, fused=not is_plain)
+        self.autocast = torch.autocast(process.device.type, dtype, enabled=dtype != torch.float32)
+        self.max_pulses = data.read_meta(config.data_dir)["max_pulses"]
+        self.rates, self.flops, self.n_tokens, self.n_events, self.memory, self.launches = [], 0, 0, 0, 0, 0
+        if is_plain:
+            for block in self.model.encoder.backbone.blocks:
+                block.mixer.can_flash = False  # it takes no mask
 
-def make_arm(config, geometry, device, dtype, forward, steps, fused, compiled=False):
-    """A function that runs all `steps` (each a list of batches) once, as a training loop would, and gives the seconds."""
-    torch.manual_seed(0)
-    model = Pretrainer(config, geometry).to(device)
-    called = torch.compile(model, dynamic=True) if compiled else model
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-4, fused=fused)
+    def load(self, step):
+        index, epoch = data.step_events(step, self.config.batch_size, len(self.split), seed=0)
+        batches = masked_batches(self.split, index, epoch, self.config, seed=0)
+        return [padded(batch, self.max_pulses) for batch in batches] if self.is_plain else batches
 
-    def run():
-        synchronize(device)
+    def train(self, batches):
+        for batch in batches:
+            with self.autocast:
+                losses = plain_losses(self.model, batch) if self.is_plain else self.called(batch)
+            (sum(loss.sum() for loss in losses.values()) / self.config.batch_size).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def measure(self, steps):
+        """Train on these steps, prefetched as train.py does."""
+        on_cuda = self.process.device.type == "cuda"
+        if on_cuda:
+            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize()
+        seen = []
         start = time.perf_counter()
-        for batches in steps:
-            for batch in batches:
-                batch = {name: value.to(device, non_blocking=True) for name, value in batch.items() if torch.is_tensor(value)}
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    dom_loss, charge_loss = forward(called, batch)
-                ((dom_loss.sum() + charge_loss.sum()) / config.batch_size).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        synchronize(device)
-        return time.perf_counter() - start
-    return run
+        for batches in data.prefetch(self.load, steps, self.process.device):
+            self.train(batches)
+            seen += batches
+        if on_cuda:
+            torch.cuda.synchronize()
+            self.memory = torch.cuda.max_memory_allocated() / 1e9
+        self.rates.append(len(steps) * self.config.batch_size / (time.perf_counter() - start))
+        self.flops += sum(count_flops(self.config, batch) for batch in seen)
+        self.n_tokens += sum(int(batch["starts"][-1]) for batch in seen)
+        self.n_events += len(steps) * self.config.batch_size
+
+    def count_launches(self, step):
+        """Kernels that one step starts on a GPU."""
+        from torch.profiler import DeviceType, ProfilerActivity, profile
+        batches, = data.prefetch(self.load, [step], self.process.device)
+        with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
+            self.train(batches)
+            torch.cuda.synchronize()
+        self.launches = sum(event.device_type == DeviceType.CUDA for event in profiled.events())
 
 
 def bench_train(config):
     """The step of train.py against the plain one, or the three backbones against each other."""
-    ranks = common.start_device(config)
-    geometry = data.read_geometry(config.data_dir)
-    max_pulses = data.read_meta(config.data_dir)["max_pulses"]
-    loaded = list(load_steps(config, config.steps))
-    cut = [data.micro_batches(events, pulses, config.micro_batches, hidden) for events, pulses, hidden in loaded]
+    process = common.start_process(config)
+    on_cuda = process.device.type == "cuda"
+    geometry, split = data.read_geometry(config.data_dir), data.open_split(config.data_dir, config.split)
+    model_knobs = asdict(ModelConfig()).keys()
+    train_config = TrainConfig(**{key: value for key, value in asdict(config).items() if key in model_knobs},
+                               batch_size=config.batch_size or (4096 if on_cuda else 64), data_dir=config.data_dir)
+    sizes = [int(size) for size in (config.micro_batch_sizes or ("64,512,1024" if on_cuda else "32")).split(",")]
+    name_of_dtype = str(process.dtype).removeprefix("torch.")
+    arms = {}
 
-    def arm(dtype, forward, steps, fused=True, compiled=False, backbone=config.backbone):
-        run = make_arm(replace(config, backbone=backbone), geometry, ranks.device, dtype, forward, steps, fused, compiled)
-        return run, count_flops(config, steps, all_logits=forward is plain_losses)
-
-    def call(model, batch):
-        return model(batch)
+    def add(name, size, dtype, arm_config=train_config, **more):
+        arms[name] = Arm(arm_config, geometry, split, process, size, dtype, **more)
 
     if config.what == "backbones":
-        arms = {backbone: arm(ranks.dtype, call, cut, compiled=config.compile, backbone=backbone) for backbone in MIXERS}
+        for backbone in MIXERS:
+            add(backbone, sizes[-1], process.dtype, replace(train_config, backbone=backbone), is_compiled=config.compile)
     else:
-        padded = [[padded_batch(*step, max_pulses)] for step in loaded]
-        whole = [data.micro_batches(events, pulses, 1, hidden) for events, pulses, hidden in loaded]
-        arms = {"padded, all logits, float32 (baseline)": arm(torch.float32, plain_losses, padded, fused=False),
-                "padded, all logits, bfloat16": arm(torch.bfloat16, plain_losses, padded, fused=False),
-                "logits at hidden pulses, float32": arm(torch.float32, call, whole),
-                f"train.py: {config.micro_batches} cuts by length, {str(ranks.dtype).removeprefix('torch.')}":
-                    arm(ranks.dtype, call, cut, compiled=config.compile)}
-    rates, memory = {name: [] for name in arms}, {}
+        size = min(sizes[-1], 512)
+        add("padded, all logits, float32 (baseline)", size, torch.float32, is_plain=True)
+        add("padded, all logits, bfloat16", size, torch.bfloat16, is_plain=True)
+        for size in sizes:
+            for is_compiled in (False, True) if config.compile else (False,):
+                name = f"train.py: packed, {size} at once, {name_of_dtype}{', compiled' if is_compiled else ''}"
+                add(name, size, process.dtype, is_compiled=is_compiled)
     with common.progress_bar((config.rounds + 1) * len(arms), "bench", "measurement") as bar:
         for i in range(config.rounds + 1):  # round 0 warms up
-            for name, (run, _) in arms.items():
-                if ranks.device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
-                seconds = run()
-                if i:
-                    rates[name].append(config.steps * config.batch_size / seconds)
-                if ranks.device.type == "cuda":
-                    memory[name] = torch.cuda.max_memory_allocated() / 1e9
+            for arm in arms.values():
+                arm.measure(range(i * config.steps, (i + 1) * config.steps))
                 bar.update()
-    n_pulses = np.concatenate([events["length"] for events, _, _ in loaded])
-    where = torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    for arm in arms.values():
+        arm.rates = arm.rates[1:]
+        if on_cuda:
+            arm.count_launches((config.rounds + 1) * config.steps)
+    where = torch.cuda.get_device_name() if on_cuda else f"{torch.get_num_threads()} CPU threads"
     peak = next((flops for name, flops in PEAK_FLOPS.items() if name in where), None)
 
     def more(name, rate):
-        text = f" | {rate * (n_pulses.mean() + 1):,.0f} pulses and [CLS]/s"
-        flops = arms[name][1] / (config.steps * config.batch_size) * rate
+        arm = arms[name]
+        text = f" | {rate * arm.n_tokens / arm.n_events:,.0f} tokens/s"
         if config.what == "train":
+            flops = arm.flops / arm.n_events * rate
             text += f" | {flops / 1e12:.3g} TFLOP/s" + (f", {flops / peak:.1%} of the peak" if peak else "")
-        return text + (f" | {memory[name]:.1f} GB" if name in memory else "")
-    print(f"torch {torch.__version__}, {where}, {config.batch_size} events a step, {n_pulses.mean():.0f} of {max_pulses} pulses")
-    print_rates(rates, more)
+        return text + (f" | {arm.launches:,} launches a step | {arm.memory:.1f} GB" if on_cuda else "")
+    print(f"torch {torch.__version__}, {where}, {train_config.batch_size} events a step, "
+          f"{split.events['length'].mean():.0f} pulses an event, at most {data.read_meta(config.data_dir)['max_pulses']}")
+    print_rates({name: arm.rates for name, arm in arms.items()}, more)
+    arm, n_steps = arms[list(arms)[-1]], max(20_000 // train_config.batch_size, 1)
+    seconds = seconds_of(lambda: [arm.load(step) for step in range(n_steps)])
+    print(f"loader, one thread: {n_steps * train_config.batch_size / seconds:,.0f} masked and packed events/s")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -197,29 +242,17 @@ COLUMNS = ["time", "charge", "sensor_id", "auxiliary"]
 N_BATCHES = 8  # links to one and the same file; Kaggle has 660, so the start of the processes must not count
 
 
-def write_kaggle_batch(folder, n_events):
-    """A batch in Kaggle's layout with Kaggle's lengths (median 62, 87 % up to 127, mean 164 by a long tail)."""
-    rng = np.random.default_rng(0)
-    body, tail = rng.lognormal(np.log(58), 0.45, n_events), 127 * (1 - rng.random(n_events)) ** (-1 / 1.2)
-    n = np.where(rng.random(n_events) < 0.87, body.clip(15, 127), tail.clip(128, 110_000)).astype(np.int64)
-    n[rng.integers(n_events, size=n_events // 2000)] *= 30
-    n = np.minimum(n, 110_000)
-    end, event_id = np.cumsum(n), np.sort(rng.choice(2**31, n_events, replace=False))
-    time_key = np.sort((np.repeat(np.arange(n_events), n) << 20) + rng.integers(5_700, 20_000, end[-1]))
-    (folder / "train").mkdir(parents=True)
-    pq.write_table(pa.table({
-        "sensor_id": rng.integers(0, data.N_DOMS, end[-1]).astype(np.int16), "time": time_key & (2**20 - 1),
-        "charge": np.round(0.025 + 0.05 * np.rint(rng.gamma(2, 10, end[-1])), 3), "auxiliary": rng.random(end[-1]) < 0.72,
-        "event_id": np.repeat(event_id, n)}), folder / "train/batch_1.parquet")
+def simulate_batches(folder, n_events):
+    """A batch file of simulated events, and links to it as if it were N_BATCHES."""
+    subprocess.run([sys.executable, "simulate.py", f"--out_dir={folder}", f"--n_events={n_events}", f"--events_per_batch={n_events}",
+                    "--n_test_events=0"], check=True, cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL)
     for copy in range(2, N_BATCHES + 1):
         (folder / f"train/batch_{copy}.parquet").symlink_to("batch_1.parquet")
-    meta = {"event_id": event_id, "first_pulse_index": end - n, "last_pulse_index": end - 1,
-            "azimuth": rng.uniform(0, 2 * np.pi, n_events), "zenith": np.arccos(rng.uniform(-1, 1, n_events))}
-    pq.write_table(pa.concat_tables(pa.table({"batch_id": np.full(n_events, copy), **meta})
-                                    for copy in range(1, N_BATCHES + 1)), folder / "train_meta.parquet")
-    position = rng.uniform(-500, 500, (data.N_DOMS, 3)).round(2).tolist()
-    rows = "".join(f"{dom},{x},{y},{z}\n" for dom, (x, y, z) in enumerate(position))
-    (folder / "sensor_geometry.csv").write_text("sensor_id,x,y,z\n" + rows)
+    meta = pq.read_table(folder / "train_meta.parquet")
+    place = meta.column_names.index("batch_id")
+    pq.write_table(pa.concat_tables(
+        meta.set_column(place, meta.schema.field("batch_id"), pa.array([copy] * n_events, meta.schema.field("batch_id").type))
+        for copy in range(1, N_BATCHES + 1)), folder / "train_meta.parquet")
 
 
 def plain_loop(columns, geometry, start, end, max_pulses):
@@ -252,7 +285,7 @@ def bench_prepare(config, folder):
     The floor of a whole run is the decoding of the four columns, which the plain loop with reading is charged
     with as well.
     """
-    write_kaggle_batch(folder / "raw", config.n_events)
+    simulate_batches(folder / "raw", config.n_events)
     settings = prepare.PrepareConfig(input_dir=f"{folder}/raw", data_dir=f"{folder}/0", splits={"all": (1, N_BATCHES)})
     geometry = prepare.read_geometry_csv(folder / "raw/sensor_geometry.csv")
     batch, events = next(prepare.kaggle_jobs(settings, prepare.plan_kaggle(settings)))

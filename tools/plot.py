@@ -23,7 +23,7 @@ import numpy as np
 
 import data
 import knobs
-from tools.study import METRICS, best_rate, final_rows, read_evaluation, read_results, spread, value
+from tools.study import METRICS, best_rate, final_rows, number_in, read_evaluation, read_results, spread
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito: told apart by all eyes
 DASHES = ("-", "--", ":", "-.")  # after seven colours
@@ -283,17 +283,17 @@ def points_of_study(config, results, name):
         if config.x == "learning_rate":
             yield from ((arm, rate, row) for (other, rate, _), row in final.items() if other == arm)
         elif config.x == "parameters":
-            yield from ((line or name, value(row, "parameters"), row) for row in runs)
+            yield from ((line or name, number_in(row, "parameters"), row) for row in runs)
         elif config.x == "number":
             if not is_numbered(arm):
                 common.fail(f"{config.results}: arm {arm} of {name} has no number in its name; choose another --x=")
             yield from ((line, float(number), row) for row in runs)
         else:
-            scale = np.nanmean([1 / value(row, "events_per_s") for row in runs]) if config.x == "seconds" else 1
+            scale = np.nanmean([1 / number_in(row, "events_per_s") for row in runs]) if config.x == "seconds" else 1
             rows = [row for row in results
                     if (row["study"], row["arm"], float(row["learning_rate"])) == (name, arm, best)]
             ends = len({row["step"] for row in rows}) == 1  # runs of several lengths, evaluated at the end: one line
-            yield from ((line if ends and is_numbered(arm) else arm, value(row, "events") * scale, row) for row in rows)
+            yield from ((line if ends and is_numbered(arm) else arm, number_in(row, "events") * scale, row) for row in rows)
 
 
 def is_numbered(arm):
@@ -319,7 +319,7 @@ def study(config, runs, plt):
                       "diverged, it is not drawn")
             elif row[config.y]:
                 line = f"{name}: {line}" if len(names) > 1 and line != name else line
-                lines.setdefault(line, {}).setdefault(x, []).append(value(row, config.y))
+                lines.setdefault(line, {}).setdefault(x, []).append(number_in(row, config.y))
     if not lines:
         common.fail(f"{config.results}: {config.y} is empty in {config.study}")
     looks = [style(i) for i in range(len(lines))]
@@ -394,7 +394,7 @@ def event(config, runs, plt):
         axis.view_init(elev=12, azim=np.degrees(truth["azimuth"]) + 90)  # from the side
     for run in runs:
         model, run_config, _ = load_model(f"{run}/best.pt", config.data_dir)
-        batch, = data.micro_batches(events, pulses, 1, hidden)
+        batch, = data.micro_batches(events, pulses, 1, hidden=hidden)
         with torch.no_grad():
             if not hasattr(run_config, "task"):
                 if hidden.any():

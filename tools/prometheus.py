@@ -32,11 +32,12 @@ import pyarrow.parquet as pq
 
 from common import (count_cores, count_events, fail, hold_lock, progress_bar, read_json, run_in_workers, run_stage,
                     write_atomic, write_json)
-from data import DOMS_PER_STRING, N_DOMS, local_coincidence, uniform_hash
+from data import DOMS_PER_STRING, N_DOMS, uniform_hash
 from knobs import check_choice, check_not_negative, check_positive, load_config, print_knobs
 from prepare import (CHUNK, KINDS, MAX_FLOAT, open_parquet, read_batches, read_geometry_csv, refuse,
                      refuse_outside, to_numpy)
-from simulate import META_SCHEMA, PULSE_SCHEMA, TRIGGER_AT, TRIGGER_SHAKE, batch_paths, join_meta
+from simulate import (META_SCHEMA, PULSE_SCHEMA, TRIGGER_AT, TRIGGER_SHAKE, batch_paths, join_meta,
+                      local_coincidence, unit_vector)
 
 SURFACE_Z = -1948.07  # [m] z of IceCube's centre for Prometheus, which counts from the surface
 MAX_TIME = 1e6  # [ns] no light of an event is this late
@@ -155,7 +156,7 @@ def read_final_states(n, columns, items):
     energy, azimuth, zenith, kind = FINAL_STATES
     if {energy, azimuth, zenith} <= set(columns):
         values, event = items(energy, energy)
-        along = direction(items(azimuth, energy)[0], items(zenith, energy)[0])
+        along = unit_vector(items(azimuth, energy)[0], items(zenith, energy)[0]).T
         np.add.at(momentum, event, values[:, None] * along)
     if kind in columns:
         values, event = items(kind, kind)
@@ -164,11 +165,6 @@ def read_final_states(n, columns, items):
         event_class[has_any & ~has_tau] = 2
         event_class[has_muon] = 1
     return {"momentum": momentum, "event_class": event_class}
-
-
-def direction(azimuth, zenith):
-    sin = np.sin(zenith)
-    return np.stack([np.cos(azimuth) * sin, np.sin(azimuth) * sin, np.cos(zenith)], axis=-1)
 
 
 # ------------------------------------------------------------------------------
@@ -290,7 +286,7 @@ def convert_files(config, geometry, files, readings):
             event, dom, time, charge = photons_to_pulses(event, dom, time, config.merge_window)
             aux = ~local_coincidence(event, dom, time)
 
-            label = direction(truth["azimuth"], truth["zenith"])
+            label = unit_vector(truth["azimuth"], truth["zenith"]).T
             velocity = fit_velocity(len(lit), event[~aux], geometry[:, dom[~aux]], time[~aux])
             light.append(flight_cosines(velocity, label))
             momentum.append(flight_cosines(truth.pop("momentum"), label))

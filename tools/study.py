@@ -32,12 +32,14 @@ import numpy as np
 import data
 import knobs
 
-METRICS = ["val_loss", "val_dom_loss", "val_charge_loss", "val_perplexity", "val_top1", "val_top5", "val_string", "val_distance",
+METRICS = ["val_loss", "val_dom_loss", "val_charge_loss", "val_center_loss", "val_perplexity", "val_top1", "val_top5", "val_string", "val_distance",
            "val_charge_rms", "val_center_rms", "val_angle_mean", "val_angle_median", "coverage_50", "coverage_90"]
 # one row for each evaluation of each run; metric is what decided on the learning rate, knobs a checksum of
 # what was set
 RESULTS = ["study", "arm", "learning_rate", "seed", "step", "events", "events_per_s", "parameters", *METRICS,
            "metric", "arguments", "knobs", "hardware"]
+
+COMPUTING = {"micro_batch_size", "device", "compile"}
 
 
 @dataclass
@@ -99,11 +101,15 @@ def arguments_of(config, arm, seed):
 
 
 def knobs_of(arguments):
-    """A checksum of the knobs that the arguments set: it tells results of an older version of a config file apart."""
+    """A checksum of the knobs that the arguments set: it tells results of an older version of a config file apart.
+
+    How a step is computed (COMPUTING) changes no result.
+    """
     found = {}
     for argument in shlex.split(arguments):
         key, _, text = argument.removeprefix("--").partition("=")
         found |= {key: knobs.parse_flag(text)} if argument.startswith("--") else knobs.read_config_file(argument)
+    found = {key: value for key, value in found.items() if key not in COMPUTING}
     return f"{zlib.crc32(json.dumps(found, sort_keys=True, default=str).encode()):08x}"
 
 
@@ -139,7 +145,7 @@ def final_rows(rows, study):
     return {(row["arm"], float(row["learning_rate"]), int(row["seed"])): row for row in rows}
 
 
-def value(row, column):
+def number_in(row, column):
     return float(row[column] or "nan")
 
 
@@ -150,7 +156,7 @@ def spread(values):
 
 def best_rate(final, arm):
     """The learning rate with which seed 1 ended lowest in the study's metric; a run that diverged counts as infinitely high."""
-    ends = {rate: np.nan_to_num(value(row, row["metric"]), nan=np.inf) for (name, rate, seed), row in final.items()
+    ends = {rate: np.nan_to_num(number_in(row, row["metric"]), nan=np.inf) for (name, rate, seed), row in final.items()
             if (name, seed) == (arm, 1)}
     return min(ends, key=ends.get)
 
@@ -261,16 +267,16 @@ def table(config, final):
     """The arms side by side, as markdown: mean and standard deviation over seeds with the best learning rate, and the tuning."""
     runs = {arm: [row for (name, rate, _), row in final.items() if (name, rate) == (arm, best_rate(final, arm))] for arm in config.arms}
     shown = [metric for metric in METRICS if metric == config.metric
-             or metric != "val_loss" and any(value(row, metric) > 0 for rows in runs.values() for row in rows)]
+             or metric != "val_loss" and any(number_in(row, metric) > 0 for rows in runs.values() for row in rows)]
     yield "| " + " | ".join(["arm", "learning rate", "seeds", *shown, f"{config.metric} of seed 1 by learning rate"]) + " |"
     yield "|---" * (len(shown) + 4) + "|"
     for arm, rows in runs.items():
         cells = []
         for metric in shown:
-            numbers = [value(row, metric) for row in rows]
+            numbers = [number_in(row, metric) for row in rows]
             text = "" if math.isnan(np.mean(numbers)) else f"{np.mean(numbers):.4g}"
             cells.append(f"{text} +- {spread(numbers):.2g}" if text and len(rows) > 1 else text)
-        tuning = sorted((rate, value(row, config.metric)) for (name, rate, seed), row in final.items() if (name, seed) == (arm, 1))
+        tuning = sorted((rate, number_in(row, config.metric)) for (name, rate, seed), row in final.items() if (name, seed) == (arm, 1))
         yield "| " + " | ".join([arm, rows[0]["learning_rate"], str(len(rows)), *cells,
                                  ", ".join(f"{rate:g}: {end:.4g}" for rate, end in tuning)]) + " |"
 

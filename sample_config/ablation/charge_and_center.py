@@ -1,2 +1,2 @@
 # [CLS] predicts the charge and its centre. Put after a pretraining config.
-cls_target = "both"
+cls_target = "charge+center"

@@ -2,6 +2,6 @@
 # on the CPU. Over time:
 #     python -m tools.plot --what=study --study=backbones --x=seconds
 shared = "sample_config/study/train.py --eval_interval=100"
-arms = {"transformer": "", "gru": "sample_config/ablation/gru.py --micro_batches=1", "mamba": "sample_config/ablation/mamba.py --micro_batches=1"}
+arms = {"transformer": "", "gru": "sample_config/ablation/gru.py", "mamba": "sample_config/ablation/mamba.py"}
 seeds = 2
 out_dir = "out/study/backbones"

@@ -12,7 +12,6 @@ num_layers = 3
 head_hidden_size = 256
 
 batch_size = 32
-micro_batches = 4
 max_steps = 400
 beta2 = 0.98
 warmup_steps = 50

@@ -9,7 +9,6 @@ hidden_size = 256
 num_layers = 3
 
 batch_size = 32
-micro_batches = 4
 max_steps = 600
 optimizer = "muon"
 beta2 = 0.98  # warm-up of 50 steps
