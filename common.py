@@ -36,10 +36,15 @@ from tqdm import tqdm
 CHECKPOINT_FORMAT = 2
 DIVERGED_STATUS = 3  # exit status of a run whose loss or weights are not finite any more; other errors have 1
 bars_on_screen = []
+# kept to the end: were a DDP model the last to hold its group, it would wait for the group's threads, which may
+# wait for python's lock that it has (torch 2.13, gloo)
+groups_of_ranks = []
 
 
 class Diverged(SystemExit):
-    """The end of a run that a smaller learning rate might have saved; run_stage gives it an exit status of its own."""
+    """The end of a run that a smaller learning rate might have saved;
+    run_stage gives it an exit status of its own.
+    """
 
 
 def fail(message, kind=SystemExit):
@@ -52,7 +57,9 @@ def is_main_process():
 
 
 def run_stage(main):
-    """Call a script's main(). Errors of users, Ctrl-C, a full GPU and the death of another rank end it in one line."""
+    """Call a script's main(). Errors of users, Ctrl-C,
+    a full GPU and the death of another rank end it in one line.
+    """
     try:
         try:
             main()
@@ -74,7 +81,9 @@ def run_stage(main):
 
 
 def print_error(line):
-    """Print the line below all bars. What all ranks have to say is said by rank 0, else each puts its rank in front."""
+    """Print the line below all bars. What all ranks have to say is said by rank 0,
+    else each puts its rank in front.
+    """
     for bar in bars_on_screen:
         bar.close()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -87,12 +96,15 @@ def print_error(line):
 
 
 def all_ranks_say(line):
-    """Whether all ranks call this with the same line within 3 s. They count in torchrun's store, which outlives them."""
+    """Whether all ranks call this with the same line within 3 s.
+    They count in torchrun's store, which outlives them.
+    """
     from torch.distributed import TCPStore
     world_size = int(os.environ["WORLD_SIZE"])
     key = f"error {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)} {zlib.crc32(line.encode())}"
     try:
-        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=3))
+        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
+                         timeout=timedelta(seconds=3))
         count = store.add(key, 1)
         for _ in range(30):
             if count == world_size:
@@ -109,13 +121,15 @@ def all_ranks_say(line):
 # ------------------------------------------------------------------------------------------------------------
 
 def write_atomic(path, write):
-    """Call write(temporary path), then rename: the file at `path` is either the old one or the whole new one."""
+    """Call write(temporary path), then rename: the file at `path` is either the old one or the whole new one.
+    """
     part = Path(f"{path}.part")
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
         write(part)
         with open(part, "r+b") as file:
-            os.fsync(file.fileno())  # the bytes are on disk before the name is, or a power cut leaves an empty file
+            # the bytes are on disk before the name is, or a power cut leaves an empty file
+            os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         if part.is_file():
@@ -142,17 +156,21 @@ def first_line(error):
 
 
 def progress_bar(total, desc, unit, initial=0):
-    """A tqdm bar on stderr; redrawn twice a second on a terminal, every 10 s in a log file; silent on all ranks but 0."""
+    """A tqdm bar on stderr; redrawn twice a second on a terminal, every 10 s in a log file;
+    silent on all ranks but 0.
+    """
     bar = tqdm(total=total, desc=desc, unit=unit, initial=initial, disable=not is_main_process(),
                unit_scale=total > 9999, mininterval=0.5 if sys.stderr.isatty() else 10, dynamic_ncols=True)
     if not is_main_process():
         bar.write = lambda text: None
-    bars_on_screen[:] = [other for other in bars_on_screen if not other.disable] + [bar]  # a closed one is disabled
+    # a closed one is disabled
+    bars_on_screen[:] = [other for other in bars_on_screen if not other.disable] + [bar]
     return bar
 
 
 def hold_lock(folder):
-    """Keep other runs out of a folder -> the open lock file, or None where there are no locks (Windows, some network disks).
+    """Keep other runs out of a folder -> the open lock file, or None where there are no locks (Windows,
+    some network disks).
 
     The lock lasts as long as the file is open; the system releases it, however the process ends.
     """
@@ -183,7 +201,8 @@ def count_cores():
 
 
 def run_in_workers(function, jobs, workers, bar, done):
-    """Call function(*job) for each job in `workers` processes, and done(job, result) in this one as they finish.
+    """Call function(*job) for each job in `workers` processes, and done(job,
+    result) in this one as they finish.
 
     jobs may be a generator: it is asked for one job more than there are workers. The bar moves as the
     function calls count_events. The first error, or Ctrl-C, ends all processes.
@@ -206,13 +225,16 @@ def run_in_workers(function, jobs, workers, bar, done):
             for worker in multiprocessing.active_children():
                 worker.terminate()
             if isinstance(error, BrokenProcessPool):
-                fail("a worker was killed, perhaps for lack of memory; the same command goes on, try fewer --workers")
+                fail("a worker was killed, perhaps for lack of memory; the same command goes on, try fewer "
+                     "--workers")
             raise
 
 
 @contextmanager
 def holding_back_ctrl_c():
-    """Processes started in here never see Ctrl-C, which a terminal sends to all: it is for this one, which gets it after."""
+    """Processes started in here never see Ctrl-C, which a terminal sends to all:
+    it is for this one, which gets it after.
+    """
     if hasattr(signal, "pthread_sigmask"):  # not on Windows
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -240,10 +262,11 @@ def count_events(n):
 # ------------------------------------------------------------------------------------------------------------
 
 def start_process(config):
-    """Choose device and precision, join torchrun's process group -> what this process is, and how it computes:
+    """Choose device and precision, join torchrun's process group
+    -> what this process is, and how it computes:
 
-    rank, world_size, is_main (rank 0), device, dtype, why_dtype (in words), autocast (a context for forward passes).
-    All ranks follow rank 0's choice of dtype: their machines may differ.
+    rank, world_size, is_main (rank 0), device, dtype, why_dtype (in words), autocast (a context for forward
+    passes). All ranks follow rank 0's choice of dtype: their machines may differ.
     """
     import torch
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -251,7 +274,8 @@ def start_process(config):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        fail("device = 'cuda': torch sees no CUDA GPU here; use --device=auto or install a CUDA build of torch")
+        fail("device = 'cuda': torch sees no CUDA GPU here; use --device=auto or install a CUDA build of "
+             "torch")
     if name == "mps" and not torch.backends.mps.is_available():
         fail("device = 'mps': torch sees no Apple GPU here; use --device=auto")
     if name == "cuda":
@@ -274,12 +298,14 @@ def start_process(config):
         # gloo adds up the few numbers that are needed on the CPU, without waiting for the GPU
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, rank=rank, world_size=world_size, store=store)
+        groups_of_ranks.append(torch.distributed.group.WORLD)
         if rank == 0:
             store.set("dtype", f"{dtype}|{why_dtype}")
         dtype, _, why_dtype = store.get("dtype").decode().partition("|")
     dtype = getattr(torch, dtype)
     if device.type == "cuda":
-        # TF32 makes float32 runs fast; in others only the embedding is float32, and there it would round times by 4 ns
+        # TF32 makes float32 runs fast; in others only the embedding is float32, and there it would round
+        # times by 4 ns
         torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == torch.float32 else "ieee"
         # cuDNN's attention comes first where there is a mask, plans each new shape for a second, and has NaN
         # gradients at 64 tokens (torch 2.13, pytorch issue 196678)
@@ -290,7 +316,9 @@ def start_process(config):
 
 
 def choose_dtype(name, device):
-    """"auto": bfloat16 where the hardware multiplies in it, else float32 (old CUDA: float16) -> name, and why."""
+    """"auto": bfloat16 where the hardware multiplies in it, else float32 (old CUDA: float16)
+    -> name, and why.
+    """
     import torch
     if name != "auto":
         return name, "as asked for"
@@ -317,7 +345,9 @@ def wait_for_all(process):
 
 
 def sum_over_ranks(values, process):
-    """Add up a short list of numbers, or a 1-d tensor, over all ranks, in float64 -> list of floats; waits for a GPU's tensor only."""
+    """Add up a short list of numbers, or a 1-d tensor, over all ranks, in float64 -> list of floats;
+    waits for a GPU's tensor only.
+    """
     import torch
     total = torch.as_tensor(values)
     total = total.to(torch.float32 if total.device.type == "mps" else torch.float64)  # mps has no float64
@@ -327,7 +357,9 @@ def sum_over_ranks(values, process):
 
 
 def gather_arrays(arrays, process):
-    """Stack every rank's arrays (dict of (n_i, ...), or {} of a rank that has nothing) in the order of the process."""
+    """Stack every rank's arrays (dict of (n_i, ...),
+    or {} of a rank that has nothing) in the order of the process.
+    """
     import torch
     if process.world_size == 1:
         return arrays
@@ -338,9 +370,11 @@ def gather_arrays(arrays, process):
 
 
 def suited_micro_batch_size(process, max_pulses, config):
-    """micro_batch_size where the knob is 0: what a GPU's memory holds, at most 1024; a CPU is fastest with small ones.
+    """micro_batch_size where the knob is 0: what a GPU's memory holds, at most 1024;
+    a CPU is fastest with small ones.
 
-    The base model keeps about 0.1 MB per token for the backward pass, others in proportion to layers and width.
+    The base model keeps about 0.1 MB per token for the backward pass, others in proportion to layers and
+    width.
     """
     if process.device.type != "cuda":
         return 32
@@ -353,15 +387,20 @@ def suited_micro_batch_size(process, max_pulses, config):
 def print_run_header(config, process, model, n_train):
     """What a log needs to be reproducible: versions, hardware, commit, size of the model and of the data."""
     import torch
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False,
-                            cwd=Path(__file__).parent).stdout.strip() or "unknown"
-    where = torch.cuda.get_device_name() if process.device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"run {config.out_dir} | commit {commit} | python {sys.version.split()[0]} torch {torch.__version__} | "
-          f"{process.world_size} x {process.device.type} ({where}) {str(process.dtype).removeprefix('torch.')} ({process.why_dtype})")
-    print(f"run {count_parameters(model.state_dict()) / 1e6:.2f} M parameters | {n_train:,} training events | "
-          f"{config.batch_size} events a step, {config.micro_batch_size} at once | {config.max_steps * config.batch_size / n_train:.2f} epochs")
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
+                            check=False, cwd=Path(__file__).parent).stdout.strip() or "unknown"
+    where = f"{torch.get_num_threads()} threads"
+    if process.device.type == "cuda":
+        where = torch.cuda.get_device_name()
+    print(f"run {config.out_dir} | commit {commit} | python {sys.version.split()[0]} torch "
+          f"{torch.__version__} | {process.world_size} x {process.device.type} ({where}) "
+          f"{str(process.dtype).removeprefix('torch.')} ({process.why_dtype})")
+    print(f"run {count_parameters(model.state_dict()) / 1e6:.2f} M parameters | {n_train:,} training events "
+          f"| {config.batch_size} events a step, {config.micro_batch_size} at once | "
+          f"{config.max_steps * config.batch_size / n_train:.2f} epochs")
     if config.train_split == config.val_split:
-        print(f"warning: train_split and val_split are both {config.val_split!r}: val_loss says nothing about new events")
+        print(f"warning: train_split and val_split are both {config.val_split!r}: val_loss says nothing "
+              "about new events")
 
 
 def count_parameters(weights):
@@ -396,7 +435,8 @@ class Speedometer:
         """-> columns of log.csv, and a text for the log line; starts anew."""
         seconds = (time.perf_counter() - self.begin) / self.n_steps
         columns = {"events_per_s": self.batch_size / seconds, "data_ms": self.waited / self.n_steps * 1e3}
-        text = f"{seconds * 1e3:.1f} ms, data {columns['data_ms']:.1f} | {columns['events_per_s']:,.0f} events/s"
+        text = (f"{seconds * 1e3:.1f} ms, data {columns['data_ms']:.1f} | {columns['events_per_s']:,.0f} "
+                "events/s")
         self.start()
         return columns, text
 
@@ -406,7 +446,9 @@ class Speedometer:
 # ------------------------------------------------------------------------------------------------------------
 
 def catch_signals():
-    """From now on Ctrl-C and SIGTERM (SLURM's warning) only add to the list given back; the second Ctrl-C ends at once."""
+    """From now on Ctrl-C and SIGTERM (SLURM's warning) only add to the list given back;
+    the second Ctrl-C ends at once.
+    """
     caught = []
 
     def note(number, frame):
@@ -419,16 +461,21 @@ def catch_signals():
 
 
 def release_signals():
-    """Ctrl-C and SIGTERM end the process at once again: what follows the training loop saves nothing that could be lost."""
+    """Ctrl-C and SIGTERM end the process at once again:
+    what follows the training loop saves nothing that could be lost.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def end_stopped_run(config, caught, step, process):
-    """After the checkpoint of a run that was asked to stop: exit 130 on Ctrl-C, as a shell expects, 0 on SIGTERM."""
+    """After the checkpoint of a run that was asked to stop:
+    exit 130 on Ctrl-C, as a shell expects, 0 on SIGTERM.
+    """
     wait_for_all(process)
     if process.is_main:
-        print(f"stopped at step {step}, saved in {config.out_dir}/ckpt.pt; the same command goes on from there", flush=True)
+        print(f"stopped at step {step}, saved in {config.out_dir}/ckpt.pt; the same command goes on from "
+              "there", flush=True)
     stop_process(process)
     raise SystemExit(130 if signal.SIGINT in caught else 0)
 
@@ -443,18 +490,19 @@ def stop_bad_run(config, step, losses, batches, process):
                            "event_id": np.concatenate([batch["event_id"] for batch in batches])}, process)
     losses, event_ids = found["loss"], found["event_id"]
     bad = event_ids[~np.isfinite(losses)]
-    what = f"the loss is not finite for {len(bad)} of its events" if len(bad) else "all its events have a finite loss"
+    what = (f"the loss is not finite for {len(bad)} of its events" if len(bad) else "all its events have a "
+            "finite loss")
     some = ", ".join(map(str, (bad if len(bad) else event_ids)[:10].tolist()))
-    fail(f"step {step}: the gradient was not finite in more than max_bad_steps = {config.max_bad_steps} steps in a row, "
-         f"which were skipped; {what}: event_id {some}{', ...' if len(bad) > 10 else ''}. Look at these events in "
-         f"{config.data_dir}, or lower learning_rate; {config.out_dir} keeps its last checkpoint",
-         SystemExit if 0 < len(bad) < len(losses) else Diverged)
+    fail(f"step {step}: the gradient was not finite in more than max_bad_steps = {config.max_bad_steps} "
+         f"steps in a row, which were skipped; {what}: event_id {some}{', ...' if len(bad) > 10 else ''}. "
+         f"Look at these events in {config.data_dir}, or lower learning_rate; {config.out_dir} keeps its "
+         "last checkpoint", SystemExit if 0 < len(bad) < len(losses) else Diverged)
 
 
 def check_val_loss(config, step, val_loss):
     if not math.isfinite(val_loss):
-        fail(f"step {step}: val_loss is {val_loss}; {config.out_dir} keeps the last good checkpoint, go on with a "
-             "smaller learning_rate", Diverged)
+        fail(f"step {step}: val_loss is {val_loss}; {config.out_dir} keeps the last good checkpoint, go on "
+             "with a smaller learning_rate", Diverged)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -465,8 +513,8 @@ def save_checkpoint(path, **content):
     """Write a checkpoint of ours; one that holds a NaN is refused, so that the last good one stays."""
     import torch
     if not all(bool(value.isfinite().all()) for value in content["model"].values()):
-        fail(f"{path} is left as it was: after {content['step']} steps the model holds NaN or infinite numbers; go on "
-             "with a smaller learning_rate or grad_clip, or with dtype = 'float32'", Diverged)
+        fail(f"{path} is left as it was: after {content['step']} steps the model holds NaN or infinite "
+             "numbers; go on with a smaller learning_rate or grad_clip, or with dtype = 'float32'", Diverged)
 
     def write(part):
         with open(part, "wb") as file:  # given a path, torch reports a full disk as something else
@@ -475,27 +523,32 @@ def save_checkpoint(path, **content):
 
 
 def read_checkpoint(path):
-    """Whatever torch.save wrote to a file, on the CPU; one line and exit 1 if there is none or it is damaged."""
+    """Whatever torch.save wrote to a file, on the CPU;
+    one line and exit 1 if there is none or it is damaged.
+    """
     import torch
     if not os.path.isfile(path):
-        fail(f"{path}: no such checkpoint; train.py and finetune.py write ckpt.pt and best.pt into their out_dir")
+        fail(f"{path}: no such checkpoint; train.py and finetune.py write ckpt.pt and best.pt into their "
+             "out_dir")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # whatever torch's unpickler makes of a damaged file, in many words
-        fail(f"{path}: not a readable checkpoint; it is damaged or of another program: take another one, or move "
-             "its folder away to start anew")
+        fail(f"{path}: not a readable checkpoint; it is damaged or of another program: take another one, or "
+             "move its folder away to start anew")
 
 
 def load_checkpoint(path):
-    """A checkpoint of ours as a dict of tensors and plain python values, on the CPU; one line and exit 1 if it is not."""
+    """A checkpoint of ours as a dict of tensors and plain python values, on the CPU;
+    one line and exit 1 if it is not.
+    """
     checkpoint = read_checkpoint(path)
     if is_published(checkpoint):
-        fail(f"{path}: weights of the published PolarBERT code; convert them with: python -m tools.import_published "
-             f"--checkpoint={path} --data_dir=... --out=out/published.pt")
+        fail(f"{path}: weights of the published PolarBERT code; convert them with: python -m "
+             f"tools.import_published --checkpoint={path} --data_dir=... --out=out/published.pt")
     found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
     if found != CHECKPOINT_FORMAT:
-        fail(f"{path}: checkpoint format {found}, need {CHECKPOINT_FORMAT}; it was written by another version or program: "
-             "check it out, or train anew")
+        fail(f"{path}: checkpoint format {found}, need {CHECKPOINT_FORMAT}; it was written by another "
+             "version or program: check it out, or train anew")
     if not {"model", "config", "step"} <= checkpoint.keys():
         fail(f"{path}: holds only {', '.join(checkpoint)}; it is damaged, remove it")
     return checkpoint
@@ -508,19 +561,23 @@ def is_published(checkpoint):
 
 
 def find_run(config, path, may_change):
-    """The checkpoint at `path` to go on from, or None to start. Exits if that is refused, or the knobs do not fit it."""
+    """The checkpoint at `path` to go on from, or None to start.
+    Exits if that is refused, or the knobs do not fit it.
+    """
     saved, record = None, f"{config.out_dir}/config.json"
     if os.path.exists(path):
         saved = load_checkpoint(path)
     left = [name for name in ("best.pt", "log.csv") if has_content(f"{config.out_dir}/{name}")]
     if saved is None and left:
-        fail(f"{path} is missing, but {config.out_dir} holds {' and '.join(left)} of a run, which starting anew would "
-             f"overwrite; put ckpt.pt back (a copy of best.pt serves as well), or move {config.out_dir} away")
+        fail(f"{path} is missing, but {config.out_dir} holds {' and '.join(left)} of a run, which starting "
+             "anew would overwrite; put ckpt.pt back (a copy of best.pt serves as well), or move "
+             f"{config.out_dir} away")
     if saved is None and not os.path.exists(record):
         return None
     if not config.resume:
         fail(f"{config.out_dir} holds a run; go on with --resume=True, or choose another out_dir")
-    known = saved["config"] if saved else read_json(record)  # without a checkpoint it starts anew, but as the same run
+    # without a checkpoint it starts anew, but as the same run
+    known = saved["config"] if saved else read_json(record)
     for field in dataclasses.fields(config):
         if field.name not in may_change:  # a knob that is younger than the run was at its default
             before, now = known.get(field.name, default_of(field)), getattr(config, field.name)
@@ -541,11 +598,13 @@ def has_content(path):
 
 def check_same(path, what, before, now):
     if before != now:
-        fail(f"{path} was written with {what} = {before!r}, now it is {now!r}; set it back, or choose another out_dir")
+        fail(f"{path} was written with {what} = {before!r}, now it is {now!r}; set it back, or choose "
+             "another out_dir")
 
 
 def start_log(config, columns, step):
-    """Open out_dir/log.csv for a run that begins at `step`: keeps the rows before it -> log(row), which adds one.
+    """Open out_dir/log.csv for a run that begins at `step`: keeps the rows before it
+    -> log(row), which adds one.
 
     Missing columns stay empty, floats get 6 significant digits. With wandb_project the row goes to Weights &
     Biases as well.
@@ -566,12 +625,14 @@ def start_log(config, columns, step):
     write_atomic(path, write)
 
     def log(row):
-        cells = [f"{row[key]:.6g}" if isinstance(row.get(key), float) else row.get(key, "") for key in columns]
+        cells = [f"{row[key]:.6g}" if isinstance(row.get(key), float) else row.get(key, "")
+                 for key in columns]
         try:
             with open(path, "a", newline="") as file:
                 csv.writer(file).writerow(cells)
         except OSError as error:
-            fail(f"{path}: cannot be written ({error.strerror}); make room and run the same command again, it goes on from ckpt.pt")
+            fail(f"{path}: cannot be written ({error.strerror}); make room and run the same command again, "
+                 "it goes on from ckpt.pt")
         if wandb_run:
             wandb_run.log(row, step=row["step"])
     return log
@@ -579,6 +640,7 @@ def start_log(config, columns, step):
 
 def start_wandb(config):
     import wandb
-    run_id = f"{zlib.crc32(os.path.abspath(config.out_dir).encode()):08x}"  # a run that goes on stays one curve
+    # a run that goes on stays one curve
+    run_id = f"{zlib.crc32(os.path.abspath(config.out_dir).encode()):08x}"
     return wandb.init(project=config.wandb_project, name=config.out_dir, id=run_id, resume="allow",
                       config=dataclasses.asdict(config))

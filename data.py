@@ -1,6 +1,6 @@
 """The .bin format on disk, which events make up training step k, and the batches they are packed into.
 
-    data/<name>/meta.json           format version, source, seed, max_pulses, dtypes, splits and counts; written last
+    data/<name>/meta.json           format version, source, seed, max_pulses, splits, counts; written last
                 geometry.bin        float32 (5160, 3), DOM positions in m, row = sensor_id
                 <split>_pulses.bin  PULSE records of all events, one event after another, no padding
                 <split>_events.bin  EVENT records
@@ -28,7 +28,8 @@ DOMS_PER_STRING = 60  # sensor_id // 60 is the string, counted from 0
 PULSE = np.dtype([
     ("time", "<f4"),  # [ns] in the readout window, trigger near 10,000
     ("charge", "<f4"),  # [p.e.]
-    ("dom", "<u2"),  # sensor_id 0..5159; an integer all the way  # DIFF(upstream): float16 ids merge 5160 DOMs into 3338
+    # sensor_id 0..5159; an integer all the way  # DIFF(upstream): float16 ids merge 5160 DOMs into 3338
+    ("dom", "<u2"),
     ("aux", "?"),  # True = not in local coincidence
 ])  # 11 bytes, packed
 
@@ -45,9 +46,11 @@ EVENT = np.dtype([
     ("event_class", "u1"),  # 0 unknown, 1 track, 2 cascade
 ])  # 51 bytes, packed
 
-UNFINISHED = "unfinished"  # what prepare.py keeps in a data folder until it is done: its settings, the finished batches
+# what prepare.py keeps in a data folder until it is done: its settings, the finished batches
+UNFINISHED = "unfinished"
 
-RUN_LENGTH = 8  # consecutive events that stay together when an epoch is shuffled: 5.8 kB, one or two pages of the disk
+# consecutive events that stay together when an epoch is shuffled: 5.8 kB, one or two pages of the disk
+RUN_LENGTH = 8
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -70,7 +73,8 @@ def read_meta(data_dir):
     path, settings = Path(data_dir) / "meta.json", Path(data_dir) / UNFINISHED / "settings.json"
     anew = f"remove the folder (rm -r '{data_dir}') and run prepare.py again"
     if not Path(data_dir).is_dir():
-        fail(f"{Path(data_dir).absolute()}: no such data folder; make it with: {command_to_prepare(data_dir)}")
+        fail(f"{Path(data_dir).absolute()}: no such data folder; make it with: "
+             f"{command_to_prepare(data_dir)}")
     if settings.is_file() and not path.is_file():
         try:
             command = json.loads(settings.read_text())["command"]
@@ -97,7 +101,9 @@ def describe_dtypes():
 
 
 def command_to_prepare(data_dir):
-    """The command that makes this data folder, if one of the sample configs does; else the demo's as an example."""
+    """The command that makes this data folder, if one of the sample configs does;
+    else the demo's as an example.
+    """
     samples = Path(__file__).parent / "sample_config"
     for path in sorted(samples.rglob("*prepare*.py")):
         if f'data_dir = "{data_dir}"' in path.read_text():
@@ -106,13 +112,18 @@ def command_to_prepare(data_dir):
 
 
 def fingerprint(data_dir):
-    """A checksum of what meta.json says of the events: other events, or another max_pulses, have another one."""
-    meta = {key: value for key, value in read_meta(data_dir).items() if key != "input_dir"}  # a folder may be moved
+    """A checksum of what meta.json says of the events:
+    other events, or another max_pulses, have another one.
+    """
+    # a folder may be moved
+    meta = {key: value for key, value in read_meta(data_dir).items() if key != "input_dir"}
     return f"{zlib.crc32(json.dumps(meta, sort_keys=True).encode()):08x}"
 
 
 def open_split(data_dir, name):
-    """Memory-map one split. Exits with one line if it does not exist, is empty or has a file of the wrong size."""
+    """Memory-map one split. Exits with one line if it does not exist,
+    is empty or has a file of the wrong size.
+    """
     splits = read_meta(data_dir)["splits"]
     if name not in splits:
         fail(f"{data_dir} has no split {name!r}, it has: {', '.join(splits)}")
@@ -126,11 +137,12 @@ def open_split(data_dir, name):
         if size != n * dtype.itemsize:
             fail(f"{path}: {size} bytes, meta.json says {n * dtype.itemsize}; the file was cut or "
                  f"replaced: remove the folder (rm -r '{data_dir}') and run prepare.py again")
-        files.append(np.asarray(np.memmap(path, dtype, mode="r")))  # a plain view: memmap's own slicing is slower
+        # a plain view: memmap's own slicing is slower
+        files.append(np.asarray(np.memmap(path, dtype, mode="r")))
     first, last = files[0][0], files[0][-1]
     if first["start"] != 0 or last["start"] + last["length"] != count["n_pulses"]:
-        fail(f"{data_dir}/{name}_events.bin: its first or last event does not fit {name}_pulses.bin; the file "
-             f"is damaged: remove the folder (rm -r '{data_dir}') and run prepare.py again")
+        fail(f"{data_dir}/{name}_events.bin: its first or last event does not fit {name}_pulses.bin; the "
+             f"file is damaged: remove the folder (rm -r '{data_dir}') and run prepare.py again")
     return Split(f"{data_dir}/{name}", *files)
 
 
@@ -142,8 +154,8 @@ def open_first_events(data_dir, name, n_events, at_most=False):
     """
     split = open_split(data_dir, name)
     if n_events > len(split) and not at_most:
-        fail(f"{split.path} holds {len(split):,} events, the config asks for train_events = {n_events:,}; lower it, "
-             "0 = all")
+        fail(f"{split.path} holds {len(split):,} events, the config asks for train_events = {n_events:,}; "
+             "lower it, 0 = all")
     return split, min(n_events, len(split)) or len(split)
 
 
@@ -159,20 +171,24 @@ def read_geometry(data_dir):
 
 
 def check_geometry(saved, geometry, path, data_dir):
-    """A model of one detector on the events of another would give numbers, but no meaning. saved: a checkpoint."""
+    """A model of one detector on the events of another would give numbers, but no meaning. saved:
+    a checkpoint.
+    """
     known = saved["model"]["encoder.embedding.geometry"].numpy()  # (V, 3) [m]
     if not np.array_equal(known, geometry):
         apart = np.linalg.norm(known - geometry, axis=1)
-        fail(f"{path} was trained on another detector than {data_dir}: {np.count_nonzero(apart):,} DOMs lie elsewhere, "
-             f"by {np.median(apart):.1f} m (median) to {apart.max():.1f} m; choose the data_dir it belongs to, or "
-             "simulate its detector: simulate.py --geometry=sensor_geometry.csv")
+        fail(f"{path} was trained on another detector than {data_dir}: {np.count_nonzero(apart):,} DOMs lie "
+             f"elsewhere, by {np.median(apart):.1f} m (median) to {apart.max():.1f} m; choose the data_dir "
+             "it belongs to, or simulate its detector: simulate.py --geometry=sensor_geometry.csv")
 
 
 def check_events(saved, path, data_dir):
-    """A run that goes on must find the events it began with. Checkpoints older than the fingerprint are believed."""
+    """A run that goes on must find the events it began with.
+    Checkpoints older than the fingerprint are believed.
+    """
     if saved.get("data", fingerprint(data_dir)) != fingerprint(data_dir):
-        fail(f"{path} was trained on other events than {data_dir} holds (their meta.json differ); choose the data_dir "
-             "it belongs to, or another out_dir")
+        fail(f"{path} was trained on other events than {data_dir} holds (their meta.json differ); choose the "
+             "data_dir it belongs to, or another out_dir")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -199,7 +215,9 @@ def step_events(step, batch_size, n_events, seed):
 
 @lru_cache(maxsize=2)  # the present epoch and the one before: 130 M events are 65 MB an epoch
 def epoch_order(n_events, seed, epoch):
-    """One epoch's order of the runs. The shift moves the borders between runs, so that neighbours change too."""
+    """One epoch's order of the runs. The shift moves the borders between runs,
+    so that neighbours change too.
+    """
     rng = np.random.default_rng([seed, epoch])
     shift = int(rng.integers(n_events))
     runs = rng.permutation(n_events // RUN_LENGTH)
@@ -207,7 +225,8 @@ def epoch_order(n_events, seed, epoch):
 
 
 def read_events(split, index):
-    """Read events by index -> their records (B,) and their pulses one event after another (sum of lengths,), read-only.
+    """Read events by index -> their records (B,) and their pulses one event after another (sum of lengths,),
+    read-only.
 
     Any order and repeats are allowed. All is copied as plain bytes: numpy copies packed records field by
     field, 10 times slower. Neighbours are copied in one piece, which makes runs of 8 four times as fast as
@@ -230,7 +249,8 @@ def pulse_places(events):
 
 
 def uniform_hash(seed, stream, place):
-    """Uniform numbers in [0, 1) that depend on (seed, stream, place) alone: splitmix64 (Steele, Lea & Flood 2014).
+    """Uniform numbers in [0, 1) that depend on (seed, stream, place) alone:
+    splitmix64 (Steele, Lea & Flood 2014).
 
     stream and place are integer arrays of one shape (or broadcast); -> float64 array. A hash instead of a
     generator: a pulse's number does not depend on which rank, worker or batch asks for it.
@@ -276,16 +296,17 @@ def micro_batches(events, pulses, size, labels=(), hidden=None):
     """Sort events by length, cut them into micro-batches of at most `size` and pack each -> list of dicts.
 
     Packed: the tokens of B events one after another, T in all, no padding; each event is opened by its [CLS].
-    Sorted, events of a micro-batch are of about equal length, for those mixers that lay them out in a rectangle.
+    Sorted, events of a micro-batch are of about equal length, for those mixers that lay them out in a
+    rectangle.
     # DIFF(upstream): every event is padded to 127 pulses there
 
     Each dict holds, in physical units, 0 at [CLS]:
       time [ns], charge [p.e.] float32, dom int64, aux bool, (T,) tensors,
-      starts int32 (B + 1,): event i is tokens starts[i] to starts[i + 1] - 1; longest: tokens of the longest event, an int,
-      the fields of EVENT that `labels` names, (B,) or (B, 3) tensors,
+      starts int32 (B + 1,): event i is tokens starts[i] to starts[i + 1] - 1; longest: tokens of the longest
+      event, an int, the fields of EVENT that `labels` names, (B,) or (B, 3) tensors,
       row and event_id: numpy arrays (B,), which stay on the CPU; row is the event's place in `events`,
-    and if hidden (one bool per pulse) is given, hidden, hidden_event int64 (M,): token and event of each hidden
-    pulse, and the ints n_scored and n_hidden: events with a hidden pulse, hidden pulses.
+    and if hidden (one bool per pulse) is given, hidden, hidden_event int64 (M,): token and event of each
+    hidden pulse, and the ints n_scored and n_hidden: events with a hidden pulse, hidden pulses.
     """
     import torch  # here, not above: prepare.py and its worker processes need no torch
     length = events["length"].astype(np.int64)
@@ -296,7 +317,8 @@ def micro_batches(events, pulses, size, labels=(), hidden=None):
     for rows in np.array_split(np.argsort(length, kind="stable"), -(-len(events) // size)):
         starts = np.append(0, np.cumsum(length[rows] + 1))
         first, n_tokens = starts[:-1], length[rows] + 1
-        place = np.arange(starts[-1]) + np.repeat(offset[rows] - first - 1, n_tokens)  # of each token in pulses, (T,)
+        # of each token in pulses, (T,)
+        place = np.arange(starts[-1]) + np.repeat(offset[rows] - first - 1, n_tokens)
         batch = {name: column[place] for name, column in columns.items()}
         for column in batch.values():
             column[first] = 0
@@ -319,9 +341,9 @@ def micro_batches(events, pulses, size, labels=(), hidden=None):
 def prefetch(load, steps, device, depth=2):
     """Yield load(step) for each step, read ahead by a thread, on the device.
 
-    load: step -> list of dicts, whose tensors are moved. One thread is enough: it makes more masked events/s than
-    a GPU trains on (see tools/bench.py), and numpy's copies release the interpreter lock. On CUDA it copies from
-    pinned memory on a stream of its own, while the step before is computed.
+    load: step -> list of dicts, whose tensors are moved. One thread is enough: it makes more masked events/s
+    than a GPU trains on (see tools/bench.py), and numpy's copies release the interpreter lock. On CUDA it
+    copies from pinned memory on a stream of its own, while the step before is computed.
     """
     import torch
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -341,7 +363,8 @@ def prefetch(load, steps, device, depth=2):
         if stream is not None:
             present = torch.cuda.current_stream(device)
             present.wait_event(copied)
-            each_tensor(lambda value: value.record_stream(present), batches)  # not freed while a step still reads it
+            # not freed while a step still reads it
+            each_tensor(lambda value: value.record_stream(present), batches)
         return batches
 
     with ThreadPoolExecutor(1) as pool:

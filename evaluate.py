@@ -1,8 +1,8 @@
 """Stage 4: what is a fine-tuned model worth? Score it, compare it with a line fit, write its predictions.
 
-    python evaluate.py --checkpoint=out/demo_finetune/best.pt                          on the validation events of its run
+    python evaluate.py --checkpoint=out/demo_finetune/best.pt                   validation events of its run
     python evaluate.py --checkpoint=out/demo_finetune/best.pt --split=test --predictions=out/test.csv
-    python evaluate.py --checkpoint=out/demo/ckpt.pt --embeddings=out/cls.parquet      what [CLS] knows, pretrained or tuned
+    python evaluate.py --checkpoint=out/demo/ckpt.pt --embeddings=out/cls.parquet      what [CLS] knows
 
 Prints the errors of all events and in bins, with bootstrap errors, beside those of a line fit, and keeps them
 as evaluation_<split>.json beside the checkpoint. Events without labels can only be predicted. Seconds for
@@ -25,7 +25,8 @@ import torch.nn.functional as F
 
 import data
 import knobs
-from model import (ModelConfig, Pretrainer, Reconstructor, angular_error, event_losses, one_minus_cosine, unit_vector)
+from model import (ModelConfig, Pretrainer, Reconstructor, angular_error, event_losses, one_minus_cosine,
+                   unit_vector)
 
 
 @dataclass
@@ -38,7 +39,7 @@ class EvaluateConfig:
     embeddings: str = ""  # .parquet to write the [CLS] vector of each event to; "" = none
     batch_size: int = 1024  # events at a time, over all ranks
     device: str = "auto"  # or "cuda", "mps", "cpu"
-    dtype: str = "auto"  # autocast to "bfloat16", "float16" or not ("float32"); auto = bfloat16 where it is fast
+    dtype: str = "auto"  # "bfloat16", "float16", "float32"; auto = bfloat16 where the hardware has it
 
     def check(self):
         yield from knobs.check_positive(self, "batch_size")
@@ -59,9 +60,12 @@ LABELS = {"direction": ("azimuth", "zenith"), "energy": ("energy",)}  # of EVENT
 # ------------------------------------------------------------------------------------------------------------
 
 def load_model(path, data_dir=""):
-    """A model as its checkpoint has it -> model, config of its run, checkpoint. Its detector must be that of data_dir."""
+    """A model as its checkpoint has it -> model, config of its run, checkpoint.
+    Its detector must be that of data_dir.
+    """
     saved = common.load_checkpoint(path)
-    run = SimpleNamespace(**{**asdict(ModelConfig()), **saved["config"]})  # a knob younger than the checkpoint was off
+    # a knob younger than the checkpoint was off
+    run = SimpleNamespace(**{**asdict(ModelConfig()), **saved["config"]})
     geometry = data.read_geometry(data_dir or run.data_dir)
     data.check_geometry(saved, geometry, path, data_dir or run.data_dir)
     model = (Reconstructor if hasattr(run, "task") else Pretrainer)(run, geometry)
@@ -71,25 +75,29 @@ def load_model(path, data_dir=""):
 
 def find_unlabelled(split, n_events, config):
     """Places of those among the first n_events that lack a label of the task."""
-    return np.flatnonzero(np.any([np.isnan(split.events[label][:n_events]) for label in LABELS[config.task]], axis=0))
+    return np.flatnonzero(np.any([np.isnan(split.events[label][:n_events]) for label in LABELS[config.task]],
+                                 axis=0))
 
 
 def check_labels(split, n_events, config):
     unlabelled = find_unlabelled(split, n_events, config)
     if len(unlabelled):
-        common.fail(f"{split.path}: {len(unlabelled):,} of {n_events:,} events have no {config.task}, the first is event "
-                    f"{split.events['event_id'][unlabelled[0]]}; choose a labelled split (evaluate.py can predict without)")
+        common.fail(f"{split.path}: {len(unlabelled):,} of {n_events:,} events have no {config.task}, the "
+                    f"first is event {split.events['event_id'][unlabelled[0]]}; choose a labelled split "
+                    "(evaluate.py can predict without)")
 
 
 @torch.no_grad()
 def predict(model, split, n_events, config, process, wants_cls=False):
-    """Go through the first n_events in their order, batch_size at a time: yields index (n,) and arrays (n, ...) of all ranks.
+    """Go through the first n_events in their order, batch_size at a time:
+    yields index (n,) and arrays (n, ...) of all ranks.
 
     config: task and losses of the model, batch_size and micro_batch_size. The arrays are the model's outputs,
     line_fit, and where labels are known the loss; and cls, what [CLS] knows, if that is wanted.
     """
     edges = np.linspace(0, n_events, -(-n_events // config.batch_size) + 1).astype(np.int64).tolist()
-    shares = [np.array_split(np.arange(a, b), process.world_size)[process.rank] for a, b in zip(edges, edges[1:])]
+    shares = [np.array_split(np.arange(a, b), process.world_size)[process.rank] for a,
+              b in zip(edges, edges[1:])]
     geometry, has_task = model.encoder.embedding.geometry, hasattr(config, "task")
     was_training = model.training
     model.eval()
@@ -101,7 +109,8 @@ def predict(model, split, n_events, config, process, wants_cls=False):
                                   LABELS[config.task] if has_task else ())
 
     with common.progress_bar(n_events, f"predict {split.path}", "event") as bar:
-        for a, b, share, batches in zip(edges, edges[1:], shares, data.prefetch(load, range(len(shares)), process.device)):
+        for a, b, share, batches in zip(edges, edges[1:], shares,
+                                        data.prefetch(load, range(len(shares)), process.device)):
             arrays = {}
             for batch in batches:
                 with process.autocast:
@@ -113,7 +122,8 @@ def predict(model, split, n_events, config, process, wants_cls=False):
                         found |= outputs | {"loss": losses, "line_fit": line_fit(batch, geometry)}
                 for name, value in found.items():
                     value = value.float().cpu().numpy()
-                    arrays.setdefault(name, np.empty((len(share), *value.shape[1:]), np.float32))[batch["row"]] = value
+                    arrays.setdefault(name, np.empty((len(share), *value.shape[1:]),
+                                                     np.float32))[batch["row"]] = value
             yield np.arange(a, b), common.gather_arrays(arrays, process)
             bar.update(b - a)
     model.train(was_training)
@@ -124,7 +134,8 @@ def predict(model, split, n_events, config, process, wants_cls=False):
 # ------------------------------------------------------------------------------------------------------------
 
 def line_fit(batch, geometry):
-    """The baseline: fit position = r + v time to the good pulses, weighted by charge -> unit vectors (B, 3) along -v.
+    """The baseline: fit position = r + v time to the good pulses, weighted by charge
+    -> unit vectors (B, 3) along -v.
 
     IceCube's first guess (astro-ph/0407044, section 3.1.3); 1.18 rad on average on Kaggle's data. 0 where no
     fit is possible.
@@ -144,17 +155,22 @@ def line_fit(batch, geometry):
 
 
 def vmf_quantile(direction, kappa, truth):
-    """The probability inside the contour around the prediction that goes through the truth: uniform in 0..1 if kappa is right."""
+    """The probability inside the contour around the prediction that goes through the truth:
+    uniform in 0..1 if kappa is right.
+    """
     return torch.expm1(-kappa * one_minus_cosine(direction, truth)) / torch.expm1(-2 * kappa)
 
 
 def score(arrays, events, config):
-    """Errors of some events, beside those of the line fit and the quantiles that calibration is told by -> dict of (n,)."""
+    """Errors of some events, beside those of the line fit and the quantiles that calibration is told by
+    -> dict of (n,).
+    """
     if config.task == "energy":
         return {"loss": arrays["loss"], "error": arrays["log_energy"] - np.log10(events["energy"])}
     truth = unit_vector(*(torch.from_numpy(events[angle].copy()) for angle in ("azimuth", "zenith")))
     direction, kappa, fit = (torch.from_numpy(arrays[name]) for name in ("direction", "kappa", "line_fit"))
-    return {"loss": arrays["loss"], "error": angular_error(direction, truth).numpy(), "fit_error": angular_error(fit, truth).numpy(),
+    return {"loss": arrays["loss"], "error": angular_error(direction, truth).numpy(),
+            "fit_error": angular_error(fit, truth).numpy(),
             "quantile": vmf_quantile(direction, kappa, truth).numpy()}
 
 
@@ -183,7 +199,8 @@ def summary(scores, config):
 # statistics, in bins
 # ------------------------------------------------------------------------------------------------------------
 
-STATISTICS = {"direction": {"mean": np.mean, "median": np.median, "68 %": lambda error: np.quantile(error, 0.68)},
+STATISTICS = {"direction": {"mean": np.mean, "median": np.median,
+                            "68 %": lambda error: np.quantile(error, 0.68)},
               "energy": {"bias": np.mean, "resolution": np.std}}
 N_BOOTSTRAP = 100  # resamplings of the events: the spread of a statistic over them is its error, good to 7 %
 MIN_EVENTS = 10  # a smaller bin is not shown, and of fewer events no error is estimated
@@ -191,12 +208,15 @@ LEVELS = np.linspace(0.05, 0.95, 19)  # of probability, at which the contours ar
 
 
 def bins_of(events):
-    """(kind, label, mask) of the groups of events that are looked at on their own; unknown energies and classes give none."""
+    """(kind, label, mask) of the groups of events that are looked at on their own;
+    unknown energies and classes give none.
+    """
     yield "all", "all", np.ones(len(events), bool)
     for number, name in ((1, "track"), (2, "cascade")):
         yield "class", name, events["event_class"] == number
     for low in range(0, 8):
-        yield "energy", f"1e{low} to 1e{low + 1} GeV", (events["energy"] >= 10.0**low) & (events["energy"] < 10.0**(low + 1))
+        is_inside = (events["energy"] >= 10.0**low) & (events["energy"] < 10.0**(low + 1))
+        yield "energy", f"1e{low} to 1e{low + 1} GeV", is_inside
     for low, high in ((1, 32), (32, 64), (64, 128), (128, 256), (256, 1024), (1024, 2**32)):
         yield "pulses", f"{low} to {high - 1}" if high < 2**32 else f"{low} or more", \
             (events["n_pulses"] >= low) & (events["n_pulses"] < high)
@@ -260,15 +280,19 @@ def report(scores, events, config, run, saved):
     rows, left_out = evaluation_table(scores, events, run)
     whole = rows[0]
     start = f"pretrained {saved['config']['pretrained']}" if saved["config"]["pretrained"] else "from scratch"
-    result = f"{path} | {start} | {saved['n_train']:,} labels | {len(events):,} events of {config.split} | " + (
+    result = f"{path} | {start} | {saved['n_train']:,} labels | {len(events):,} events of {config.split} | "
+    result += (
         f"angular error mean {with_error(whole, 'mean', '.4f', '.4f')} rad, median {whole['median']:.4f} rad"
         if run.task == "direction" else
-        f"log10(energy) bias {with_error(whole, 'bias', '+.4f', '.4f')}, resolution {whole['resolution']:.4f} dex")
-    content = {"checkpoint": Path(path).name, "step": saved["step"], "pretrained": saved["config"]["pretrained"],
-               "freeze_backbone": saved["config"]["freeze_backbone"], "n_train": saved["n_train"], "task": run.task,
-               "direction_loss": run.direction_loss, "data_dir": config.data_dir,
+        f"log10(energy) bias {with_error(whole, 'bias', '+.4f', '.4f')}, resolution "
+        f"{whole['resolution']:.4f} dex")
+    content = {"checkpoint": Path(path).name, "step": saved["step"],
+               "pretrained": saved["config"]["pretrained"],
+               "freeze_backbone": saved["config"]["freeze_backbone"], "n_train": saved["n_train"],
+               "task": run.task, "direction_loss": run.direction_loss, "data_dir": config.data_dir,
                "data": data.fingerprint(config.data_dir), "split": config.split, "n_events": len(events),
-               "errors_by": f"{N_BOOTSTRAP} bootstrap samples of the events", "rows": rows, "left_out": left_out}
+               "errors_by": f"{N_BOOTSTRAP} bootstrap samples of the events", "rows": rows,
+               "left_out": left_out}
     print_evaluation(rows, left_out, run)
     edges = np.linspace(0, np.pi, 61) if run.task == "direction" else np.linspace(-2, 2, 61)  # [rad], [dex]
     content["histogram"] = {"edges": edges.tolist(), **{name: np.histogram(scores[name], edges)[0].tolist()
@@ -276,14 +300,15 @@ def report(scores, events, config, run, saved):
     if run.task == "direction" and "vmf" in run.direction_loss:
         inside = [float((scores["quantile"] < level).mean()) for level in LEVELS]
         content["calibration"] = {"level": LEVELS.tolist(), "inside": inside}
-        print(f"calibration: {np.interp(0.5, LEVELS, inside):.1%} of the events lie inside their 50 % contour, "
-              f"{np.interp(0.9, LEVELS, inside):.1%} inside that of 90 %")
+        print(f"calibration: {np.interp(0.5, LEVELS, inside):.1%} of the events lie inside their 50 % "
+              f"contour, {np.interp(0.9, LEVELS, inside):.1%} inside that of 90 %")
     print(result)
     return result, content
 
 
 def evaluation_path(saved, config, n_events, n_split):
-    """Where the evaluation of a checkpoint is kept, beside it: the plain name is for best.pt on the events of its run.
+    """Where the evaluation of a checkpoint is kept, beside it:
+    the plain name is for best.pt on the events of its run.
 
     These are the first val_events of its val_split, or all of another split of its data; other names say what
     differs.
@@ -306,7 +331,8 @@ def evaluation_path(saved, config, n_events, n_split):
 # ------------------------------------------------------------------------------------------------------------
 
 def prediction_table(events, arrays, config, run, known):
-    """What is written of some events: angles as Kaggle wants them, azimuth in [0, 2 pi), zenith in [0, pi], and the truth.
+    """What is written of some events: angles as Kaggle wants them, azimuth in [0, 2 pi), zenith in [0, pi],
+    and the truth.
 
     known: which of azimuth, zenith, energy, event_class the split has; as true_azimuth, ... they stand
     beside. A .csv has the columns of a Kaggle submission.
@@ -322,19 +348,23 @@ def prediction_table(events, arrays, config, run, known):
         if "vmf" in run.direction_loss:
             columns["kappa"] = arrays["kappa"]
     if config.predictions.endswith(".csv"):
-        return pa.table({name: columns[name] for name in ("event_id", "azimuth", "zenith", "energy") if name in columns})
+        return pa.table({name: columns[name] for name in ("event_id", "azimuth", "zenith", "energy")
+                         if name in columns})
     columns["n_pulses"] = events["n_pulses"]
     return pa.table(columns | {f"true_{name}": np.ascontiguousarray(events[name]) for name in known})
 
 
 @contextmanager
 def table_file(path):
-    """-> write(table), which adds rows to a .csv or .parquet file. The file gets its name when it is whole."""
+    """-> write(table), which adds rows to a .csv or .parquet file.
+    The file gets its name when it is whole.
+    """
     part, writers = Path(f"{path}.part"), []
 
     def write(table):
         if not writers:
-            writers.append((pyarrow.csv.CSVWriter if path.endswith(".csv") else pq.ParquetWriter)(part, table.schema))
+            writers.append((pyarrow.csv.CSVWriter if path.endswith(".csv")
+                            else pq.ParquetWriter)(part, table.schema))
         writers[0].write_table(table)
 
     try:
@@ -350,18 +380,24 @@ def table_file(path):
 # ------------------------------------------------------------------------------------------------------------
 
 def evaluate_checkpoint(config, process):
-    """Score a checkpoint, print and keep the result, write what is asked for -> the result in one line, or None."""
+    """Score a checkpoint, print and keep the result, write what is asked for
+    -> the result in one line, or None.
+    """
     model, run, saved = load_model(config.checkpoint, config.data_dir)
     config.data_dir, config.split = config.data_dir or run.data_dir, config.split or run.val_split
     split, n_events = data.open_first_events(config.data_dir, config.split, config.n_events, at_most=True)
     is_labelled = hasattr(run, "task") and len(find_unlabelled(split, n_events, run)) == 0
     if not hasattr(run, "task") and (config.predictions or not config.embeddings):
-        common.fail(f"{config.checkpoint} is a pretrained checkpoint: it has --embeddings=FILE.parquet, but no task to evaluate")
+        common.fail(f"{config.checkpoint} is a pretrained checkpoint: it has --embeddings=FILE.parquet, but "
+                    "no task to evaluate")
     if not (is_labelled or config.predictions or config.embeddings):
-        common.fail(f"{split.path} has no labels of the {run.task} to evaluate with; name a file to write: --predictions=")
+        common.fail(f"{split.path} has no labels of the {run.task} to evaluate with; name a file to write: "
+                    "--predictions=")
     run.batch_size, scores = config.batch_size, []
-    run.micro_batch_size = common.suited_micro_batch_size(process, data.read_meta(config.data_dir)["max_pulses"], run)
-    known = [name for name in ("azimuth", "zenith", "energy") if not np.isnan(split.events[name][:n_events]).all()]
+    run.micro_batch_size = common.suited_micro_batch_size(process,
+                                                          data.read_meta(config.data_dir)["max_pulses"], run)
+    known = [name for name in ("azimuth", "zenith", "energy")
+             if not np.isnan(split.events[name][:n_events]).all()]
     if split.events["event_class"][:n_events].any():
         known.append("event_class")
     with ExitStack() as files:

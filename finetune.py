@@ -1,8 +1,9 @@
-"""Stage 3: from few labels to the neutrino's direction or energy. Train a small head on [CLS], with or without the encoder.
+"""Stage 3: from few labels to the neutrino's direction or energy.
+Train a small head on [CLS], with or without the encoder.
 
     python finetune.py sample_config/demo_finetune.py                             from out/demo/ckpt.pt
-    python finetune.py sample_config/demo_finetune.py sample_config/ablation/scratch.py    the same labels, no pretraining
-    python evaluate.py --checkpoint=out/demo_finetune/best.pt --split=test --predictions=out/test.csv      see evaluate.py
+    python finetune.py sample_config/demo_finetune.py sample_config/ablation/scratch.py     no pretraining
+    python evaluate.py --checkpoint=out/demo_finetune/best.pt                               see evaluate.py
 
 Prints one line every log_interval steps and writes log.csv, ckpt.pt (last), best.pt (lowest val_loss after
 step 0), config.json, result.txt and evaluation_<val_split>.json (the errors of best.pt, in bins, beside those
@@ -22,8 +23,8 @@ import data
 import evaluate
 import knobs
 from model import DIRECTION_LOSSES, TASKS, ModelConfig, Reconstructor, event_losses, parameter_groups
-from train import (GuardedOptimizer, compiled_and_distributed, describe, learning_rate, make_adamw, print_reheating,
-                   print_schedule_notes, summing_gradients)
+from train import (GuardedOptimizer, compiled_and_distributed, describe, learning_rate, make_adamw,
+                   print_reheating, print_schedule_notes, summing_gradients)
 
 
 @dataclass
@@ -36,13 +37,13 @@ class FinetuneConfig(ModelConfig):
     out_dir: str = ""  # where the run is kept; "" = out/<stems of the config files joined by +>
     pretrained: str = "out/base/ckpt.pt"  # checkpoint whose encoder to begin with; "" = from scratch
     task: str = "direction"  # what to reconstruct; or "energy", log10 of the neutrino's energy in GeV
-    direction_loss: str = "angular"  # mean angle; or "cosine", "vmf" (with an uncertainty for each event), or a sum: "angular+vmf"
+    direction_loss: str = "angular"  # mean angle; or "cosine", "vmf" (with uncertainty), "angular+vmf"
     freeze_backbone: bool = False  # train the head alone
     head_hidden_size: int = 1024  # of the head Linear(D, 1024), ReLU, Linear(1024, 3)
     head_lr_factor: float = 1.0  # learning rate of the head over that of the encoder
-    time_offset_std: float = 0.0  # [ns] shift each event in time at random while training, so that only differences count
+    time_offset_std: float = 0.0  # [ns] shift each event in time at random: only differences count
     batch_size: int = 1024  # events a step, over all ranks
-    micro_batch_size: int = 0  # events computed at once on a device, which changes no result; 0 = what suits it
+    micro_batch_size: int = 0  # events computed at once, which changes no result; 0 = what suits the device
     max_steps: int = 19_531  # updates; 19,531 x 1024 events = 20 epochs of 1 M labels
     patience: int = 0  # end after so many evaluations without a lower val_loss; 0 = never
     learning_rate: float = 1.5e-5  # at the top of the schedule; the encoder is good already
@@ -57,11 +58,11 @@ class FinetuneConfig(ModelConfig):
     eval_interval: int = 1000  # steps between evaluations
     log_interval: int = 50  # steps between log lines
     save_interval: int = 1000  # steps between checkpoints
-    max_bad_steps: int = 20  # a step whose gradient is not finite is skipped; more than so many in a row end the run
+    max_bad_steps: int = 20  # more steps in a row whose gradient is not finite end the run
     resume: bool = True  # go on from out_dir/ckpt.pt if there is one; False refuses a folder that holds a run
     seed: int = 0  # of the weights and the order of events
     device: str = "auto"  # or "cuda", "mps", "cpu"
-    dtype: str = "auto"  # autocast to "bfloat16", "float16" or not ("float32"); auto = bfloat16 where it is fast
+    dtype: str = "auto"  # "bfloat16", "float16", "float32"; auto = bfloat16 where the hardware has it
     compile: bool = False  # torch.compile, 1 minute at the start; gains nothing on a CPU
     wandb_project: str = ""  # also log to this project of Weights & Biases; "" = off
 
@@ -72,21 +73,25 @@ class FinetuneConfig(ModelConfig):
         yield from knobs.check_not_negative(self, "time_offset_std", "patience")
         yield from knobs.check_choice(self, "task", TASKS)
         if not set(self.direction_loss.split("+")) <= DIRECTION_LOSSES.keys():
-            yield f"direction_loss = {self.direction_loss!r}: choose among {', '.join(DIRECTION_LOSSES)}, or join some by +"
+            yield (f"direction_loss = {self.direction_loss!r}: choose among {', '.join(DIRECTION_LOSSES)}, "
+                   "or join some by +")
         if self.task == "energy" and getattr(self, "sources", {}).get("direction_loss") == "command line":
             yield "direction_loss has no meaning for task = 'energy'; leave it out"
         if self.freeze_backbone and not self.pretrained:
-            yield "freeze_backbone = True needs a pretrained checkpoint: a frozen random encoder learns nothing"
+            yield ("freeze_backbone = True needs a pretrained checkpoint: a frozen random encoder learns "
+                   "nothing")
 
 
 # angles in rad; bias and resolution are mean and spread of log10(energy), predicted over true [dex]
-LOG_COLUMNS = ["step", "events", "lr", "loss", "grad_norm", "events_per_s", "val_loss", "val_angle_mean", "val_angle_median",
+LOG_COLUMNS = ["step", "events", "lr", "loss", "grad_norm", "events_per_s", "val_loss", "val_angle_mean",
+               "val_angle_median",
                "data_ms", "bad_steps",  # time a step waits for its events; steps so far that were skipped
                "val_bias", "val_resolution"]
 # Knobs that may differ when a run goes on: the steps already done would have been the same but for rounding,
 # and for the learning rate's end, which max_steps and cooldown_steps move
-MAY_CHANGE = {"data_dir", "out_dir", "micro_batch_size", "max_steps", "cooldown_steps", "eval_interval", "log_interval",
-              "save_interval", "max_bad_steps", "resume", "device", "dtype", "compile", "wandb_project", "patience"}
+MAY_CHANGE = {"data_dir", "out_dir", "micro_batch_size", "max_steps", "cooldown_steps", "eval_interval",
+              "log_interval", "save_interval", "max_bad_steps", "resume", "device", "dtype", "compile",
+              "wandb_project", "patience"}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -94,22 +99,28 @@ MAY_CHANGE = {"data_dir", "out_dir", "micro_batch_size", "max_steps", "cooldown_
 # ------------------------------------------------------------------------------------------------------------
 
 def take_architecture(config, saved, path):
-    """The architecture comes from the checkpoint; a knob that was set to something else is a contradiction."""
-    known = {**dataclasses.asdict(ModelConfig()), **saved["config"]}  # a knob that is younger than the checkpoint was off
+    """The architecture comes from the checkpoint; a knob that was set to something else is a contradiction.
+    """
+    # a knob that is younger than the checkpoint was off
+    known = {**dataclasses.asdict(ModelConfig()), **saved["config"]}
     for key in dataclasses.asdict(ModelConfig()):
         if key in config.sources and getattr(config, key) != known[key]:
-            common.fail(f"{key} = {getattr(config, key)!r}, but {path} has {known[key]!r}; leave {key} out, the checkpoint tells it")
+            common.fail(f"{key} = {getattr(config, key)!r}, but {path} has {known[key]!r}; leave {key} out, "
+                        "the checkpoint tells it")
         setattr(config, key, known[key])
 
 
 def load_encoder(model, saved, path):
-    """Copy the encoder of a pretrained (or fine-tuned) checkpoint. The head stays new, everything else must be there."""
+    """Copy the encoder of a pretrained (or fine-tuned) checkpoint.
+    The head stays new, everything else must be there.
+    """
     encoder = {name: value for name, value in saved["model"].items() if name.startswith("encoder.")}
     missing, unexpected = model.load_state_dict(encoder, strict=False)
     new_head = [name for name in model.state_dict() if not name.startswith("encoder.")]
     # DIFF(upstream): strict=False there, whatever is missing stays random without a word
     if missing != new_head or unexpected:
-        common.fail(f"{path}: its encoder is not complete: missing {sorted(set(missing) - set(new_head))}, not known {unexpected}")
+        common.fail(f"{path}: its encoder is not complete: missing {sorted(set(missing) - set(new_head))}, "
+                    f"not known {unexpected}")
 
 
 def head_and_encoder(model, config):
@@ -130,7 +141,9 @@ def ran_out_of_patience(step, best_step, config):
 # ------------------------------------------------------------------------------------------------------------
 
 def load_step_of(config, split, n_train, process):
-    """-> function of a step: this rank's share of its events, whose choice does not depend on the number of ranks."""
+    """-> function of a step: this rank's share of its events,
+    whose choice does not depend on the number of ranks.
+    """
     def load_step(step):
         index, epoch = data.step_events(step, config.batch_size, n_train, config.seed)
         mine = np.array_split(np.arange(config.batch_size), process.world_size)[process.rank]
@@ -152,7 +165,8 @@ def main():
     # ---- data ----------------------------------------------------------------------------------------------
     geometry, fingerprint = data.read_geometry(config.data_dir), data.fingerprint(config.data_dir)
     train_split, n_train = data.open_first_events(config.data_dir, config.train_split, config.train_events)
-    val_split, n_val = data.open_first_events(config.data_dir, config.val_split, config.val_events, at_most=True)
+    val_split, n_val = data.open_first_events(config.data_dir, config.val_split, config.val_events,
+                                              at_most=True)
     evaluate.check_labels(train_split, n_train, config)
     evaluate.check_labels(val_split, n_val, config)
     config.micro_batch_size = config.micro_batch_size or common.suited_micro_batch_size(
@@ -178,13 +192,14 @@ def main():
         common.check_same(checkpoint_path, "labels in train_split", saved["n_train"], n_train)
         data.check_geometry(saved, geometry, checkpoint_path, config.data_dir)
         data.check_events(saved, checkpoint_path, config.data_dir)
-        if saved["step"] >= config.max_steps or ran_out_of_patience(saved["step"], saved["best_step"], config):
+        if saved["step"] >= config.max_steps or ran_out_of_patience(saved["step"], saved["best_step"],
+                                                                    config):
             if process.is_main:
-                print(f"{config.out_dir} is complete at step {saved['step']}; raise max_steps (or patience, if that ended it) "
-                      "to go on, or choose another out_dir")
+                print(f"{config.out_dir} is complete at step {saved['step']}; raise max_steps (or patience, "
+                      "if that ended it) to go on, or choose another out_dir")
             if not os.path.exists(best_path):
-                common.fail(f"{best_path} is missing; the last weights can be evaluated with: python evaluate.py "
-                            f"--checkpoint={checkpoint_path}")
+                common.fail(f"{best_path} is missing; the last weights can be evaluated with: python "
+                            f"evaluate.py --checkpoint={checkpoint_path}")
             evaluate_best()
             common.stop_process(process)
             return
@@ -195,7 +210,8 @@ def main():
         load_encoder(raw_model, pretrained, config.pretrained)
     raw_model.encoder.requires_grad_(not config.freeze_backbone)
     raw_model.to(process.device)
-    optimizer = GuardedOptimizer(raw_model, [make_adamw(head_and_encoder(raw_model, config), config)], config, process)
+    optimizer = GuardedOptimizer(raw_model, [make_adamw(head_and_encoder(raw_model, config), config)], config,
+                                 process)
     first_step, best_val, best_step = 0, float("inf"), 0
     if saved:
         raw_model.load_state_dict(saved["model"])
@@ -221,8 +237,8 @@ def main():
     log = common.start_log(config, LOG_COLUMNS, first_step)
 
     # ---- training loop -------------------------------------------------------------------------------------
-    loader = data.prefetch(load_step_of(config, train_split, n_train, process), range(first_step, config.max_steps),
-                           process.device)
+    loader = data.prefetch(load_step_of(config, train_split, n_train, process),
+                           range(first_step, config.max_steps), process.device)
     bar = common.progress_bar(config.max_steps, "finetune", "step", initial=first_step)
     speed, caught, asked_to_stop = common.Speedometer(config.batch_size), common.catch_signals(), False
     for step in range(first_step, config.max_steps + 1):  # one extra turn to evaluate and save
@@ -238,7 +254,8 @@ def main():
         with speed.pause():
             # evaluate
             if step % config.eval_interval == 0 or is_end:
-                row |= evaluate.summary(evaluate.score_events(raw_model, val_split, n_val, config, process), config)
+                row |= evaluate.summary(evaluate.score_events(raw_model, val_split, n_val, config, process),
+                                        config)
                 bar.write(f"eval {step:6d}/{config.max_steps} | " + describe(row))
                 common.check_val_loss(config, step, row["val_loss"])
                 if row["val_loss"] < best_val and step > 0:
@@ -264,14 +281,14 @@ def main():
         batches = speed.next_step(loader)
         asked_to_stop, = common.sum_over_ranks([bool(caught)], process)
 
-        # micro-batches: each adds its share of the step's mean, so that the update does not depend on the cuts
+        # micro-batches: each adds its share of the step's mean, so the cuts do not change the update
         step_loss = 0.0
         for i, batch in enumerate(batches):
             with summing_gradients(model, process, is_last=i == len(batches) - 1):
                 with process.autocast:
                     outputs = model(batch)
                 loss = event_losses(outputs, batch, config).sum() / config.batch_size
-                optimizer.backward(loss * process.world_size)  # DDP takes the mean over ranks, the sum is meant
+                optimizer.backward(loss * process.world_size)  # DDP takes the mean over ranks
             step_loss += loss.detach()
 
         # guarded step
@@ -283,8 +300,8 @@ def main():
             row |= {"grad_norm": grad_norm.item(), "bad_steps": optimizer.n_bad.item()}
             columns, speed_text = speed.read()
             row |= columns
-            bar.write(f"step {step:6d}/{config.max_steps} | loss {row['loss']:.4f} | norm {row['grad_norm']:.2f} | "
-                      f"lr {row['lr']:.1e} | {speed_text}"
+            bar.write(f"step {step:6d}/{config.max_steps} | loss {row['loss']:.4f} | norm "
+                      f"{row['grad_norm']:.2f} | lr {row['lr']:.1e} | {speed_text}"
                       + (f" | {row['bad_steps']} steps skipped" if row["bad_steps"] else ""))
             if optimizer.gave_up():
                 with torch.no_grad(), process.autocast:

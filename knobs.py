@@ -67,7 +67,9 @@ def command():
 
 
 def print_knobs(config):
-    """What differs from the defaults, and which file or flag set it: for the log, once all checks are passed."""
+    """What differs from the defaults, and which file or flag set it:
+    for the log, once all checks are passed.
+    """
     for field in dataclasses.fields(config):
         where, value = config.sources.get(field.name), getattr(config, field.name)
         if where and value != default_of(field):
@@ -76,8 +78,9 @@ def print_knobs(config):
 
 def hint_for(key, fields):
     """Where an unknown knob may belong: to another script, or it is misspelt."""
-    for script, name in (("simulate", "SimulateConfig"), ("prepare", "PrepareConfig"), ("train", "TrainConfig"),
-                         ("finetune", "FinetuneConfig"), ("tools.prometheus", "PrometheusConfig")):
+    for script, name in (("simulate", "SimulateConfig"), ("prepare", "PrepareConfig"),
+                         ("train", "TrainConfig"), ("finetune", "FinetuneConfig"),
+                         ("tools.prometheus", "PrometheusConfig")):
         if key in getattr(importlib.import_module(script), name).__dataclass_fields__:
             return f"; {key} is a knob of {script.replace('.', '/')}.py"
     near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
@@ -85,7 +88,9 @@ def hint_for(key, fields):
 
 
 def read_config_file(path):
-    """A config file's assignments as a dict. The file is python, but holds nothing except `name = value` lines."""
+    """A config file's assignments as a dict. The file is python,
+    but holds nothing except `name = value` lines.
+    """
     if not os.path.isfile(path):
         hint = "config/ is your copy of the samples, make it with: cp -r sample_config config" \
             if Path(path).parts[:1] == ("config",) and not os.path.isdir("config") else "check the spelling"
@@ -96,7 +101,8 @@ def read_config_file(path):
         tree = ast.parse(text)
         for node in tree.body:
             is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-            if not is_docstring and not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)):
+            if not is_docstring and not (isinstance(node, ast.Assign)
+                                         and isinstance(node.targets[0], ast.Name)):
                 fail(f"{path}:{node.lineno}: a config file holds assignments only (name = value)")
         exec(compile(tree, path, "exec"), {"__builtins__": {}}, names)
     except UnicodeDecodeError:
@@ -116,15 +122,17 @@ def parse_flag(text):
 
 
 def to_type(value, kind, where):
-    """The value as `kind`, where nothing is lost: 1 is a float, 1e6 is an int, but 1.5, "1" and True are not ints."""
+    """The value as `kind`, where nothing is lost: 1 is a float, 1e6 is an int, but 1.5,
+    "1" and True are not ints.
+    """
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is float and is_number and math.isfinite(value):
         return float(value)
     if kind is int and is_number and abs(value) < 2**53 and value == int(value):
         return int(value)
     if type(value) is not kind or kind in (int, float):
-        wanted = {int: "an integer below 2^53", float: "a finite number", bool: "True or False", str: "a string (in quotes)",
-                  dict: "a dict"}[kind]
+        wanted = {int: "an integer below 2^53", float: "a finite number", bool: "True or False",
+                  str: "a string (in quotes)", dict: "a dict"}[kind]
         fail(f"{where} = {value!r} is not {wanted}")
     return value
 
@@ -139,11 +147,13 @@ def check_choice(config, key, choices):
 
 
 def check_positive(config, *keys):
-    yield from (f"{key} = {getattr(config, key)}: must be greater than 0" for key in keys if getattr(config, key) <= 0)
+    yield from (f"{key} = {getattr(config, key)}: must be greater than 0" for key in keys
+                if getattr(config, key) <= 0)
 
 
 def check_not_negative(config, *keys):
-    yield from (f"{key} = {getattr(config, key)}: must not be negative" for key in keys if getattr(config, key) < 0)
+    yield from (f"{key} = {getattr(config, key)}: must not be negative" for key in keys
+                if getattr(config, key) < 0)
 
 
 def check_fraction(config, *keys):
@@ -155,14 +165,14 @@ def check_training(config):
     """The knobs that the loops of train.py and finetune.py have in common."""
     yield from check_positive(config, "batch_size", "max_steps", "learning_rate", "adam_eps", "grad_clip",
                               "eval_interval", "log_interval", "save_interval")
-    yield from check_not_negative(config, "train_events", "val_events", "warmup_steps", "cooldown_steps", "weight_decay",
-                                  "max_bad_steps", "seed", "micro_batch_size")
+    yield from check_not_negative(config, "train_events", "val_events", "warmup_steps", "cooldown_steps",
+                                  "weight_decay", "max_bad_steps", "seed", "micro_batch_size")
     yield from check_fraction(config, "beta1", "beta2")
     yield from check_choice(config, "schedule", ("trapezoidal", "cosine", "constant"))
     yield from check_device(config)
     if config.wandb_project and importlib.util.find_spec("wandb") is None:
-        yield (f"wandb_project = {config.wandb_project!r} needs the package wandb: pip install wandb, or leave it empty; log.csv is "
-               "written in any case")
+        yield (f"wandb_project = {config.wandb_project!r} needs the package wandb: pip install wandb, or "
+               "leave it empty; log.csv is written in any case")
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if config.batch_size < world_size:
         yield f"batch_size = {config.batch_size} is too small for {world_size} ranks"

@@ -1,4 +1,4 @@
-"""PolarBERT: everything that has parameters, and the losses, in the order in which the data flows through them.
+"""PolarBERT: everything that has parameters, and the losses, in the order in which data flows through them.
 
     pulses -> PulseEmbedding -> Backbone -> final norm -> heads        (Encoder = all but the heads)
 
@@ -8,10 +8,10 @@ random number is drawn after the weights are made.
 
 A batch is packed: the T tokens of its B events lie one after another without padding, and the first token of
 each event is its [CLS]. It is a dict of tensors that data.micro_batches makes: time [ns], charge [p.e.], dom,
-aux (T,), meaningless at [CLS]; starts int32 (B + 1,): event i is tokens starts[i] to starts[i + 1] - 1; the int
-longest, the tokens of the longest event; hidden and hidden_event (M,), token and event of each hidden pulse;
-and of each event (B,) what the heads learn: total_charge [p.e.], center [m], azimuth, zenith [rad], energy [GeV].
-Other sizes: D embedding_dim, E dom_embed_dim, H heads, d = D / H, V = 5160 DOMs.
+aux (T,), meaningless at [CLS]; starts int32 (B + 1,): event i is tokens starts[i] to starts[i + 1] - 1; the
+int longest, the tokens of the longest event; hidden and hidden_event (M,), token and event of each hidden
+pulse; and of each event (B,) what the heads learn: total_charge [p.e.], center [m], azimuth, zenith [rad],
+energy [GeV]. Other sizes: D embedding_dim, E dom_embed_dim, H heads, d = D / H, V = 5160 DOMs.
 """
 import math
 from collections.abc import Callable
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.varlen import varlen_attn
 
 N_DOMS, DOMS_PER_STRING = 5160, 60  # IceCube-86, row = sensor_id
 MASK = N_DOMS  # the extra row of the DOM table
@@ -35,7 +36,7 @@ class ModelConfig:
     num_layers: int = 8  # blocks
     use_dom_positions: bool = True  # DOM part from x, y, z; False: a learned table of the 5160 DOMs
     use_dom_table: bool = False  # with positions: add the learned table to them
-    backbone: str = "transformer"  # what mixes the pulses; or "gru", "mamba", both in two directions, of about equal size
+    backbone: str = "transformer"  # what mixes the pulses; or "gru", "mamba": two directions, equal size
     mlp: str = "relu"  # or "gelu", "swiglu"; of equal parameter count
     norm: str = "layernorm"  # or "rmsnorm"
     qk_norm: bool = False  # transformer: normalise queries and keys, which bounds the attention logits
@@ -43,9 +44,9 @@ class ModelConfig:
     dom_loss: str = "ce"  # cross-entropy; or "emd", mean distance of the predicted DOM in 100 m; or "ce+emd"
     emd_weight: float = 1.0  # of emd in "ce+emd"
     loss_weighting: str = "per_event"  # events count alike; or "per_pulse", hidden pulses do (paper v0.1)
-    cls_target: str = "charge"  # what [CLS] predicts: log10 of the total charge; or "center" of charge; or "charge+center"
-    mup_base_width: int = 0  # muP: keep what was tuned at this embedding_dim when embedding_dim changes; 0 = off
-    mup_base_heads: int = 0  # num_heads of that base model; 0 = as many as here, so that wider models have wider heads
+    cls_target: str = "charge"  # what [CLS] predicts: names of CLS_TARGETS, joined by +
+    mup_base_width: int = 0  # muP: keep what was tuned at this embedding_dim for others; 0 = off
+    mup_base_heads: int = 0  # num_heads of that base model; 0 = as many as here: wider heads
     mup_base_layers: int = 0  # CompleteP: the same for num_layers; 0 = off
 
     def check(self):
@@ -57,24 +58,26 @@ class ModelConfig:
             if getattr(self, key) not in choices:
                 yield f"{key} = {getattr(self, key)!r}: choose one of {', '.join(map(repr, choices))}"
         if not set(self.cls_target.split("+")) <= CLS_TARGETS.keys():
-            yield f"cls_target = {self.cls_target!r}: choose among {', '.join(CLS_TARGETS)}, or join some by +"
+            yield f"cls_target = {self.cls_target!r}: choose among {', '.join(CLS_TARGETS)}, joined by +"
         if self.embedding_dim % max(self.num_heads, 1):
             yield f"embedding_dim = {self.embedding_dim} cannot be shared among num_heads = {self.num_heads}"
         if self.dom_embed_dim >= self.embedding_dim:
-            yield (f"dom_embed_dim = {self.dom_embed_dim} must be smaller than embedding_dim = {self.embedding_dim}: "
-                   "the rest holds time, charge and aux")
+            yield (f"dom_embed_dim = {self.dom_embed_dim} must be smaller than embedding_dim = "
+                   f"{self.embedding_dim}: the rest holds time, charge and aux")
         if self.backbone != "transformer" and self.embedding_dim % (2 * self.num_heads):
-            yield f"backbone = {self.backbone!r} needs an embedding_dim that 2 num_heads = {2 * self.num_heads} divides"
+            yield (f"backbone = {self.backbone!r} needs an embedding_dim that 2 num_heads = "
+                   f"{2 * self.num_heads} divides")
         if self.backbone != "transformer" and (self.mup_base_width or self.qk_norm):
             yield f"mup_base_width and qk_norm are for the transformer, not for backbone = {self.backbone!r}"
         if self.backbone == "mamba" and self.embedding_dim % 4:
-            yield f"backbone = 'mamba' needs an embedding_dim that 4 divides: its state is {self.embedding_dim} / 4 wide"
+            yield ("backbone = 'mamba' needs an embedding_dim that 4 divides: its state is "
+                   f"{self.embedding_dim} / 4 wide")
         for key in ("mup_base_width", "mup_base_heads", "mup_base_layers"):
             if getattr(self, key) < 0:
                 yield f"{key} = {getattr(self, key)}: must not be negative"
         if self.mup_base_heads and (not self.mup_base_width or self.mup_base_width % self.mup_base_heads):
-            yield (f"mup_base_heads = {self.mup_base_heads}: must divide mup_base_width = {self.mup_base_width}, the width "
-                   "of the same base model")
+            yield (f"mup_base_heads = {self.mup_base_heads}: must divide mup_base_width = "
+                   f"{self.mup_base_width}, the width of the same base model")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -120,7 +123,7 @@ class PulseEmbedding(nn.Module):
 
 
 def scale_pulses(batch):
-    """Physical units -> numbers of order one, (T, 3): the only place where pulses are scaled (upstream's factors)."""
+    """Physical units -> numbers of order one, (T, 3). Pulses are scaled here alone, by upstream's factors."""
     time = (batch["time"] - 1e4) / 3e4  # the trigger is near 10,000 ns
     charge = torch.log10(batch["charge"].clamp(min=1e-3)) / 3  # the smallest real charge is 0.025 p.e.
     return torch.stack([time, charge, batch["aux"].to(time.dtype) - 0.5], dim=-1)
@@ -143,19 +146,19 @@ class Backbone(nn.Module):
 
 
 class Packing:
-    """Where the events lie among T packed tokens, and how to lay them out in a rectangle (B, L), L = longest, and back.
+    """Where the events lie among T packed tokens. Only mixers need it, all else works token by token.
 
-    Only mixers need it, everything else works token by token. In the rectangle each event has a row, which
-    padding fills up.
+    A mixer that cannot work on packed tokens lays them out in a rectangle, one event per row, L = longest
+    tokens wide, and packs the result again.
     """
 
     def __init__(self, starts, longest, n_tokens):
         self.starts, self.longest = starts, longest  # int32 (B + 1,), int
-        lengths = starts.diff()
-        self.valid = torch.arange(longest, device=starts.device) < lengths[:, None]  # (B, L), False at padding
+        column = torch.arange(longest, device=starts.device)
+        self.valid = column < starts.diff()[:, None]  # (B, L), False at padding
         token = torch.arange(n_tokens, device=starts.device, dtype=starts.dtype)
-        event = torch.searchsorted(starts, token, right=True) - 1  # of each token, (T,)
-        self.cell = event * longest + token - starts[event]  # place of each token in the flattened rectangle, (T,)
+        event = torch.searchsorted(starts, token, right=True) - 1
+        self.cell = event * longest + token - starts[event]  # (T,), its place in the rectangle
 
     def unpack(self, x):
         """(T, C) -> (B, L, C), padding 0."""
@@ -222,24 +225,28 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(T, 3, self.num_heads, -1)  # (T, 3, H, d)
         if self.qk_norm is not None:
             q, k, v = qkv.unbind(1)
-            qkv = torch.stack([self.qk_norm(q).to(v.dtype), self.qk_norm(k).to(v.dtype), v], dim=1)  # norms give float32
-        is_flash = self.can_flash and qkv.device.type != "cpu" and qkv.dtype in (torch.bfloat16, torch.float16)
+            q, k = self.qk_norm(q).to(v.dtype), self.qk_norm(k).to(v.dtype)  # autocast: norms are float32
+            qkv = torch.stack([q, k, v], dim=1)
+        is_half = qkv.dtype in (torch.bfloat16, torch.float16)
+        is_flash = self.can_flash and is_half and qkv.device.type != "cpu"
         attend = flash_attention if is_flash else rectangle_attention
         return self.out(attend(qkv, packing, self.scale).reshape(T, D))
 
 
 def can_flash(d):
-    """Whether flash attention over packed events runs here, with heads d wide: CUDA, compute capability 8.0 or later."""
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0) and d % 8 == 0 and d <= 256
+    """Whether flash attention over packed events runs here, with heads d wide: on CUDA, from an A100 on."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+        return False
+    return d % 8 == 0 and d <= 256
 
 
 def flash_attention(qkv, packing, scale):
     """Flash attention over packed events, bfloat16 or float16 on CUDA. qkv (T, 3, H, d) -> (T, H, d).
 
-    # DIFF(upstream): it calls flash attention with a padding mask, with which CUDA never runs the flash kernel
+    # DIFF(upstream): it calls "flash" with a padding mask, and then CUDA never runs the flash kernel
     """
-    from torch.nn.attention.varlen import varlen_attn  # torch 2.10 and later
-    return varlen_attn(*qkv.unbind(1), packing.starts, packing.starts, packing.longest, packing.longest, scale=scale)
+    starts, longest = packing.starts, packing.longest
+    return varlen_attn(*qkv.unbind(1), starts, starts, longest, longest, scale=scale)
 
 
 def rectangle_attention(qkv, packing, scale):
@@ -248,8 +255,7 @@ def rectangle_attention(qkv, packing, scale):
     q, k, v = rows.permute(2, 0, 3, 1, 4)  # (B, H, L, d)
     seen = packing.valid[:, None, None, :]  # (B, 1, 1, L)
     if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
-        # torch's fused kernel has a very slow bfloat16 backward on a CPU: 185 ms against 45 ms at (64, 8, 128, 32),
-        # torch 2.13
+        # torch's own has a very slow bfloat16 backward: 185 ms against 45 ms at (64, 8, 128, 32), torch 2.13
         scores = (q @ k.transpose(-2, -1)).float() * scale
         x = scores.masked_fill(~seen, float("-inf")).softmax(-1).to(v.dtype) @ v
     else:
@@ -258,7 +264,7 @@ def rectangle_attention(qkv, packing, scale):
 
 
 class TwoWays(nn.Module):
-    """A recurrent mixer forwards and another backwards, D/2 outputs each: so [CLS], which comes first, sees all pulses."""
+    """A recurrent mixer forwards and one backwards, D/2 outputs each: [CLS], the first, sees all pulses."""
 
     def __init__(self, config, mixer):
         super().__init__()
@@ -267,7 +273,7 @@ class TwoWays(nn.Module):
     def forward(self, x, packing):
         x, valid = packing.unpack(x), packing.valid
         n, place = valid.sum(1, keepdim=True), torch.arange(x.shape[1], device=x.device)
-        # real tokens in reverse; padding stays behind them, where neither direction sees it before the last one
+        # tokens in reverse; padding stays behind them, where neither direction sees it before the last token
         reverse = torch.where(place < n, n - 1 - place, place)[..., None]  # (B, L, 1)
         y = self.backwards(x.gather(1, reverse.expand_as(x)), valid)
         y = y.gather(1, reverse.expand_as(y))
@@ -277,14 +283,17 @@ class TwoWays(nn.Module):
 class GRU(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.gru = nn.GRU(config.embedding_dim, config.embedding_dim // 2, batch_first=True)  # one cuDNN call, no packing
+        # one cuDNN call, no packing
+        self.gru = nn.GRU(config.embedding_dim, config.embedding_dim // 2, batch_first=True)
 
     def forward(self, x, valid):
         return self.gru(x)[0]
 
 
 class Mamba(nn.Module):
-    """Mamba-2 (Dao & Gu 2024, arXiv:2405.21060), one direction, D -> D/2: convolution, selective state space, gate."""
+    """Mamba-2 (Dao & Gu 2024, arXiv:2405.21060), one direction, D -> D/2:
+    convolution, selective state space, gate.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -303,13 +312,15 @@ class Mamba(nn.Module):
         with torch.autocast(x.device.type, enabled=False):  # products of up to L decay factors
             x, b, c = (part.to(self.log_a.dtype) for part in xbc.split(self.sizes[1:4], dim=-1))
             x = x.unflatten(-1, (H, -1))  # (B, L, H, P)
-            dt = F.softplus(dt.to(self.log_a.dtype) + self.dt_bias) * valid[..., None]  # 0: padding leaves no trace
+            # 0: padding leaves no trace
+            dt = F.softplus(dt.to(self.log_a.dtype) + self.dt_bias) * valid[..., None]
             y = state_space(x * dt[..., None], -self.log_a.exp() * dt, b, c) + self.skip[:, None] * x
         return self.out(self.norm(y.flatten(2) * F.silu(gate)))
 
 
 def state_space(x, log_decay, b, c, chunk=128):
-    """y_t = c_t . s_t with the state s_t = exp(log_decay_t) s_(t-1) + b_t x_t, as matrix products instead of a loop over t.
+    """y_t = c_t . s_t with the state s_t = exp(log_decay_t) s_(t-1) + b_t x_t,
+    as matrix products instead of a loop over t.
 
     x (B, L, H, P), log_decay (B, L, H) <= 0, b and c (B, L, N) -> y (B, L, H, P). Within a chunk y = (decays
     * c b^T) x, a masked L x L product; the state is handed from chunk to chunk, so memory grows with L *
@@ -331,9 +342,10 @@ def state_space(x, log_decay, b, c, chunk=128):
 
 
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
-MIXERS = {"transformer": Attention, "gru": lambda config: TwoWays(config, GRU), "mamba": lambda config: TwoWays(config, Mamba)}
-CHOICES = {"backbone": MIXERS, "mlp": ("relu", "gelu", "swiglu"), "norm": NORMS, "dom_loss": ("ce", "emd", "ce+emd"),
-           "loss_weighting": ("per_event", "per_pulse")}
+MIXERS = {"transformer": Attention, "gru": lambda config: TwoWays(config, GRU),
+          "mamba": lambda config: TwoWays(config, Mamba)}
+CHOICES = {"backbone": MIXERS, "mlp": ("relu", "gelu", "swiglu"), "norm": NORMS,
+           "dom_loss": ("ce", "emd", "ce+emd"), "loss_weighting": ("per_event", "per_pulse")}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -348,7 +360,7 @@ class Encoder(nn.Module):
         self.embedding = PulseEmbedding(config, geometry)
         self.backbone = Backbone(config)
         self.final_norm = NORMS[config.norm](config.embedding_dim) if config.final_norm else nn.Identity()
-        self.output_scale = 1 / width_ratio(config)  # muP: what heads see shrinks with the width; 1 without muP
+        self.output_scale = 1 / width_ratio(config)  # muP: what heads see shrinks with the width
 
     def forward(self, batch):
         x = self.backbone(self.embedding(batch), batch["starts"], batch["longest"])
@@ -358,8 +370,8 @@ class Encoder(nn.Module):
 
 @dataclass(frozen=True)
 class ClsTarget:
-    """Something about the whole event that [CLS] learns to tell: the loss is (prediction - truth)^2, mean over `width` numbers."""
-    width: int
+    """Something about the whole event that [CLS] learns to tell; the loss is mean (prediction - truth)^2."""
+    width: int  # numbers that tell it
     label: str  # field of data.EVENT that it comes from
     truth: Callable  # that field of a batch -> (B, width), numbers of order one
     metric: str  # column of log.csv that tells in units how good it is: val_<metric>
@@ -367,11 +379,14 @@ class ClsTarget:
     of_mean: Callable = math.sqrt  # mean of that over the events -> the number in the column
 
 
+# to add one: an entry here, its weight lambda_<name> in train.py
 CLS_TARGETS = {
-    "charge": ClsTarget(1, "total_charge", lambda charge: torch.log10(charge.clamp(min=1e-3))[:, None],
-                        "charge_rms", lambda x, truth: (x - truth).square().sum(-1)),  # [dex]
-    "center": ClsTarget(3, "center", lambda center: center / POSITION_SCALE,
-                        "center_rms", lambda x, truth: ((x - truth) * POSITION_SCALE).square().sum(-1)),  # [m]
+    "charge": ClsTarget(  # log10 of the total charge; its metric in dex
+        width=1, label="total_charge", truth=lambda charge: torch.log10(charge.clamp(min=1e-3))[:, None],
+        metric="charge_rms", measure=lambda x, truth: (x - truth).square().sum(-1)),
+    "center": ClsTarget(  # charge-weighted centre; its metric in m
+        width=3, label="center", truth=lambda center: center / POSITION_SCALE,
+        metric="center_rms", measure=lambda x, truth: ((x - truth) * POSITION_SCALE).square().sum(-1)),
 }
 
 
@@ -402,9 +417,9 @@ class Pretrainer(nn.Module):
         return logits.to(dtype), {name: head(cls).to(dtype) for name, head in self.cls_heads.items()}
 
     def dom_losses(self, logits, batch):
-        """Loss of the hidden pulses of each event: their mean ("per_event"), or their sum ("per_pulse") -> (B,).
+        """Mean loss of each event's hidden pulses ("per_event"), or their sum ("per_pulse"), (B,).
 
-        Loss per event first: otherwise bright events dominate (upstream since v0.2).
+        Mean per event first: otherwise bright events dominate (upstream since v0.2).
         """
         dom, event = batch["dom"].index_select(0, batch["hidden"]), batch["hidden_event"]  # (M,)
         loss = 0.0
@@ -440,16 +455,19 @@ class Pretrainer(nn.Module):
                 F.cross_entropy(logits, dom, reduction="sum")]
         losses = self.cls_losses(answers, batch)
         for name, target in self.targets.items():
-            sums += [losses[name].sum(), target.measure(answers[name], target.truth(batch[target.label])).sum()]
+            sums += [losses[name].sum(),
+                     target.measure(answers[name], target.truth(batch[target.label])).sum()]
         return torch.stack(sums)
 
 
 def earth_movers_distance(logits, dom, geometry):
-    """How far the predicted distribution has to be carried to the true DOM: sum_j p_j |x_j - x_true| [100 m], (M,).
+    """How far the predicted distribution has to be carried to the true DOM:
+    sum_j p_j |x_j - x_true| [100 m], (M,).
 
     With a single true DOM every bit of probability goes there, so no solver is needed.
     """
-    distance = torch.cdist(geometry[dom], geometry, compute_mode="donot_use_mm_for_euclid_dist") / 100  # (M, V)
+    # (M, V)
+    distance = torch.cdist(geometry[dom], geometry, compute_mode="donot_use_mm_for_euclid_dist") / 100
     return (logits.softmax(-1) * distance).sum(-1)
 
 
@@ -490,7 +508,8 @@ def unit_vector(azimuth, zenith):
 
 
 def angular_error(direction, truth):
-    """The angle [rad] between unit vectors (..., 3). Unlike arccos of the dot product it has a gradient everywhere.
+    """The angle [rad] between unit vectors (..., 3).
+    Unlike arccos of the dot product it has a gradient everywhere.
 
     # DIFF(upstream): arccos clipped at 1 - 1e-4, which has no gradient within 0.8 degrees
     """
@@ -499,11 +518,13 @@ def angular_error(direction, truth):
 
 
 def one_minus_cosine(direction, truth):
-    return (direction - truth).square().sum(-1) / 2  # of unit vectors; 1 - dot product would round small angles to 0
+    # of unit vectors; 1 - dot product would round small angles to 0
+    return (direction - truth).square().sum(-1) / 2
 
 
 def vmf_loss(direction, kappa, truth):
-    """-ln of the von Mises-Fisher density kappa / (4 pi sinh kappa) exp(kappa cos) on the sphere [1/sr], (...,).
+    """-ln of the von Mises-Fisher density kappa / (4 pi sinh kappa) exp(kappa cos) on the sphere [1/sr],
+    (...,).
 
     sinh is split into exp(kappa), which joins the cosine, and 1 - exp(-2 kappa): right from kappa 1e-3 to 1e6
     in float32.
@@ -514,7 +535,8 @@ def vmf_loss(direction, kappa, truth):
 
 # of the outputs (direction, kappa) and the true direction -> (B,)
 DIRECTION_LOSSES = {"angular": lambda direction, kappa, truth: angular_error(direction, truth),  # upstream's
-                    "cosine": lambda direction, kappa, truth: one_minus_cosine(direction, truth), "vmf": vmf_loss}
+                    "cosine": lambda direction, kappa, truth: one_minus_cosine(direction, truth),
+                    "vmf": vmf_loss}
 
 
 def event_losses(outputs, batch, config):
@@ -536,7 +558,8 @@ def width_ratio(config):
 
 
 def attention_scale(config):
-    """1/sqrt(d) of heads d wide; with muP sqrt(d of the base model)/d, which is the same at the base (its table 8).
+    """1/sqrt(d) of heads d wide; with muP sqrt(d of the base model)/d,
+    which is the same at the base (its table 8).
 
     Trained queries and keys correlate, so that their products grow with d, not with sqrt(d).
     """
@@ -549,7 +572,7 @@ def attention_scale(config):
 def init_weights(model, config):
     """All initial values:
 
-    Linear, Conv1d     normal, std 1/sqrt(3 fan_in)    the variance of torch's (and upstream's) uniform default
+    Linear, Conv1d     normal, std 1/sqrt(3 fan_in)    the variance of torch's and upstream's default
     their biases       0                               # DIFF(upstream): uniform
     features, time     10 times that                   # DIFF(upstream): light crosses the detector in 0.1 of
                                                        # the scaled time, but in 2 of the scaled positions;

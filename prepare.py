@@ -32,8 +32,8 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from common import (count_cores, count_events, fail, first_line, hold_lock, progress_bar, read_json, run_in_workers,
-                    run_stage, write_atomic, write_json)
+from common import (count_cores, count_events, fail, first_line, hold_lock, progress_bar, read_json,
+                    run_in_workers, run_stage, write_atomic, write_json)
 from data import (EVENT, FORMAT_VERSION, N_DOMS, PULSE, UNFINISHED, describe_dtypes, open_split, read_meta,
                   uniform_runs)
 from knobs import check_not_negative, load_config, print_knobs
@@ -385,7 +385,9 @@ def reserve(path, n_bytes):
 
 
 def write_records(path, first, records):
-    """Write PULSE or EVENT records to a reserved file, from record `first` on; many processes may do so at once."""
+    """Write PULSE or EVENT records to a reserved file, from record `first` on;
+    many processes may do so at once.
+    """
     with open(path, "r+b") as file:
         file.seek(first * records.dtype.itemsize)
         file.write(np.ascontiguousarray(records).data.cast("B") if len(records) else b"")

@@ -1,4 +1,5 @@
-"""Stage 0: a toy IceCube that writes event files in the Kaggle layout, so that everything runs without a download.
+"""Stage 0: a toy IceCube that writes event files in the Kaggle layout,
+so that everything runs without a download.
 
     python simulate.py                                               # 200,000 events into data/demo_raw
     python simulate.py --n_events=2000 --events_per_batch=500 --out_dir=data/tiny_raw
@@ -24,8 +25,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from common import (count_cores, count_events, fail, hold_lock, progress_bar, read_json, run_in_workers, run_stage,
-                    write_atomic, write_json)
+from common import (count_cores, count_events, fail, hold_lock, progress_bar, read_json, run_in_workers,
+                    run_stage, write_atomic, write_json)
 from data import DOMS_PER_STRING, N_DOMS
 from knobs import check_not_negative, check_positive, load_config, print_knobs
 from prepare import read_geometry_csv
@@ -37,42 +38,56 @@ from prepare import read_geometry_csv
 
 # detector
 ROW_LENGTHS = (6, 7, 8, 9, 10, 10, 9, 8, 7, 4)  # strings 1..78, row by row as seen from above [D]
-STRING_SPACING, GRID_ANGLE = 125.0, 9.0  # [m] triangular grid; [degree] its rows against the x axis, from a figure [D]
-TOP_Z, DOM_SPACING = 500.0, 17.02  # [m] first DOM, 1450 m deep, above the centre, 1948 m deep; along strings 1..78 [D]
+# [m] triangular grid; [degree] its rows against the x axis, from a figure [D]
+STRING_SPACING, GRID_ANGLE = 125.0, 9.0
+# [m] first DOM, 1450 m deep, above the centre, 1948 m deep; along strings 1..78 [D]
+TOP_Z, DOM_SPACING = 500.0, 17.02
 CENTRAL_STRING = 36  # strings 79..86, DeepCore, stand around it [DC]
-DEEPCORE_TOP_Z, DEEPCORE_CAP, DEEPCORE_CAP_SPACING = 188.0, 10, 10.0  # [m] first DOM, 1760 m deep; 10 DOMs, [m] [DC]
-DEEPCORE_GAP, DEEPCORE_SPACING = 257.0, 7.0  # [m] below the cap, across the dust layer; then 50 DOMs, [m] [DC]
+# [m] first DOM, 1760 m deep; 10 DOMs, [m] [DC]
+DEEPCORE_TOP_Z, DEEPCORE_CAP, DEEPCORE_CAP_SPACING = 188.0, 10, 10.0
+# [m] below the cap, across the dust layer; then 50 DOMs, [m] [DC]
+DEEPCORE_GAP, DEEPCORE_SPACING = 257.0, 7.0
 DEEPCORE_EFFICIENCY = 1.35  # of its tubes against the others [DC]
-DOM_AREA = 1.2e-3  # [m^2] effective area for a photon, mean over directions; tube size x efficiency, rough [PMT]
+# [m^2] effective area for a photon, mean over directions; tube size x efficiency, rough [PMT]
+DOM_AREA = 1.2e-3
 UPWARD_RESPONSE = 0.5  # tubes look down: response 1 + 0.5 cos for light that moves up [toy]
 
 # neutrinos
-ENERGY_MIN, ENERGY_MAX, SPECTRAL_INDEX = 1e2, 5e6, 1.9  # [GeV, GeV] dN/dE ~ E^-1.9; flatter than nature's [toy]
-TRACK_SHARE, THROUGH_SHARE = 0.5, 0.5  # interactions with a muon; share of these that lie outside the volume [toy]
+# [GeV, GeV] dN/dE ~ E^-1.9; flatter than nature's [toy]
+ENERGY_MIN, ENERGY_MAX, SPECTRAL_INDEX = 1e2, 5e6, 1.9
+# interactions with a muon; share of these that lie outside the volume [toy]
+TRACK_SHARE, THROUGH_SHARE = 0.5, 0.5
 VOLUME_RADIUS, VOLUME_HALF_HEIGHT = 600.0, 600.0  # [m] cylinder of the others' vertices [toy]
 INELASTICITY_POWER = 1.5  # a track's vertex cascade takes the share u^1.5 of the energy, 0.4 on average [toy]
 IONISATION, RADIATION = 0.24, 3.3e-4  # [GeV/m], [1/m] muon in ice: dE/dx = 0.24 + 3.3e-4 E [PDG]
 
 # light
-LIGHT_SPEED, REFRACTIVE_INDEX = 0.299792458, 1.33  # [m/ns] [PDG]; ice, phase and group velocity taken as equal [A]
-PHOTONS_PER_METRE, PHOTONS_PER_GEV = 3e4, 1.4e5  # 300-600 nm: bare muon [PDG]; cascade, 5 m of track/GeV (1210.5140)
+# [m/ns] [PDG]; ice, phase and group velocity taken as equal [A]
+LIGHT_SPEED, REFRACTIVE_INDEX = 0.299792458, 1.33
+# 300-600 nm: bare muon [PDG]; cascade, 5 m of track/GeV (1210.5140)
+PHOTONS_PER_METRE, PHOTONS_PER_GEV = 3e4, 1.4e5
 SCATTERING_LENGTH, ABSORPTION_LENGTH = 27.0, 110.0  # [m] effective, above the dust layer; rounded from [I]
 DEEP_DIRT = 0.55  # dust below the layer relative to above it: the deep ice is the clearest [I]
-DUST_Z, DUST_WIDTH, DUST_DIRT = -102.0, 40.0, 3.5  # [m] the layer 2000-2100 m deep, and what it adds at its worst [I]
+# [m] the layer 2000-2100 m deep, and what it adds at its worst [I]
+DUST_Z, DUST_WIDTH, DUST_DIRT = -102.0, 40.0, 3.5
 PANDEL_LENGTH, PANDEL_TIME = 33.3, 557.0  # [m], [ns] scattering delay: gamma law of shape path / 33.3 m [A]
 CASCADE_FORWARD, CASCADE_TURN = 0.8, 0.2  # more light forward, more path for light that turned round [toy]
 MIN_EXPECTED = 1e-2  # [p.e.] sources are followed to where a mean DOM sees this
 
 # electronics
 SATURATION = 5000.0  # [p.e.] the most that a tube delivers [toy, after the largest charges of K]
-TIME_JITTER, MERGE_TIME = 3.0, 8  # [ns] tube and clock [PMT]; bin in which a DOM's photons become one pulse [toy]
-CHARGE_MEAN, CHARGE_WIDTH, LOW_CHARGE_SHARE, LOW_CHARGE_MEAN = 1.0, 0.3, 0.25, 0.3  # [p.e.] Gauss + exponential [SPE]
+# [ns] tube and clock [PMT]; bin in which a DOM's photons become one pulse [toy]
+TIME_JITTER, MERGE_TIME = 3.0, 8
+# [p.e.] Gauss + exponential [SPE]
+CHARGE_MEAN, CHARGE_WIDTH, LOW_CHARGE_SHARE, LOW_CHARGE_MEAN = 1.0, 0.3, 0.25, 0.3
 CHARGE_MIN, CHARGE_STEP = 0.025, 0.05  # [p.e.] the values that occur [K]
 NOISE_RATE = 5e-7  # [1/ns] dark pulses of a DOM, about 500 Hz [D]
 TRIGGER_PULSES, TRIGGER_TIME = 8, 5000  # coincident pulses within [ns] [D]
-READOUT_BEFORE, READOUT_AFTER = 4000, 6000  # [ns] kept before the trigger's first and after its last pulse [D]
+# [ns] kept before the trigger's first and after its last pulse [D]
+READOUT_BEFORE, READOUT_AFTER = 4000, 6000
 TRIGGER_AT, TRIGGER_SHAKE = 10_000, 300  # [ns] its first pulse on the event's clock, give or take [K]
-MAX_PULSES, MAX_PHOTONS = 100_000, 300  # an event beyond is drawn anew [K]; drawn per DOM and source, then heavier ones
+# an event beyond is drawn anew [K]; drawn per DOM and source, then heavier ones
+MAX_PULSES, MAX_PHOTONS = 100_000, 300
 EVENT_ID_STEP = 16  # between event ids, on average [K]
 
 # work: pieces that suit cache and memory
@@ -99,16 +114,21 @@ class SimulateConfig:
 # ------------------------------------------------------------------------------------------------------------
 
 def build_geometry() -> np.ndarray:
-    """DOM positions (N_DOMS, 3) [m] by design numbers; row = sensor_id = (string - 1) * 60 + DOM - 1, top DOM first."""
+    """DOM positions (N_DOMS, 3) [m] by design numbers;
+    row = sensor_id = (string - 1) * 60 + DOM - 1, top DOM first.
+    """
     a, b = np.deg2rad(GRID_ANGLE), np.deg2rad(GRID_ANGLE + 60)  # directions along a row and to the next row
     row = np.repeat(np.arange(len(ROW_LENGTHS)), ROW_LENGTHS)
-    column = np.concatenate([np.arange(n) for n in ROW_LENGTHS]) - np.minimum(row, 4)  # row 5 begins furthest left
-    strings = STRING_SPACING * np.stack([column * np.cos(a) + row * np.cos(b), column * np.sin(a) + row * np.sin(b)], 1)
+    # row 5 begins furthest left
+    column = np.concatenate([np.arange(n) for n in ROW_LENGTHS]) - np.minimum(row, 4)
+    strings = STRING_SPACING * np.stack([column * np.cos(a) + row * np.cos(b), column * np.sin(a) + row
+                                         * np.sin(b)], 1)
     strings -= strings.mean(0)  # (78, 2)
     # DeepCore: two strings near the central one, six in the middles of the triangles around it
     angle = np.deg2rad(GRID_ANGLE + np.array([-120, -60, 90, 30, -30, -90, -150, 150]))
     distance = STRING_SPACING / np.sqrt([9, 9, 3, 3, 3, 3, 3, 3])
-    deepcore = strings[CENTRAL_STRING - 1] + np.stack([distance * np.cos(angle), distance * np.sin(angle)], 1)  # (8, 2)
+    # (8, 2)
+    deepcore = strings[CENTRAL_STRING - 1] + np.stack([distance * np.cos(angle), distance * np.sin(angle)], 1)
 
     dom = np.arange(DOMS_PER_STRING)
     cap_z = DEEPCORE_TOP_Z - DEEPCORE_CAP_SPACING * dom[:DEEPCORE_CAP]
@@ -137,7 +157,8 @@ def unit_vector(azimuth, zenith):
 
 def draw_events(n, rng) -> dict:
     """n neutrinos that interact in or near the detector. A track is a cascade at the vertex plus a muon."""
-    azimuth, zenith = 2 * np.pi * rng.random(n), np.arccos(1 - 2 * rng.random(n))  # isotropic; where it came from
+    # isotropic; where it came from
+    azimuth, zenith = 2 * np.pi * rng.random(n), np.arccos(1 - 2 * rng.random(n))
     flight = -unit_vector(azimuth, zenith)
     power = 1 - SPECTRAL_INDEX
     energy = ENERGY_MIN * (1 + rng.random(n) * ((ENERGY_MAX / ENERGY_MIN) ** power - 1)) ** (1 / power)
@@ -145,11 +166,13 @@ def draw_events(n, rng) -> dict:
     muon_energy = is_track * energy * (1 - rng.random(n) ** INELASTICITY_POWER)
 
     radius, angle = VOLUME_RADIUS * np.sqrt(rng.random(n)), 2 * np.pi * rng.random(n)
-    vertex = np.stack([radius * np.cos(angle), radius * np.sin(angle), VOLUME_HALF_HEIGHT * (2 * rng.random(n) - 1)])
+    vertex = np.stack([radius * np.cos(angle), radius * np.sin(angle),
+                       VOLUME_HALF_HEIGHT * (2 * rng.random(n) - 1)])
     muon_range = np.log1p(muon_energy * RADIATION / IONISATION) / RADIATION  # [m] until dE/dx has used it up
     vertex -= flight * muon_range * rng.random(n) * (rng.random(n) < THROUGH_SHARE)
-    return dict(azimuth=azimuth, zenith=zenith, flight=flight, vertex=vertex, energy=energy, muon_energy=muon_energy,
-                cascade_energy=energy - muon_energy, event_class=np.where(is_track, 1, 2).astype(np.uint8))
+    return dict(azimuth=azimuth, zenith=zenith, flight=flight, vertex=vertex, energy=energy,
+                muon_energy=muon_energy, cascade_energy=energy - muon_energy,
+                event_class=np.where(is_track, 1, 2).astype(np.uint8))
 
 
 def dot(a, b):
@@ -177,19 +200,25 @@ def dirt_integral(z):
 
 
 def mean_dirt(z_from, z_to):
-    """Dust between two depths relative to the upper ice. Scattering and absorption are both proportional to it."""
+    """Dust between two depths relative to the upper ice.
+    Scattering and absorption are both proportional to it.
+    """
     z_from = np.where(np.abs(z_to - z_from) < 0.1, z_to - 0.1, z_from)
     return (dirt_integral(z_to) - dirt_integral(z_from)) / (z_to - z_from)
 
 
 def point_light(distance, dirt):
-    """Photons/m^2 per photon of a cascade: 1/r^2 close by, exp(-r/decay)/r where the light has become diffuse."""
+    """Photons/m^2 per photon of a cascade: 1/r^2 close by,
+    exp(-r/decay)/r where the light has become diffuse.
+    """
     r = distance * dirt / DIFFUSION_LENGTH
     return np.exp(-distance * dirt / DECAY_LENGTH) * r / np.tanh(r) / (4 * np.pi * distance ** 2)
 
 
 def line_light(distance, dirt):
-    """Photons/m^2 per photon/m of a track: 1/r close by, exp(-r/decay)/sqrt(r) where the light has become diffuse."""
+    """Photons/m^2 per photon/m of a track: 1/r close by,
+    exp(-r/decay)/sqrt(r) where the light has become diffuse.
+    """
     length = (DIFFUSION_LENGTH / np.sin(CONE)) ** 2 * 2 / (np.pi * DECAY_LENGTH)
     r = np.sqrt(distance * dirt / length)
     return np.exp(-distance * dirt / DECAY_LENGTH) * r / np.tanh(r) / (2 * np.pi * np.sin(CONE) * distance)
@@ -223,7 +252,8 @@ def cascade_light(vertex, flight, energy, doms):
     distance = np.sqrt(dot(to_dom, to_dom) + 1)  # + 1 m^2: never zero
     cosine = dot(to_dom, pick(flight, event)) / distance
     dirt = mean_dirt(vertex[2][event], doms[2][dom])
-    forward = 1 + CASCADE_FORWARD * np.exp(-distance * dirt / (4 * SCATTERING_LENGTH)) * cosine  # scattering blurs it
+    # scattering blurs it
+    forward = 1 + CASCADE_FORWARD * np.exp(-distance * dirt / (4 * SCATTERING_LENGTH)) * cosine
     photons = PHOTONS_PER_GEV * energy[event] * forward
     expected = photons * point_light(distance, dirt) * response(dom, to_dom[2] / distance)
     time = distance * REFRACTIVE_INDEX / LIGHT_SPEED
@@ -231,20 +261,25 @@ def cascade_light(vertex, flight, energy, doms):
 
 
 def track_light(vertex, flight, energy, doms):
-    strength = np.where(energy > 0, PHOTONS_PER_METRE + PHOTONS_PER_GEV * RADIATION * energy, 1e-9)  # 0: no muon
+    # 0: no muon
+    strength = np.where(energy > 0, PHOTONS_PER_METRE + PHOTONS_PER_GEV * RADIATION * energy, 1e-9)
     event, dom = pairs_in_reach(vertex, flight, line_light, strength, doms)
     to_dom = pick(doms, dom) - pick(vertex, event)
     along = dot(to_dom, pick(flight, event))
     distance = np.sqrt(np.maximum(dot(to_dom, to_dom) - along ** 2, 0) + 1)  # + 1 m^2: never zero
-    emitted = along - distance / np.tan(CONE)  # [m] from the vertex to where the light that gets here was made
-    left = (energy[event] + IONISATION / RADIATION) * np.exp(-RADIATION * emitted) - IONISATION / RADIATION  # [GeV]
+    # [m] from the vertex to where the light that gets here was made
+    emitted = along - distance / np.tan(CONE)
+    # [GeV]
+    left = (energy[event] + IONISATION / RADIATION) * np.exp(-RADIATION * emitted) - IONISATION / RADIATION
     lit = np.flatnonzero((emitted > 0) & (left > 0))  # after the vertex, before the muon has stopped
-    event, dom, along, distance, emitted, left = (v[lit] for v in (event, dom, along, distance, emitted, left))
+    event, dom, along, distance, emitted, left = (v[lit] for v in (event, dom, along, distance, emitted,
+                                                                   left))
 
     path = distance / np.sin(CONE)
     z_dom, z_emitted = doms[2][dom], vertex[2][event] + emitted * flight[2][event]
     dirt = mean_dirt(z_emitted, z_dom)
-    photons = PHOTONS_PER_METRE + PHOTONS_PER_GEV * RADIATION * left  # [1/m]; radiative losses as if they were smooth
+    # [1/m]; radiative losses as if they were smooth
+    photons = PHOTONS_PER_METRE + PHOTONS_PER_GEV * RADIATION * left
     expected = photons * line_light(distance, dirt) * response(dom, (z_dom - z_emitted) / path)
     time = (along + distance * np.tan(CONE)) / LIGHT_SPEED  # 0 is the muon at the vertex
     return event, dom, expected, time, path, dirt
@@ -267,7 +302,9 @@ def draw_photons(event, dom, expected, time, path, dirt, rng):
 
 
 def draw_noise(event, time, rng):
-    """Dark pulses from well before the first to well after the last photon of each event -> event, dom, time [ns]."""
+    """Dark pulses from well before the first to well after the last photon of each event
+    -> event, dom, time [ns].
+    """
     first, last = np.full(CHUNK, np.inf), np.full(CHUNK, -np.inf)
     np.minimum.at(first, event, time)
     np.maximum.at(last, event, time)
@@ -281,7 +318,8 @@ def make_pulses(event, dom, time, weight, rng):
     """Photons -> pulses: event, dom, time [ns, integer], charge [p.e.]."""
     time = np.floor(time + TIME_JITTER * rng.standard_normal(len(time))).astype(np.int64)
     origin = time.min() // MERGE_TIME * MERGE_TIME
-    span = (time.max() - origin) // MERGE_TIME * MERGE_TIME + MERGE_TIME  # so that key // MERGE_TIME numbers bins
+    # so that key // MERGE_TIME numbers bins
+    span = (time.max() - origin) // MERGE_TIME * MERGE_TIME + MERGE_TIME
     key = (event * N_DOMS + dom) * span + time - origin
     order = np.argsort(key, kind="stable")
     key = key[order]
@@ -304,7 +342,8 @@ COINCIDENCE_REACH = 2  # the two DOMs above and the two below on the string
 
 
 def local_coincidence(event, dom, time):
-    """True where a neighbour on the string, one or two DOMs up or down, has a pulse of the same event within 1 us.
+    """True where a neighbour on the string, one or two DOMs up or down,
+    has a pulse of the same event within 1 us.
 
     event (integers), dom (0..5159), time [ns] hold the pulses of many events in any order -> bool of the same
     length.
@@ -312,7 +351,8 @@ def local_coincidence(event, dom, time):
     if len(time) == 0:
         return np.zeros(0, bool)
     window = 1000 * COINCIDENCE_TIME
-    time = np.rint(np.asarray(time, np.float64) * 1000).astype(np.int64)  # [ps]: integers, so that keys are exact
+    # [ps]: integers, so that keys are exact
+    time = np.rint(np.asarray(time, np.float64) * 1000).astype(np.int64)
     time = time - time.min()
     step = time.max() + window + 1  # from a DOM to the next: keys that are within the window are of one DOM
     event = np.asarray(event, np.int64)
@@ -342,7 +382,8 @@ def trigger(event, dom, time, charge, aux, rng):
     first, last = good[:max(len(good) - TRIGGER_PULSES + 1, 0)], good[TRIGGER_PULSES - 1:]
     fired = (event[first] == event[last]) & (time[last] - time[first] <= TRIGGER_TIME)
     first, last = first[fired], last[fired]
-    start, end = np.full(CHUNK, np.iinfo(np.int64).max), np.zeros(CHUNK, np.int64)  # no trigger: nothing is after start
+    # no trigger: nothing is after start
+    start, end = np.full(CHUNK, np.iinfo(np.int64).max), np.zeros(CHUNK, np.int64)
     start[event[first][::-1]] = time[first][::-1]  # the last value of an event stays: the earliest
     end[event[last]] = time[last]
     keep = (time >= start[event] - READOUT_BEFORE) & (time <= end[event] + READOUT_AFTER)
@@ -352,7 +393,9 @@ def trigger(event, dom, time, charge, aux, rng):
 
 
 def simulate_chunk(doms, rng):
-    """CHUNK interactions -> pulse columns of those that triggered, as from trigger(), numbered from 0; their truth."""
+    """CHUNK interactions -> pulse columns of those that triggered, as from trigger(), numbered from 0;
+    their truth.
+    """
     events = draw_events(CHUNK, rng)
     vertex, flight = events["vertex"], events["flight"]
     sources = (cascade_light(vertex, flight, events["cascade_energy"], doms),
@@ -372,7 +415,9 @@ def simulate_chunk(doms, rng):
 
 
 def simulate_events(n, doms, rng):
-    """Exactly n triggered events: pulse columns event (0..n-1), dom, time, charge, aux; a dict of their truth."""
+    """Exactly n triggered events: pulse columns event (0..n-1), dom, time, charge, aux;
+    a dict of their truth.
+    """
     doms = np.ascontiguousarray(doms.T)
     chunks, n_found = [], 0
     while n_found < n:
@@ -390,16 +435,22 @@ def simulate_events(n, doms, rng):
 # files
 # ------------------------------------------------------------------------------------------------------------
 
-PULSE_COLUMNS = {"sensor_id": "int16", "time": "int64", "charge": "float64", "auxiliary": "bool", "event_id": "int64"}
-PANDAS = {"index_columns": ["event_id"], "column_indexes": [], "pandas_version": "2.0.0",  # event_id is Kaggle's index
-          "columns": [{"name": name, "field_name": name, "pandas_type": kind, "numpy_type": kind, "metadata": None}
+PULSE_COLUMNS = {"sensor_id": "int16", "time": "int64", "charge": "float64", "auxiliary": "bool",
+                 "event_id": "int64"}
+# event_id is Kaggle's index
+PANDAS = {"index_columns": ["event_id"], "column_indexes": [], "pandas_version": "2.0.0",
+          "columns": [{"name": name, "field_name": name, "pandas_type": kind, "numpy_type": kind,
+                       "metadata": None}
                       for name, kind in PULSE_COLUMNS.items()]}
 PULSE_SCHEMA = pa.schema(list(zip(PULSE_COLUMNS, map(pa.type_for_alias, PULSE_COLUMNS.values()))),
                          metadata={"pandas": json.dumps(PANDAS)})
 TEST_META_SCHEMA = pa.schema([("batch_id", pa.int64()), ("event_id", pa.int64()),
-                              ("first_pulse_index", pa.int64()), ("last_pulse_index", pa.int64())])  # inclusive
-META_SCHEMA = pa.schema([*TEST_META_SCHEMA, ("azimuth", pa.float64()), ("zenith", pa.float64()),  # [rad] to the source
-                         ("energy", pa.float64()), ("event_class", pa.uint8())])  # [GeV], 1 track 2 cascade; ours
+                              # inclusive
+                              ("first_pulse_index", pa.int64()), ("last_pulse_index", pa.int64())])
+# [rad] to the source
+META_SCHEMA = pa.schema([*TEST_META_SCHEMA, ("azimuth", pa.float64()), ("zenith", pa.float64()),
+                         # [GeV], 1 track 2 cascade; ours
+                         ("energy", pa.float64()), ("event_class", pa.uint8())])
 
 
 def batch_paths(out_dir, split, batch):
@@ -418,7 +469,8 @@ def simulate_batch(out_dir, split, batch, first_event, n_events, seed, doms):
             while n_done < n_events:
                 n = min(EVENTS_PER_GROUP, n_events - n_done)
                 (event, dom, time, charge, aux), truth = simulate_events(n, doms, rng)
-                event_id = (first_event + n_done + np.arange(n)) * EVENT_ID_STEP + rng.integers(EVENT_ID_STEP, size=n)
+                event_id = (first_event + n_done
+                            + np.arange(n)) * EVENT_ID_STEP + rng.integers(EVENT_ID_STEP, size=n)
                 columns = [dom.astype(np.int16), time, charge, aux, event_id[event]]
                 writer.write_table(pa.table(columns, PULSE_SCHEMA))
                 end = n_pulses + np.cumsum(np.bincount(event, minlength=n))
@@ -440,7 +492,8 @@ def join_meta(path, schema, parts):
         with pq.ParquetWriter(part, schema) as writer:
             for table in map(pq.read_table, parts):
                 writer.write_table(table.select(schema.names))
-                lengths.append(table["last_pulse_index"].to_numpy() - table["first_pulse_index"].to_numpy() + 1)
+                lengths.append(table["last_pulse_index"].to_numpy() - table["first_pulse_index"].to_numpy()
+                               + 1)
 
     write_atomic(path, write)
     return np.concatenate(lengths)
@@ -459,23 +512,27 @@ def main():
         for start in range(0, n, config.events_per_batch):
             n_batch = min(config.events_per_batch, n - start)
             tasks.append((out_dir, split, len(tasks) + 1, first + start, n_batch, config.seed, doms))
-    splits = {"train": META_SCHEMA, "test": TEST_META_SCHEMA} if config.n_test_events else {"train": META_SCHEMA}
+    splits = {"train": META_SCHEMA,
+              "test": TEST_META_SCHEMA} if config.n_test_events else {"train": META_SCHEMA}
     outputs = [out_dir / "sensor_geometry.csv"] + [out_dir / f"{split}_meta.parquet" for split in splits]
 
     # all that the bytes depend on: knobs, geometry, and the constants above, since those are what a reader
     # will change
-    settings = {key: value for key, value in asdict(config).items() if key not in ("out_dir", "workers", "geometry")}
+    settings = {key: value for key, value in asdict(config).items()
+                if key not in ("out_dir", "workers", "geometry")}
     settings["geometry"] = f"positions with crc32 {zlib.crc32(doms.astype('<f8').tobytes()):08x}"
-    settings |= {key: value for key, value in globals().items() if key.isupper() and type(value) in (int, float, tuple)}
+    settings |= {key: value for key, value in globals().items() if key.isupper()
+                 and type(value) in (int, float, tuple)}
     settings = json.loads(json.dumps(settings))  # as they will be read back
     record = out_dir / "simulate.json"
     if os.path.exists(record):
         found = read_json(record)
         for key, value in settings.items():
             if found.get(key) != value:
-                fail(f"{out_dir} was simulated with {key} = {found.get(key)!r}, now it is {value!r}; choose another "
-                     "--out_dir, or remove that one")
-        if found.get("complete") and all(map(os.path.exists, outputs + [batch_paths(*task[:3])[0] for task in tasks])):
+                fail(f"{out_dir} was simulated with {key} = {found.get(key)!r}, now it is {value!r}; choose "
+                     "another --out_dir, or remove that one")
+        if found.get("complete") and all(map(os.path.exists,
+                                             outputs + [batch_paths(*task[:3])[0] for task in tasks])):
             print(f"{out_dir} is complete, nothing to do")
             return
     elif any(os.path.exists(path) for path in (*outputs, out_dir / "train", out_dir / "test")):
@@ -489,7 +546,8 @@ def main():
     todo = [task for task in tasks if not all(map(os.path.exists, batch_paths(*task[:3])))]
     n_all, n_todo = (sum(task[4] for task in some) for some in (tasks, todo))
     with progress_bar(n_all, "simulate", "event", initial=n_all - n_todo) as bar:
-        run_in_workers(simulate_batch, todo, max(1, min(config.workers or count_cores(), len(todo))), bar, lambda *_: None)
+        run_in_workers(simulate_batch, todo, max(1, min(config.workers or count_cores(), len(todo))), bar,
+                       lambda *_: None)
     for split, schema in splits.items():
         parts = [batch_paths(*task[:3])[1] for task in tasks if task[1] == split]
         lengths = join_meta(out_dir / f"{split}_meta.parquet", schema, parts)

@@ -1,9 +1,10 @@
-"""Stage 2: pretraining without labels. Hide DOM ids and predict them; predict the event's total charge from [CLS].
+"""Stage 2: pretraining without labels. Hide DOM ids and predict them;
+predict the event's total charge from [CLS].
 
     python train.py sample_config/demo.py                                  a small model on simulated events
     torchrun --nproc_per_node=8 train.py config/base.py                    the paper's run on 8 GPUs
     python train.py config/base.py --mask_prob=0.5 --out_dir=out/mask50    an ablation
-    python train.py config/base.py --branch_from=out/base/ckpt_20000.pt --out_dir=out/base20k    to 0 from there
+    python train.py config/base.py --branch_from=out/base/ckpt_20000.pt --out_dir=out/base20k     cool down
 
 Prints one line every log_interval steps and writes log.csv, ckpt.pt (last), best.pt (lowest val_loss) and
 config.json into out_dir. Ctrl-C or SIGTERM: it finishes the step and saves. The same command again goes on
@@ -36,13 +37,13 @@ class TrainConfig(ModelConfig):
     val_events: int = 100_000  # evaluate on the first N events of val_split, or as many as there are; 0 = all
     out_dir: str = ""  # where the run is kept; "" = out/<stems of the config files joined by +>
     batch_size: int = 4096  # events a step, over all ranks
-    micro_batch_size: int = 0  # events computed at once on a device, which changes no result; 0 = what suits it
-    max_steps: int = 127_000  # updates; 127,000 x 4096 = 520 M events: 4 epochs of all 130 M, 5.2 of batches 1-500
+    micro_batch_size: int = 0  # events computed at once, which changes no result; 0 = what suits the device
+    max_steps: int = 127_000  # updates; of 4096 events: 520 M, 4 epochs of all 130 M, 5.2 of batches 1-500
     learning_rate: float = 1e-3  # at the top of the schedule
     warmup_steps: int = 0  # linear rise from 0; 0 = 1 / (1 - beta2)
     cooldown_steps: int = 1000  # trapezoidal only: linear fall to 0 at the end
     schedule: str = "trapezoidal"  # or "cosine", "constant"
-    optimizer: str = "adamw"  # or "muon" for the matrices of the backbone (Jordan et al. 2024), AdamW for the rest
+    optimizer: str = "adamw"  # or "muon" (Jordan et al. 2024) for the matrices of the backbone
     beta1: float = 0.9  # Adam's memory of the gradient
     beta2: float = 0.9998  # Adam's memory of its square, 5000 steps
     adam_eps: float = 5e-7  # Adam's floor under the root of the squared gradient
@@ -55,12 +56,12 @@ class TrainConfig(ModelConfig):
     log_interval: int = 50  # steps between log lines
     save_interval: int = 1000  # steps between checkpoints
     keep_every: int = 0  # steps between checkpoints that stay, ckpt_<step>.pt, to branch from; 0 = none
-    branch_from: str = ""  # a checkpoint from the flat part of another run's schedule: only cool down, for cooldown_steps
-    max_bad_steps: int = 20  # a step whose gradient is not finite is skipped; more than so many in a row end the run
+    branch_from: str = ""  # checkpoint of another run, from its schedule's flat part: only cool down
+    max_bad_steps: int = 20  # more steps in a row whose gradient is not finite end the run
     resume: bool = True  # go on from out_dir/ckpt.pt if there is one; False refuses a folder that holds a run
     seed: int = 0  # of the weights, the order of events and the masks
     device: str = "auto"  # or "cuda", "mps", "cpu"
-    dtype: str = "auto"  # autocast to "bfloat16", "float16" or not ("float32"); auto = bfloat16 where it is fast
+    dtype: str = "auto"  # "bfloat16", "float16", "float32"; auto = bfloat16 where the hardware has it
     compile: bool = False  # torch.compile, 1 minute at the start; gains nothing on a CPU
     wandb_project: str = ""  # also log to this project of Weights & Biases; "" = off
 
@@ -71,24 +72,25 @@ class TrainConfig(ModelConfig):
         yield from knobs.check_not_negative(self, "lambda_charge", "lambda_center", "keep_every")
         yield from knobs.check_choice(self, "optimizer", ("adamw", "muon"))
         if self.optimizer == "muon" and (self.mup_base_width or self.mup_base_layers):
-            yield ("mup_base_width and mup_base_layers carry learning rates of AdamW, not of optimizer = 'muon'; put "
-                   "sample_config/ablation/adamw.py after the other config files")
+            yield ("mup_base_width and mup_base_layers carry learning rates of AdamW, not of optimizer = "
+                   "'muon'; put sample_config/ablation/adamw.py after the other config files")
         if self.branch_from and (self.schedule != "trapezoidal" or self.cooldown_steps == 0):
             yield "branch_from is a cooldown: it needs schedule = 'trapezoidal' and cooldown_steps > 0"
 
 
-# perplexity, shares of right DOM (among the best 1 and 5) and right string, distance of the best guess [m] are means
-# over hidden pulses; rms of log10(charge) [dex] and of the centre of charge [m]; what [CLS] does not predict is empty
-LOG_COLUMNS = ["step", "events", "lr", "loss", "dom_loss", *(f"{name}_loss" for name in CLS_TARGETS), "grad_norm",
-               "events_per_s", "val_loss", "val_dom_loss", *(f"val_{name}_loss" for name in CLS_TARGETS),
-               "val_perplexity", "val_top1", "val_top5", "val_string", "val_distance",
-               *(f"val_{target.metric}" for target in CLS_TARGETS.values()),
+# perplexity, top1, top5 (right DOM among the best 1, 5), string (right string) and distance of the best guess
+# [m] are means over hidden pulses; what [CLS] does not predict stays empty
+LOG_COLUMNS = ["step", "events", "lr", "loss", "dom_loss", *(f"{name}_loss" for name in CLS_TARGETS),
+               "grad_norm", "events_per_s", "val_loss", "val_dom_loss",
+               *(f"val_{name}_loss" for name in CLS_TARGETS), "val_perplexity", "val_top1", "val_top5",
+               "val_string", "val_distance", *(f"val_{target.metric}" for target in CLS_TARGETS.values()),
                "data_ms", "bad_steps"]  # time a step waits for its events; steps so far that were skipped
 VAL_SEED = 0  # of the masks at evaluation: the same for every run, so that runs with other seeds compare
 # Knobs that may differ when a run goes on: the steps already done would have been the same but for rounding,
 # and for the learning rate's end, which max_steps and cooldown_steps move
-MAY_CHANGE = {"data_dir", "out_dir", "micro_batch_size", "max_steps", "cooldown_steps", "eval_interval", "log_interval",
-              "save_interval", "keep_every", "max_bad_steps", "resume", "device", "dtype", "compile", "wandb_project"}
+MAY_CHANGE = {"data_dir", "out_dir", "micro_batch_size", "max_steps", "cooldown_steps", "eval_interval",
+              "log_interval", "save_interval", "keep_every", "max_bad_steps", "resume", "device", "dtype",
+              "compile", "wandb_project"}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -96,12 +98,11 @@ MAY_CHANGE = {"data_dir", "out_dir", "micro_batch_size", "max_steps", "cooldown_
 # ------------------------------------------------------------------------------------------------------------
 
 def hide_pulses(events, pulses, epoch, mask_prob, seed):
-    """Which pulses are hidden -> bool, one a pulse: each good one (aux = False) with mask_prob, but at least one an event.
+    """Which pulses are hidden, bool (P,): each good one (aux = False) with mask_prob, at least one per event.
 
-    events (B,), their pulses one after another, epoch (B,). The draw hashes (seed, epoch, place of the pulse
-    on disk).
-    # DIFF(upstream): there an event may end up with nothing hidden, and validation masks are new at every
-    evaluation
+    events (B,), their pulses (P,) one after another, epoch (B,). The draw hashes (seed, epoch, place of the
+    pulse on disk).
+    # DIFF(upstream): an event may have nothing hidden there, and validation masks are new every time
     """
     length = events["length"].astype(np.int64)
     draw = data.uniform_hash(seed, np.repeat(epoch, length), data.pulse_places(events))
@@ -123,13 +124,13 @@ def masked_batches(split, index, epoch, config, seed):
 # ------------------------------------------------------------------------------------------------------------
 
 def loss_weights(config):
-    """Of the losses that Pretrainer.forward gives; to be weighed by lambda_<name>."""
+    """Weights of the losses that Pretrainer.forward gives: 1 for the DOM loss, lambda_<name> for others."""
     return {"dom": 1.0} | {name: getattr(config, f"lambda_{name}") for name in config.cls_target.split("+")}
 
 
 @torch.no_grad()
 def evaluate(model, split, n_events, config, process):
-    """Losses and metrics over exactly the first n_events of the split, with the same masks each time -> dict of val_*."""
+    """Losses and metrics over exactly the first n_events, with the same masks each time -> dict of val_*."""
     mine = np.array_split(np.arange(n_events), process.world_size)[process.rank]
     n_chunks = -(-len(mine) * process.world_size // config.batch_size)  # a step's memory is enough
     chunks = np.array_split(mine, n_chunks) if n_chunks else []  # a rank may have none
@@ -147,7 +148,8 @@ def evaluate(model, split, n_events, config, process):
     model.train()
     *sums, n_scored, n_hidden = common.sum_over_ranks(totals, process)
     sums, n_hidden = dict(zip(model.metric_names, sums)), max(n_hidden, 1)
-    losses = {"dom": sums["dom_loss"] / (max(n_scored, 1) if config.loss_weighting == "per_event" else n_hidden)}
+    n_averaged = max(n_scored, 1) if config.loss_weighting == "per_event" else n_hidden
+    losses = {"dom": sums["dom_loss"] / n_averaged}
     losses |= {name: sums[f"{name}_loss"] / n_events for name in model.targets}
     row = {"val_loss": sum(weight * losses[name] for name, weight in loss_weights(config).items())}
     row |= {f"val_{name}_loss": loss for name, loss in losses.items()}
@@ -173,13 +175,14 @@ def warmup_steps(config):
 
 
 def learning_rate(step, config):
-    """The learning rate of update `step` (from 0): linear warm-up, then the schedule; both decays reach 0 at max_steps."""
+    """Of update `step` (from 0): linear warm-up, then the schedule, whose decay reaches 0 at max_steps."""
     warmup = warmup_steps(config)
     rise = min(1.0, (step + 1) / warmup)
     if config.schedule == "trapezoidal":
         return config.learning_rate * min(rise, (config.max_steps - step) / max(config.cooldown_steps, 1))
     if config.schedule == "cosine" and step >= warmup:
-        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (config.max_steps - warmup)))
+        done = (step - warmup) / (config.max_steps - warmup)
+        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
     return config.learning_rate * rise  # "constant"
 
 
@@ -187,23 +190,24 @@ def print_schedule_notes(config):
     """Say so if the run is too short for its schedule: it never reaches its learning rate."""
     warmup = warmup_steps(config)
     if warmup > config.max_steps:
-        print(f"note: the warm-up of {warmup} steps is longer than the run, which never reaches its learning rate; "
-              "set warmup_steps, or a smaller beta2")
+        print(f"note: the warm-up of {warmup} steps is longer than the run, which never reaches its learning "
+              "rate; set warmup_steps, or a smaller beta2")
     elif config.schedule == "trapezoidal" and warmup + config.cooldown_steps > config.max_steps:
         peak = max(learning_rate(step, config) for step in range(config.max_steps))
-        print(f"note: warm-up ({warmup} steps) and cooldown ({config.cooldown_steps}) do not fit into max_steps = "
-              f"{config.max_steps}: the learning rate reaches {peak:.2g}, not {config.learning_rate:.2g}; set "
+        print(f"note: warm-up ({warmup} steps) and cooldown ({config.cooldown_steps}) do not fit into "
+              f"max_steps = {config.max_steps}: the learning rate reaches {peak:.2g}, not "
+              f"{config.learning_rate:.2g}; set "
               f"--cooldown_steps={min(config.max_steps // 2, config.max_steps - warmup)}")
 
 
 def print_reheating(saved, config):
-    """Going on with a run that has cooled down raises its learning rate again: allowed, but not without a word."""
+    """A run that has cooled down and goes on has a higher learning rate again: allowed, with a note."""
     step = saved["step"]
     before, now = learning_rate(step, SimpleNamespace(**saved["config"])), learning_rate(step, config)
     if now > 1.01 * before:
-        print(f"note: this run was to end at max_steps = {saved['config']['max_steps']}; now its learning rate rises again "
-              f"at step {step}, from {before:.2g} to {now:.2g}. The clean way to several lengths is one long run of "
-              "train.py with keep_every, and a branch_from for each length")
+        print(f"note: this run was to end at max_steps = {saved['config']['max_steps']}; now its learning "
+              f"rate rises again at step {step}, from {before:.2g} to {now:.2g}. The clean way to several "
+              "lengths is one long run of train.py with keep_every, and a branch_from for each length")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -211,14 +215,16 @@ def print_reheating(saved, config):
 # ------------------------------------------------------------------------------------------------------------
 
 class GuardedOptimizer:
-    """How both loops update a model: unscale the gradients, clip them, skip the step if they are not finite, forget them.
+    """How both loops update a model: unscale the gradients, clip them, skip what is not finite, step, zero.
 
-    n_bad counts skipped steps, bad_in_a_row those since the last good one; on the device, so that nothing waits.
+    n_bad counts skipped steps, bad_in_a_row those since the last good one, both without waiting for the GPU.
     """
 
     def __init__(self, model, optimizers, config, process):
-        self.model, self.optimizers, self.grad_clip, self.max_bad_steps = model, optimizers, config.grad_clip, config.max_bad_steps
-        self.scaler = torch.amp.GradScaler(process.device.type, init_scale=2.0**10, enabled=process.dtype == torch.float16)
+        self.model, self.optimizers = model, optimizers
+        self.grad_clip, self.max_bad_steps = config.grad_clip, config.max_bad_steps
+        self.scaler = torch.amp.GradScaler(process.device.type, init_scale=2.0**10,
+                                           enabled=process.dtype == torch.float16)
         self.n_bad = self.bad_in_a_row = torch.zeros((), dtype=torch.int64, device=process.device)
 
     def set_learning_rate(self, rate):
@@ -234,7 +240,7 @@ class GuardedOptimizer:
             self.scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
         is_bad = ~grad_norm.isfinite()
-        # not through scaler.step, which looks at each optimizer's gradients alone: clipping has spread a NaN to all
+        # not scaler.step, which asks for each optimizer alone: by clipping, one NaN is in all gradients
         for optimizer in self.optimizers:
             if isinstance(optimizer, torch.optim.AdamW):
                 optimizer.found_inf = is_bad.float()  # the fused kernel then changes nothing
@@ -266,7 +272,7 @@ class GuardedOptimizer:
 def make_optimizers(model, config):
     """AdamW, or Muon for the matrices of the backbone and AdamW for the rest."""
     groups, optimizers = parameter_groups(model, config.weight_decay), []
-    if config.optimizer == "muon":  # its updates are scaled to the size of AdamW's, so one learning rate serves both
+    if config.optimizer == "muon":  # its updates are as large as AdamW's: one learning rate serves both
         matrices = [parameter for parameter in groups[0]["params"] if parameter.ndim == 2]
         groups[0]["params"] = [parameter for parameter in groups[0]["params"] if parameter.ndim != 2]
         optimizers = [torch.optim.Muon(matrices, weight_decay=config.weight_decay, momentum=0.95,
@@ -275,8 +281,8 @@ def make_optimizers(model, config):
 
 
 def make_adamw(groups, config):
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.adam_eps,
-                             fused=True)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2),
+                             eps=config.adam_eps, fused=True)
 
 
 def compiled_and_distributed(raw_model, config, process):
@@ -317,15 +323,16 @@ def find_branch(config, saved):
             before = origin["config"].get(field.name, common.default_of(field))
             now = getattr(config, field.name)
             if before != now:
-                common.fail(f"{path} was written with {field.name} = {before!r}, now it is {now!r}; a branch repeats the "
-                            "knobs of its run")
+                common.fail(f"{path} was written with {field.name} = {before!r}, now it is {now!r}; a branch "
+                            "repeats the knobs of its run")
     first, last = warmup_steps(config), origin["config"]["max_steps"] - origin["config"]["cooldown_steps"]
     if first > last:
-        common.fail(f"{path}: its run has no flat part to branch from: a warm-up of {first} steps, and a cooldown from step "
-                    f"{last} on; branch from a longer run, or one with a shorter warm-up")
+        common.fail(f"{path}: its run has no flat part to branch from: a warm-up of {first} steps, and a "
+                    f"cooldown from step {last} on; branch from a longer run, or one with a shorter warm-up")
     if not first <= origin["step"] <= last:
-        common.fail(f"{path} is at step {origin['step']}, outside the flat part of its schedule, steps {first} to {last}; "
-                    "set keep_every in the long run and branch from one of those checkpoints")
+        common.fail(f"{path} is at step {origin['step']}, outside the flat part of its schedule, steps "
+                    f"{first} to {last}; set keep_every in the long run and branch from one of those "
+                    "checkpoints")
     return origin | {"best_val": float("inf")}, origin["step"] + config.cooldown_steps
 
 
@@ -341,14 +348,15 @@ def main():
         saved, config.max_steps = find_branch(config, saved)
     if saved and saved["step"] >= config.max_steps:
         if process.is_main:
-            print(f"{config.out_dir} is complete at step {saved['step']}; raise max_steps to go on, or choose another "
-                  "out_dir")
+            print(f"{config.out_dir} is complete at step {saved['step']}; raise max_steps to go on, or "
+                  "choose another out_dir")
         common.stop_process(process)
         return
 
     # ---- data ----------------------------------------------------------------------------------------------
     train_split, n_train = data.open_first_events(config.data_dir, config.train_split, config.train_events)
-    val_split, n_val = data.open_first_events(config.data_dir, config.val_split, config.val_events, at_most=True)
+    val_split, n_val = data.open_first_events(config.data_dir, config.val_split, config.val_events,
+                                              at_most=True)
     geometry, fingerprint = data.read_geometry(config.data_dir), data.fingerprint(config.data_dir)
     config.micro_batch_size = config.micro_batch_size or common.suited_micro_batch_size(
         process, data.read_meta(config.data_dir)["max_pulses"], config)
@@ -376,7 +384,8 @@ def main():
     def save(path, step):
         if process.is_main:
             common.save_checkpoint(path, model=raw_model.state_dict(), **optimizer.state_dict(), step=step,
-                                   best_val=best_val, n_train=n_train, data=fingerprint, config=dataclasses.asdict(config))
+                                   best_val=best_val, n_train=n_train, data=fingerprint,
+                                   config=dataclasses.asdict(config))
 
     if process.is_main:
         lock = common.hold_lock(config.out_dir)  # held until main() ends
@@ -387,7 +396,8 @@ def main():
         if saved and begins_from == checkpoint_path:
             print_reheating(saved, config)
         if saved:
-            print(f"{'branch' if begins_from == config.branch_from else 'resume'} from {begins_from} at step {first_step}")
+            print(f"{'branch' if begins_from == config.branch_from else 'resume'} from {begins_from} at step "
+                  f"{first_step}")
     log = common.start_log(config, LOG_COLUMNS, first_step)
 
     # ---- training loop -------------------------------------------------------------------------------------
@@ -430,19 +440,20 @@ def main():
 
         # events; what the DOM loss is the mean over, on all ranks; whether any rank was asked to stop
         batches = speed.next_step(loader)
-        n_scored = sum(batch["n_scored" if config.loss_weighting == "per_event" else "n_hidden"] for batch in batches)
-        n_scored, asked_to_stop = common.sum_over_ranks([n_scored, bool(caught)], process)
+        count = "n_scored" if config.loss_weighting == "per_event" else "n_hidden"
+        n_averaged, asked_to_stop = common.sum_over_ranks(
+            [sum(batch[count] for batch in batches), bool(caught)], process)
 
-        # micro-batches: each adds its share of the step's means, so that the update does not depend on the cuts
+        # micro-batches: each adds its share of the step's means, so the cuts do not change the update
         step_losses = dict.fromkeys(weights, 0.0)
         for i, batch in enumerate(batches):
             with summing_gradients(model, process, is_last=i == len(batches) - 1):
                 with process.autocast:
                     losses = model(batch)
-                means = {name: loss.sum() / (max(n_scored, 1) if name == "dom" else config.batch_size)
+                means = {name: loss.sum() / (max(n_averaged, 1) if name == "dom" else config.batch_size)
                          for name, loss in losses.items()}
                 loss = sum(weight * means[name] for name, weight in weights.items())
-                optimizer.backward(loss * process.world_size)  # DDP takes the mean over ranks, the sum is meant
+                optimizer.backward(loss * process.world_size)  # DDP takes the mean over ranks
             step_losses = {name: step_losses[name] + mean.detach() for name, mean in means.items()}
 
         # guarded step
@@ -472,7 +483,8 @@ def main():
     bar.close()
     common.release_signals()
     if process.is_main:
-        print(f"done: {checkpoint_path}, best val_loss {best_val:.4f} in {config.out_dir}/best.pt, curves in log.csv")
+        print(f"done: {checkpoint_path}, best val_loss {best_val:.4f} in {config.out_dir}/best.pt, curves in "
+              "log.csv")
     common.stop_process(process)
 
 

@@ -10,7 +10,8 @@ num_heads = 2
 hidden_size = 256
 num_layers = 3
 head_hidden_size = 256
-direction_loss = "vmf"  # on such data far better than the paper's mean angle, see direction_loss.py of the studies
+# on such data far better than the paper's mean angle, see direction_loss.py of the studies
+direction_loss = "vmf"
 
 batch_size = 64
 max_steps = 500  # 4 epochs of 8,000

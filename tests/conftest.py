@@ -18,10 +18,11 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded: here as in the sc
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-TINY_MODEL = ["--embedding_dim=32", "--dom_embed_dim=16", "--num_heads=2", "--hidden_size=64", "--num_layers=2"]
-TINY_RUN = [*TINY_MODEL, "--batch_size=16", "--micro_batch_size=8", "--max_steps=6", "--val_events=50", "--beta2=0.9",
-            "--cooldown_steps=2", "--eval_interval=3", "--log_interval=1", "--save_interval=2", "--device=cpu",
-            "--dtype=float32"]
+TINY_MODEL = ["--embedding_dim=32", "--dom_embed_dim=16", "--num_heads=2", "--hidden_size=64",
+              "--num_layers=2"]
+TINY_RUN = [*TINY_MODEL, "--batch_size=16", "--micro_batch_size=8", "--max_steps=6", "--val_events=50",
+            "--beta2=0.9", "--cooldown_steps=2", "--eval_interval=3", "--log_interval=1", "--save_interval=2",
+            "--device=cpu", "--dtype=float32"]
 
 
 def run(script, *args, launcher=None, **kwargs):
@@ -33,13 +34,17 @@ def run(script, *args, launcher=None, **kwargs):
     if launcher is None and not kwargs:
         return call_main(script, *map(str, args))
     env = {**os.environ, **kwargs.pop("env", {})}
-    program = ["-m", script.removesuffix(".py").replace("/", ".")] if "tools" in str(script) else [str(ROOT / script)]
+    program = [str(ROOT / script)]
+    if "tools" in str(script):
+        program = ["-m", script.removesuffix(".py").replace("/", ".")]
     return subprocess.run([*(launcher or (sys.executable,)), *program, *map(str, args)], cwd=ROOT, env=env,
                           capture_output=True, text=True, timeout=300, **kwargs)
 
 
 def call_main(script, *args):
-    """What `python script args` would do, in this process: same output, same exit status; signal handlers are put back."""
+    """What `python script args` would do, in this process: same output, same exit status;
+    signal handlers are put back.
+    """
     import common
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -63,7 +68,8 @@ def call_main(script, *args):
         for number, handler in handlers.items():
             signal.signal(number, handler)
         if status:
-            gc.collect()  # the frames of an error may hold the lock of a folder, which the end of a process releases
+            # the frames of an error may hold the lock of a folder, which the end of a process releases
+            gc.collect()
     return subprocess.CompletedProcess([script, *args], status, out.getvalue(), err.getvalue())
 
 
@@ -77,7 +83,8 @@ def user_error(script, *args, status=1, **kwargs):
     """Run a script that must refuse: exit status, one line of error, no traceback -> that line."""
     done = run(script, *args, **kwargs)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == status and len(lines) == 1 and "Traceback" not in done.stderr, done.stdout + done.stderr
+    assert done.returncode == status and len(lines) == 1, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
     return lines[0]
 
 
@@ -92,10 +99,12 @@ def torchrun(n):
 
 @pytest.fixture(scope="session")
 def demo_data(tmp_path_factory):
-    """A data folder that went the whole way: simulated, written as parquet, prepared. 300 + 150 + 103 + 40 events."""
+    """A data folder that went the whole way: simulated, written as parquet, prepared.
+    300 + 150 + 103 + 40 events.
+    """
     folder = tmp_path_factory.mktemp("demo")
-    run_ok("simulate.py", f"--out_dir={folder}/raw", "--n_events=553", "--events_per_batch=150", "--n_test_events=40",
-           "--workers=1")
+    run_ok("simulate.py", f"--out_dir={folder}/raw", "--n_events=553", "--events_per_batch=150",
+           "--n_test_events=40", "--workers=1")
     run_ok("prepare.py", f"--input_dir={folder}/raw", f"--data_dir={folder}/demo", "--workers=1",
            "--splits={'pretrain': (1, 2), 'finetune': (3, 3), 'val': (4, 4), 'test': 'test'}")
     return folder / "demo"
@@ -115,8 +124,10 @@ def random_events(rng, lengths, n_doms=5160):
     lengths = np.asarray(lengths)
     events, pulses = np.zeros(len(lengths), data.EVENT), np.zeros(lengths.sum(), data.PULSE)
     events["length"], events["n_pulses"], events["start"] = lengths, lengths, np.cumsum(lengths) - lengths
-    events["event_id"], events["total_charge"] = np.arange(len(lengths)) * 3 + 1, rng.uniform(10, 1000, len(lengths))
-    events["azimuth"], events["zenith"] = rng.uniform(0, 6.28, len(lengths)), rng.uniform(0, 3.14, len(lengths))
+    events["event_id"] = np.arange(len(lengths)) * 3 + 1
+    events["total_charge"] = rng.uniform(10, 1000, len(lengths))
+    events["azimuth"], events["zenith"] = rng.uniform(0, 6.28,
+                                                      len(lengths)), rng.uniform(0, 3.14, len(lengths))
     pulses["time"], pulses["charge"] = rng.uniform(6e3, 2e4, len(pulses)), rng.uniform(0.1, 5, len(pulses))
     pulses["dom"], pulses["aux"] = rng.integers(0, n_doms, len(pulses)), rng.random(len(pulses)) < 0.5
     return events, pulses
@@ -132,7 +143,9 @@ def write_folder(path, **splits):
         for kind, records in (("events", events), ("pulses", pulses)):
             prepare.reserve(path / f"{name}_{kind}.bin", records.nbytes)
             prepare.write_records(path / f"{name}_{kind}.bin", 0, records)
-    counts = {name: {"n_events": len(events), "n_pulses": len(pulses)} for name, (events, pulses) in splits.items()}
-    (path / "meta.json").write_text(json.dumps({"format": data.FORMAT_VERSION, "dtypes": data.describe_dtypes(),
-                                                "max_pulses": 127, "splits": counts}))
+    counts = {name: {"n_events": len(events), "n_pulses": len(pulses)} for name,
+              (events, pulses) in splits.items()}
+    (path / "meta.json").write_text(json.dumps({"format": data.FORMAT_VERSION,
+                                                "dtypes": data.describe_dtypes(), "max_pulses": 127,
+                                                "splits": counts}))
     return path

@@ -37,11 +37,13 @@ def load(monkeypatch, cls, *args):
 def test_files_and_flags_apply_left_to_right(monkeypatch, tmp_path, capsys):
     (tmp_path / "a.py").write_text("# one\nmax_steps = 5 * 100\nbatch_size = 64\nlearning_rate = 1\n")
     (tmp_path / "b.py").write_text("batch_size = 32\n")
-    config = load(monkeypatch, TrainConfig, tmp_path / "a.py", "--max_steps=7", tmp_path / "b.py", "--batch_size=1.6e1")
+    config = load(monkeypatch, TrainConfig, tmp_path / "a.py", "--max_steps=7", tmp_path / "b.py",
+                  "--batch_size=1.6e1")
     assert (config.max_steps, config.batch_size, config.learning_rate) == (7, 16, 1.0)
     assert isinstance(config.batch_size, int) and isinstance(config.learning_rate, float)
     assert config.out_dir == "out/a+b"
-    assert config.sources == {"max_steps": "command line", "batch_size": "command line", "learning_rate": f"{tmp_path}/a.py"}
+    assert config.sources == {"max_steps": "command line", "batch_size": "command line",
+                              "learning_rate": f"{tmp_path}/a.py"}
     assert capsys.readouterr().out == ""  # not before all is checked
     knobs.print_knobs(config)
     assert "knob max_steps = 7 (default 127000, from command line)" in capsys.readouterr().out
@@ -58,7 +60,8 @@ def test_files_and_flags_apply_left_to_right(monkeypatch, tmp_path, capsys):
     ("--learning_rate=-1", "must be greater than 0"),
     ("--mask_prob=1.5", "between 0 and 1"),
     ("--num_heads=7", "embedding_dim = 256 cannot be shared among num_heads = 7"),
-    (("--backbone=mamba", "--embedding_dim=66", "--dom_embed_dim=6", "--num_heads=3"), "an embedding_dim that 4 divides"),
+    (("--backbone=mamba", "--embedding_dim=66", "--dom_embed_dim=6", "--num_heads=3"),
+     "an embedding_dim that 4 divides"),
     (("--mup_base_width=64", "--mup_base_heads=3"), "mup_base_heads = 3: must divide mup_base_width = 64"),
     (("--mup_base_width=64", "--optimizer=muon"), "put sample_config/ablation/adamw.py after"),
     ("--backbone=transfomer", "choose one of"),
@@ -92,12 +95,14 @@ def test_a_bad_config_from_the_shell():
 def test_help_explains_every_knob(stage):
     text = run_ok(f"{stage}.py", "--help").stdout
     for field in dataclasses.fields((CONFIGS | OTHERS)[stage]):
-        assert re.search(rf"--{field.name}=\S.* +\S{{2,}}", text), f"{stage}: --help has no comment for {field.name}"
+        assert re.search(rf"--{field.name}=\S.* +\S{{2,}}",
+                         text), f"{stage}: --help has no comment for {field.name}"
 
 
 @pytest.mark.parametrize("stage", CONFIGS | OTHERS)
 def test_every_knob_is_read(stage):
-    files = [f"{stage}.py", *{"train": ["common.py", "model.py"], "finetune": ["common.py", "model.py", "train.py"],
+    files = [f"{stage}.py",
+             *{"train": ["common.py", "model.py"], "finetune": ["common.py", "model.py", "train.py"],
                               "evaluate": ["common.py"]}.get(stage, [])]
     source = "".join((ROOT / file).read_text() for file in files)
     for field in dataclasses.fields((CONFIGS | OTHERS)[stage]):
@@ -111,10 +116,11 @@ def test_every_sample_config_loads(monkeypatch):
     assert len(files) > 5
     for file in files:
         found = knobs.read_config_file(str(file))
-        stages = [stage for stage, cls in CONFIGS.items() if found.keys() <= {f.name for f in dataclasses.fields(cls)}]
+        stages = [stage for stage, cls in CONFIGS.items()
+                  if found.keys() <= {f.name for f in dataclasses.fields(cls)}]
         assert stages, f"{file.name}: no stage has all of its knobs"
         for stage in stages:
-            args = [] if stage == "prepare" or "pretrained" in found or stage != "finetune" else ["--pretrained=x"]
+            args = ["--pretrained=x"] if stage == "finetune" and "pretrained" not in found else []
             if found.get("freeze_backbone"):
                 args = ["--pretrained=x"]
             load(monkeypatch, CONFIGS[stage], *args, file)
@@ -143,7 +149,8 @@ def test_learning_rate_agrees_with_torch():
     warm = lambda o: lr.LinearLR(o, start_factor=0.1, total_iters=9)  # 0.01, 0.02, ... 0.1 in steps 0..9
     trapezoid = rates(lambda o: lr.SequentialLR(
         o, [warm(o), lr.LinearLR(o, start_factor=1.0, end_factor=1e-12, total_iters=20)], milestones=[80]))
-    cosine = rates(lambda o: lr.SequentialLR(o, [warm(o), lr.CosineAnnealingLR(o, T_max=90)], milestones=[10]))
+    cosine = rates(lambda o: lr.SequentialLR(o, [warm(o), lr.CosineAnnealingLR(o, T_max=90)],
+                                             milestones=[10]))
     for schedule, expected in (("trapezoidal", trapezoid), ("cosine", cosine)):
         config = schedule_config(schedule=schedule, warmup_steps=10, cooldown_steps=20)
         assert [learning_rate(step, config) for step in range(100)] == pytest.approx(expected, abs=1e-9)
@@ -195,24 +202,30 @@ def test_log_is_cut_where_a_run_goes_on(tmp_path):
 
 
 def test_signals_are_noted_in_the_loop_and_end_the_process_after_it():
-    done = subprocess.run([sys.executable, "-c", "import common, os, signal\ncaught = common.catch_signals()\n"
-                           "os.kill(os.getpid(), signal.SIGTERM)\nprint(caught == [signal.SIGTERM], flush=True)\n"
-                           "common.release_signals()\nos.kill(os.getpid(), signal.SIGTERM)\nprint('still here')"],
+    done = subprocess.run([sys.executable, "-c", "import common, os, signal\ncaught = "
+                                                 "common.catch_signals()\n"
+                           "os.kill(os.getpid(), signal.SIGTERM)\nprint(caught == [signal.SIGTERM], "
+                           "flush=True)\n"
+                           "common.release_signals()\nos.kill(os.getpid(), signal.SIGTERM)\nprint('still "
+                           "here')"],
                           cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (-signal.SIGTERM, "True\n"), done.stderr
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(demo_data, tmp_path):
     (tmp_path / "file").write_text("")
-    line = user_error("train.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}/file/run", "--val_events=0", "--device=cpu")
-    assert f"{tmp_path}/file/run" in line and run("train.py", "--out_dir=x", "--device=cuda").returncode in (0, 1)
+    line = user_error("train.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}/file/run",
+                      "--val_events=0", "--device=cpu")
+    assert f"{tmp_path}/file/run" in line and run("train.py", "--out_dir=x",
+                                                  "--device=cuda").returncode in (0, 1)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # errors, ranks, devices
 # ------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("who, said", [("all", ["error: no such thing"]), ("one", ["error: rank 1: no such thing"])])
+@pytest.mark.parametrize("who, said", [("all", ["error: no such thing"]), ("one", ["error: rank 1: no such "
+                                                                                   "thing"])])
 def test_what_all_ranks_say_is_printed_once(tmp_path, who, said):
     (tmp_path / "stage.py").write_text(
         f"import os, sys, time; sys.path.insert(0, {str(ROOT)!r}); import common\n"
@@ -222,7 +235,8 @@ def test_what_all_ranks_say_is_printed_once(tmp_path, who, said):
         "    time.sleep(60)\n"
         "common.run_stage(main)\n")
     done = run(tmp_path / "stage.py", launcher=torchrun(2))
-    assert done.returncode != 0 and [line for line in done.stderr.splitlines() if line.startswith("error: ")] == said
+    assert done.returncode != 0 and [line for line in done.stderr.splitlines()
+                                     if line.startswith("error: ")] == said
 
 
 def test_an_error_stands_on_a_line_of_its_own(capsys):
@@ -247,7 +261,8 @@ def test_ctrl_c_is_heard_again_after_an_error():
 
 
 @pytest.mark.parametrize("amx, avx512, dtype, why", [
-    (True, True, "bfloat16", "AMX"), (False, True, "bfloat16", "AVX512-BF16"), (False, False, "float32", "no bfloat16")])
+    (True, True, "bfloat16", "AMX"), (False, True, "bfloat16", "AVX512-BF16"),
+    (False, False, "float32", "no bfloat16")])
 def test_auto_dtype_is_what_the_cpu_multiplies_in(monkeypatch, amx, avx512, dtype, why):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)

@@ -13,13 +13,14 @@ from conftest import random_events, write_folder
 def test_records_are_packed_as_designed():
     assert data.PULSE.itemsize == 11 and data.EVENT.itemsize == 51
     assert data.PULSE.names == ("time", "charge", "dom", "aux")
-    assert data.EVENT.names == ("event_id", "start", "length", "n_pulses", "total_charge", "center", "azimuth", "zenith",
-                                "energy", "event_class")
+    assert data.EVENT.names == ("event_id", "start", "length", "n_pulses", "total_charge", "center",
+                                "azimuth", "zenith", "energy", "event_class")
 
 
 @pytest.mark.parametrize("n_events, batch_size", [(1003, 128), (64, 7), (5, 16), (8, 8)])
 def test_every_epoch_holds_every_event_once(n_events, batch_size):
-    steps = [data.step_events(step, batch_size, n_events, seed=3) for step in range(4 * n_events // batch_size + 1)]
+    steps = [data.step_events(step, batch_size, n_events, seed=3)
+             for step in range(4 * n_events // batch_size + 1)]
     index, epoch = (np.concatenate(part) for part in zip(*steps))
     for e in range(3):
         assert np.array_equal(np.sort(index[epoch == e]), np.arange(n_events))
@@ -125,10 +126,12 @@ def damage(folder, name, text):
 @pytest.mark.parametrize("harm, split, words", [
     (lambda f: shutil.rmtree(f), "val", "no such data folder"),
     (lambda f: (f / "meta.json").unlink(), "val", "no folder that prepare.py made"),
-    (lambda f: (f / "unfinished").mkdir() or damage(f, "unfinished/settings.json", '{"command": "python prepare.py x.py"}')
+    (lambda f: (f / "unfinished").mkdir() or damage(f, "unfinished/settings.json",
+                                                    '{"command": "python prepare.py x.py"}')
      or (f / "meta.json").unlink(), "val", "to go on, run: python prepare.py x.py"),
     (lambda f: damage(f, "meta.json", "[]"), "val", "format None, need"),
-    (lambda f: (f / "val_events.bin").write_bytes(bytes((f / "val_events.bin").stat().st_size)), "val", "does not fit"),
+    (lambda f: (f / "val_events.bin").write_bytes(bytes((f / "val_events.bin").stat().st_size)), "val",
+     "does not fit"),
     (lambda f: damage(f, "meta.json", "{"), "val", "not valid JSON"),
     (lambda f: damage(f, "meta.json", '{"format": 99, "splits": {}}'), "val", "format 99, need"),
     (lambda f: damage(f, "val_pulses.bin", "short"), "val", "5 bytes, meta.json says"),

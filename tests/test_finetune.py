@@ -21,22 +21,23 @@ KNOBS = [knob for knob in TINY_RUN if knob not in TINY_MODEL] + ["--head_hidden_
 
 def predict(out_dir, *args, **kwargs):
     """evaluate.py on the best weights of a run, on the CPU in float32."""
-    return run_ok("evaluate.py", f"--checkpoint={out_dir}/best.pt", "--device=cpu", "--dtype=float32", *args, **kwargs)
+    return run_ok("evaluate.py", f"--checkpoint={out_dir}/best.pt", "--device=cpu", "--dtype=float32", *args,
+                  **kwargs)
 
 
 @pytest.fixture(scope="module")
 def tuned(demo_data, pretrained, tmp_path_factory):
     out_dir = tmp_path_factory.mktemp("tuned")
-    done = run_ok("finetune.py", f"--data_dir={demo_data}", f"--out_dir={out_dir}", f"--pretrained={pretrained[0]}/ckpt.pt",
-                  *KNOBS)
+    done = run_ok("finetune.py", f"--data_dir={demo_data}", f"--out_dir={out_dir}",
+                  f"--pretrained={pretrained[0]}/ckpt.pt", *KNOBS)
     predict(out_dir, f"--predictions={out_dir}/predictions.csv", "--n_events=50")
     return out_dir, done
 
 
 def test_a_run_leaves_what_the_readme_says(tuned):
     out_dir, done = tuned
-    assert {p.name for p in out_dir.iterdir()} == {".lock", "ckpt.pt", "best.pt", "log.csv", "config.json", "result.txt",
-                                                   "evaluation_val.json", "predictions.csv"}
+    assert {p.name for p in out_dir.iterdir()} == {".lock", "ckpt.pt", "best.pt", "log.csv", "config.json",
+                                                   "result.txt", "evaluation_val.json", "predictions.csv"}
     assert column(out_dir, "step") == [0, 1, 2, 3, 4, 5, 6]
     assert len(column(out_dir, "val_angle_mean")) == len(column(out_dir, "val_angle_median")) == 3
     result = (out_dir / "result.txt").read_text()
@@ -73,47 +74,52 @@ def test_the_encoder_comes_from_the_checkpoint(demo_data, pretrained, tmp_path):
     run_ok("finetune.py", *args, f"--out_dir={tmp_path}/a", f"--pretrained={pretrained[0]}/ckpt.pt")
     run_ok("finetune.py", *args, f"--out_dir={tmp_path}/b", "--pretrained=", *TINY_MODEL)
     before, loaded, scratch = weights(pretrained[0]), weights(tmp_path / "a"), weights(tmp_path / "b")
-    encoder = [name for name in before if name.startswith("encoder.") and before[name].ndim == 2 and "geometry" not in name]
+    encoder = [name for name in before if name.startswith("encoder.") and before[name].ndim == 2
+               and "geometry" not in name]
     assert encoder and all(torch.allclose(before[name], loaded[name], atol=1e-6) for name in encoder)
     assert not any(torch.allclose(before[name], scratch[name], atol=1e-3) for name in encoder)
 
 
 def test_a_frozen_encoder_stays_and_the_head_moves(demo_data, pretrained, tmp_path):
-    run_ok("finetune.py", f"--data_dir={demo_data}", *KNOBS, f"--out_dir={tmp_path}", "--freeze_backbone=True",
-           f"--pretrained={pretrained[0]}/ckpt.pt", "--max_steps=4")
+    run_ok("finetune.py", f"--data_dir={demo_data}", *KNOBS, f"--out_dir={tmp_path}",
+           "--freeze_backbone=True", f"--pretrained={pretrained[0]}/ckpt.pt", "--max_steps=4")
     before, after = weights(pretrained[0]), weights(tmp_path)
     assert all(torch.equal(before[name], after[name]) for name in after if name.startswith("encoder."))
     saved = common.load_checkpoint(tmp_path / "ckpt.pt")
     moments = saved["optimizer"][0]["state"]
-    assert len(moments) == 4 and all(state["exp_avg_sq"].any() for state in moments.values())  # two Linear layers
+    # two Linear layers
+    assert len(moments) == 4 and all(state["exp_avg_sq"].any() for state in moments.values())
 
 
 def test_it_learns_direction(demo_data, tmp_path):
     """On 150 events, learned by heart: the labels, the loss and the head belong together."""
-    run_ok("finetune.py", f"--data_dir={demo_data}", *KNOBS, *TINY_MODEL, f"--out_dir={tmp_path}", "--pretrained=",
-           "--batch_size=50", "--max_steps=150", "--eval_interval=150", "--log_interval=50", "--save_interval=150",
-           "--learning_rate=5e-3", "--val_split=finetune", "--val_events=0")
+    run_ok("finetune.py", f"--data_dir={demo_data}", *KNOBS, *TINY_MODEL, f"--out_dir={tmp_path}",
+           "--pretrained=", "--batch_size=50", "--max_steps=150", "--eval_interval=150", "--log_interval=50",
+           "--save_interval=150", "--learning_rate=5e-3", "--val_split=finetune", "--val_events=0")
     before, after = column(tmp_path, "val_angle_mean")
     assert abs(before - np.pi / 2) < 0.25 and after < 1.0
 
 
 def test_two_ranks_train_and_predict_like_one(tuned, demo_data, pretrained, tmp_path):
-    run_ok("finetune.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}", f"--pretrained={pretrained[0]}/ckpt.pt",
-           *KNOBS, launcher=torchrun(2))
+    run_ok("finetune.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}",
+           f"--pretrained={pretrained[0]}/ckpt.pt", *KNOBS, launcher=torchrun(2))
     predict(tmp_path, f"--predictions={tmp_path}/predictions.csv", "--n_events=50", "--batch_size=16",
             launcher=torchrun(2))
     for name in ("loss", "grad_norm", "val_angle_mean", "val_angle_median"):
         assert column(tmp_path, name) == pytest.approx(column(tuned[0], name), rel=2e-4), name
     assert_same_weights(tmp_path, tuned[0], atol=1e-4)
-    one, two = (np.loadtxt(folder / "predictions.csv", delimiter=",", skiprows=1) for folder in (tuned[0], tmp_path))
+    one, two = (np.loadtxt(folder / "predictions.csv", delimiter=",", skiprows=1)
+                for folder in (tuned[0], tmp_path))
     assert np.array_equal(one[:, 0], two[:, 0]) and np.allclose(one, two, atol=1e-3)
 
 
 def test_stopped_and_resumed_equals_never_stopped(tuned, demo_data, pretrained, tmp_path):
-    args = [f"--data_dir={demo_data}", f"--out_dir={tmp_path}", f"--pretrained={pretrained[0]}/ckpt.pt", *KNOBS]
+    args = [f"--data_dir={demo_data}", f"--out_dir={tmp_path}", f"--pretrained={pretrained[0]}/ckpt.pt",
+            *KNOBS]
     run_ok("finetune.py", *args, "--max_steps=4", "--schedule=constant")
     run_ok("finetune.py", *args, "--max_steps=6", "--schedule=constant")
-    straight = [f"--data_dir={demo_data}", f"--out_dir={tmp_path}/straight", f"--pretrained={pretrained[0]}/ckpt.pt", *KNOBS]
+    straight = [f"--data_dir={demo_data}", f"--out_dir={tmp_path}/straight",
+                f"--pretrained={pretrained[0]}/ckpt.pt", *KNOBS]
     run_ok("finetune.py", *straight, "--schedule=constant")
     assert_same_weights(tmp_path, tmp_path / "straight")
     assert column(tmp_path, "loss") == column(tmp_path / "straight", "loss")
@@ -126,7 +132,8 @@ def test_evaluation_only_and_unlabelled_predictions(tuned, demo_data, tmp_path):
     assert (out_dir / "result.txt").read_text().strip() in again.stdout
     predict(out_dir, "--split=test", f"--predictions={tmp_path}/test.parquet")
     table = pyarrow.parquet.read_table(tmp_path / "test.parquet")
-    assert table["event_id"].to_numpy().tolist() == data.open_split(demo_data, "test").events["event_id"].tolist()
+    assert table["event_id"].to_numpy().tolist() == data.open_split(demo_data,
+                                                                    "test").events["event_id"].tolist()
 
 
 def test_the_evaluation_table_by_hand(tuned, demo_data):
@@ -159,8 +166,8 @@ def test_the_evaluation_table_by_hand(tuned, demo_data):
 
 
 def test_vmf_tells_its_uncertainty(demo_data, tmp_path):
-    args = [f"--data_dir={demo_data}", *KNOBS, *TINY_MODEL, f"--out_dir={tmp_path}", "--pretrained=", "--direction_loss=angular+vmf",
-            "--max_steps=3", "--val_events=3"]
+    args = [f"--data_dir={demo_data}", *KNOBS, *TINY_MODEL, f"--out_dir={tmp_path}", "--pretrained=",
+            "--direction_loss=angular+vmf", "--max_steps=3", "--val_events=3"]
     done = run_ok("finetune.py", *args)
     predict(tmp_path, "--n_events=3", f"--predictions={tmp_path}/p.parquet")
     assert "inside their 50 % contour" in done.stdout
@@ -169,31 +176,36 @@ def test_vmf_tells_its_uncertainty(demo_data, tmp_path):
     assert table.column_names == ["event_id", "azimuth", "zenith", "x", "y", "z", "kappa", "n_pulses", *truth]
     assert min(table["kappa"].to_pylist()) > 0 and len(table) == 3
     events = data.open_split(demo_data, "val").events[:3]
-    for name, column_name in (("n_pulses", "n_pulses"), ("zenith", "true_zenith"), ("event_class", "true_event_class")):
+    for name, column_name in (("n_pulses", "n_pulses"), ("zenith", "true_zenith"),
+                              ("event_class", "true_event_class")):
         assert table[column_name].to_numpy().tolist() == events[name].tolist()
     # too few events to tell an error: none is claimed
     whole, = common.read_json(tmp_path / "evaluation_val.json")["rows"]
-    assert whole["n"] == 3 and whole["mean_error"] is None and "+-" not in (tmp_path / "result.txt").read_text()
+    assert whole["n"] == 3 and whole["mean_error"] is None
+    assert "+-" not in (tmp_path / "result.txt").read_text()
     assert re.search(r"not shown, fewer than 10 events: .*zenith 60 to 120 deg \(\d\)", done.stdout)
 
 
 def test_calibration_of_events_that_follow_their_kappa():
-    """Directions drawn from the von Mises-Fisher law (Wood 1994) lie inside the contours as often as these say."""
+    """Directions drawn from the von Mises-Fisher law (Wood 1994) lie inside the contours as often as these
+    say.
+    """
     rng = np.random.default_rng(0)
     for kappa in (0.5, 20.0, 5000.0):
         cosine = 1 + np.log1p(rng.random(20_000) * np.expm1(-2 * kappa)) / kappa
         angle = rng.uniform(0, 2 * np.pi, 20_000)
         sine = np.sqrt(1 - cosine**2)
         truth = torch.from_numpy(np.stack([sine * np.cos(angle), sine * np.sin(angle), cosine], -1))
-        quantile = evaluate.vmf_quantile(torch.tensor([0.0, 0.0, 1.0]).double(), torch.tensor(kappa).double(), truth)
+        quantile = evaluate.vmf_quantile(torch.tensor([0.0, 0.0, 1.0]).double(), torch.tensor(kappa).double(),
+                                         truth)
         for level in (0.1, 0.5, 0.9):
             assert (quantile < level).double().mean().item() == pytest.approx(level, abs=0.012)
 
 
 def test_energy(demo_data, pretrained, tmp_path):
-    args = [f"--data_dir={demo_data}", *KNOBS, f"--out_dir={tmp_path}", f"--pretrained={pretrained[0]}/ckpt.pt", "--task=energy",
-            "--batch_size=50", "--max_steps=60", "--learning_rate=1e-2", "--eval_interval=30", "--log_interval=30",
-            "--save_interval=60"]
+    args = [f"--data_dir={demo_data}", *KNOBS, f"--out_dir={tmp_path}",
+            f"--pretrained={pretrained[0]}/ckpt.pt", "--task=energy", "--batch_size=50", "--max_steps=60",
+            "--learning_rate=1e-2", "--eval_interval=30", "--log_interval=30", "--save_interval=60"]
     run_ok("finetune.py", *args)
     predict(tmp_path, "--n_events=50", f"--predictions={tmp_path}/p.csv")
     resolution = column(tmp_path, "val_resolution")
@@ -215,24 +227,27 @@ def test_the_head_may_learn_faster_and_events_may_be_shifted(demo_data, pretrain
     a, b, before = weights(tmp_path / "a"), weights(tmp_path / "b"), weights(pretrained[0])
     assert not torch.allclose(a["head.0.weight"], b["head.0.weight"], atol=1e-5)
     assert all(torch.allclose(before[name], b[name], atol=1e-6) for name in b if name.startswith("encoder."))
-    assert column(tmp_path / "a", "loss") != column(tmp_path / "b", "loss")  # the same weights saw shifted events
+    # the same weights saw shifted events
+    assert column(tmp_path / "a", "loss") != column(tmp_path / "b", "loss")
 
 
 def test_patience_ends_a_run_and_it_stays_ended(demo_data, pretrained, tmp_path):
-    args = [f"--data_dir={demo_data}", *KNOBS, f"--out_dir={tmp_path}", f"--pretrained={pretrained[0]}/ckpt.pt", "--patience=2",
-            "--eval_interval=1", "--max_steps=200", "--learning_rate=1e-12", "--save_interval=100"]
+    args = [f"--data_dir={demo_data}", *KNOBS, f"--out_dir={tmp_path}",
+            f"--pretrained={pretrained[0]}/ckpt.pt", "--patience=2", "--eval_interval=1", "--max_steps=200",
+            "--learning_rate=1e-12", "--save_interval=100"]
     run_ok("finetune.py", *args)
     best, last = (common.load_checkpoint(tmp_path / name)["step"] for name in ("best.pt", "ckpt.pt"))
     assert last == best + 2 < 200
     assert f"is complete at step {last}" in run_ok("finetune.py", *args).stdout
 
 
-@pytest.mark.parametrize("knobs", [["--direction_loss=vmf"], ["--backbone=mamba", "--task=energy"], ["--backbone=gru", "--direction_loss=vmf"]], ids=str)
+@pytest.mark.parametrize("knobs", [["--direction_loss=vmf"], ["--backbone=mamba", "--task=energy"],
+                                   ["--backbone=gru", "--direction_loss=vmf"]], ids=str)
 def test_an_exported_model_runs_without_this_repository(demo_data, tmp_path, knobs):
     import subprocess
     import sys
-    run_ok("finetune.py", f"--data_dir={demo_data}", *KNOBS, *TINY_MODEL, f"--out_dir={tmp_path}", "--pretrained=", "--max_steps=1",
-           *knobs)
+    run_ok("finetune.py", f"--data_dir={demo_data}", *KNOBS, *TINY_MODEL, f"--out_dir={tmp_path}",
+           "--pretrained=", "--max_steps=1", *knobs)
     predict(tmp_path, f"--predictions={tmp_path}/p.parquet", "--n_events=20")
     run_ok("tools/export.py", f"--checkpoint={tmp_path}/best.pt", f"--out={tmp_path}/model.pt2")
     events, pulses = data.read_events(data.open_split(demo_data, "val"), np.arange(20))
@@ -241,7 +256,8 @@ def test_an_exported_model_runs_without_this_repository(demo_data, tmp_path, kno
     torch.save((columns, torch.from_numpy(events["length"].astype(np.int64))), tmp_path / "pulses.pt")
     code = ("import torch; model = torch.export.load('model.pt2').module()\n"
             "torch.save(model(*torch.load('pulses.pt')), 'found.pt')\n"
-            "try: model({name: column.repeat(200)[:200] for name, column in torch.load('pulses.pt')[0].items()}, torch.tensor([200]))\n"
+            "try: model({name: column.repeat(200)[:200] for name, column in "
+            "torch.load('pulses.pt')[0].items()}, torch.tensor([200]))\n"
             "except RuntimeError as error: assert 'more than 127 pulses' in str(error), error\n"
             "else: assert False, 'an event that is too long was taken'")
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
@@ -259,10 +275,13 @@ def test_user_errors(tuned, demo_data, pretrained, tmp_path):
     line = user_error("finetune.py", *args, checkpoint, "--num_layers=3")
     assert "num_layers = 3" in line and "has 2" in line
     assert "no such checkpoint" in user_error("finetune.py", *args, "--pretrained=nowhere.pt")
-    assert "have no direction" in user_error("finetune.py", *args, checkpoint, "--train_split=test", "--train_events=0")
-    assert "have no direction" in user_error("finetune.py", *args, checkpoint, "--val_split=test", "--val_events=0")
+    assert "have no direction" in user_error("finetune.py", *args, checkpoint, "--train_split=test",
+                                             "--train_events=0")
+    assert "have no direction" in user_error("finetune.py", *args, checkpoint, "--val_split=test",
+                                             "--val_events=0")
     assert "optimizer is a knob of train.py" in user_error("finetune.py", "sample_config/demo.py")
-    assert "no meaning for task = 'energy'" in user_error("finetune.py", *args, checkpoint, "--task=energy", "--direction_loss=vmf")
+    assert "no meaning for task = 'energy'" in user_error("finetune.py", *args, checkpoint, "--task=energy",
+                                                          "--direction_loss=vmf")
     assert "needs a pretrained" in user_error("finetune.py", *args, "--pretrained=", "--freeze_backbone=True")
     assert not (tmp_path / "run").exists()
 
@@ -273,9 +292,11 @@ def test_user_errors_of_evaluate(tuned, demo_data, pretrained, tmp_path):
     for flags, words in ((["--predictions=x.txt"], "must end in .csv or .parquet"),
                          (["--predictions=/dev/null/x.csv"], "no folder to write in"),
                          ([f"--predictions={tmp_path}/new/x.csv"], f"mkdir -p {tmp_path}/new"),
-                         ([f"--predictions={tmp_path}"], "must end in"), ([f"--predictions={tmp_path}/d.csv"], "is a folder"),
+                         ([f"--predictions={tmp_path}"], "must end in"),
+                         ([f"--predictions={tmp_path}/d.csv"], "is a folder"),
                          (["--split=test"], "no labels of the direction to evaluate with"),
-                         (["--split=tset"], "no split 'tset'"), (["--data_dir=data/nowhere"], "no such data folder"),
+                         (["--split=tset"], "no split 'tset'"),
+                         (["--data_dir=data/nowhere"], "no such data folder"),
                          ([f"--checkpoint={pretrained[0]}/ckpt.pt"], "is a pretrained checkpoint"),
                          (["--checkpoint=nowhere.pt"], "no such checkpoint")):
         assert words in user_error("evaluate.py", best, "--device=cpu", *flags), flags
@@ -287,8 +308,8 @@ def test_embeddings_are_what_cls_knows(tuned, demo_data, pretrained, tmp_path):
     path = tmp_path / "e.parquet"
     split = data.open_split(demo_data, "val")
     for checkpoint, launcher in ((f"{pretrained[0]}/ckpt.pt", None), (f"{tuned[0]}/best.pt", torchrun(2))):
-        run_ok("evaluate.py", f"--checkpoint={checkpoint}", f"--embeddings={path}", "--device=cpu", "--batch_size=40",
-               "--dtype=float32", launcher=launcher)
+        run_ok("evaluate.py", f"--checkpoint={checkpoint}", f"--embeddings={path}", "--device=cpu",
+               "--batch_size=40", "--dtype=float32", launcher=launcher)
         table = pyarrow.parquet.read_table(path)
         assert table["event_id"].to_numpy().tolist() == split.events["event_id"].tolist()
         model, _, _ = evaluate.load_model(checkpoint)
@@ -312,8 +333,8 @@ def test_each_evaluation_keeps_to_itself(tuned, demo_data, tmp_path):
     """Another checkpoint, other events or other data do not overwrite what is known of best.pt."""
     run = tmp_path / "run"
     shutil.copytree(tuned[0], run)
-    run_ok("prepare.py", f"--input_dir={demo_data.parent}/raw", f"--data_dir={tmp_path}/other", "--splits={'val': (4, 4)}",
-           "--max_pulses=20")
+    run_ok("prepare.py", f"--input_dir={demo_data.parent}/raw", f"--data_dir={tmp_path}/other",
+           "--splits={'val': (4, 4)}", "--max_pulses=20")
     before = common.read_json(run / "evaluation_val.json")
     assert (before["checkpoint"], before["n_events"]) == ("best.pt", 50)
     assert before["step"] == common.load_checkpoint(run / "best.pt")["step"]
@@ -331,7 +352,8 @@ def test_each_evaluation_keeps_to_itself(tuned, demo_data, tmp_path):
     assert common.read_json(run / "evaluation_val.json")["rows"] == before["rows"]
 
 
-def test_a_complete_run_without_its_best_weights_says_what_can_be_evaluated(tuned, demo_data, pretrained, tmp_path):
+def test_a_complete_run_without_its_best_weights_says_what_can_be_evaluated(tuned, demo_data, pretrained,
+                                                                            tmp_path):
     shutil.copytree(tuned[0], tmp_path / "run")
     (tmp_path / "run/best.pt").unlink()
     line = user_error("finetune.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}/run", *KNOBS,
@@ -340,8 +362,8 @@ def test_a_complete_run_without_its_best_weights_says_what_can_be_evaluated(tune
 
 
 def test_a_run_that_diverges_has_an_exit_status_of_its_own(demo_data, tmp_path):
-    args = [f"--data_dir={demo_data}", *KNOBS, *TINY_MODEL, f"--out_dir={tmp_path}", "--pretrained=", "--warmup_steps=1",
-            "--learning_rate=1e30", "--grad_clip=1e30"]
+    args = [f"--data_dir={demo_data}", *KNOBS, *TINY_MODEL, f"--out_dir={tmp_path}", "--pretrained=",
+            "--warmup_steps=1", "--learning_rate=1e30", "--grad_clip=1e30"]
     assert "smaller learning_rate" in user_error("finetune.py", *args, status=common.DIVERGED_STATUS)
 
 
@@ -353,17 +375,20 @@ def test_a_published_checkpoint_can_be_tuned(demo_data, tmp_path, name):
     if has_positions:  # its file has them scaled, and rounded
         published["embedding.dom_positions"][1:] = torch.from_numpy(data.read_geometry(demo_data) / 500)
     torch.save({"state_dict": published, "epoch": 3} if has_positions else published, tmp_path / name)
-    arguments = [f"--data_dir={demo_data}", *KNOBS, f"--out_dir={tmp_path}/run", "--max_steps=1", "--learning_rate=1e-12"]
+    arguments = [f"--data_dir={demo_data}", *KNOBS, f"--out_dir={tmp_path}/run", "--max_steps=1",
+                 "--learning_rate=1e-12"]
     line = user_error("finetune.py", *arguments, f"--pretrained={tmp_path}/{name}")
     assert f"python -m tools.import_published --checkpoint={tmp_path}/{name}" in line
-    run_ok("tools/import_published.py", f"--checkpoint={tmp_path}/{name}", f"--data_dir={demo_data}", "--num_heads=4",
-           f"--out={tmp_path}/ours.pt")
+    run_ok("tools/import_published.py", f"--checkpoint={tmp_path}/{name}", f"--data_dir={demo_data}",
+           "--num_heads=4", f"--out={tmp_path}/ours.pt")
     run_ok("finetune.py", *arguments, f"--pretrained={tmp_path}/ours.pt")
     tuned = weights(tmp_path / "run")
     if has_positions:
-        assert torch.allclose(tuned["encoder.embedding.position.weight"], published["embedding.position_embedding.weight"], atol=1e-6)
+        assert torch.allclose(tuned["encoder.embedding.position.weight"],
+                              published["embedding.position_embedding.weight"], atol=1e-6)
     else:
-        assert torch.allclose(tuned["encoder.embedding.dom_table.weight"], published["embedding.dom_embedding.weight"][1:], atol=1e-6)
+        assert torch.allclose(tuned["encoder.embedding.dom_table.weight"],
+                              published["embedding.dom_embedding.weight"][1:], atol=1e-6)
     assert ("encoder.final_norm.weight" in tuned) == has_positions
     assert tuned["encoder.backbone.blocks.1.mlp.up.weight"].shape == (64, 32)
 
@@ -379,6 +404,6 @@ def test_a_published_checkpoint_that_does_not_fit_is_refused(demo_data, tmp_path
     published["embedding.dom_positions"][1:] = torch.from_numpy(data.read_geometry(demo_data) / 500)
     spoil(published)
     torch.save(published, tmp_path / "weights.pth")
-    line = user_error("tools/import_published.py", f"--checkpoint={tmp_path}/weights.pth", f"--data_dir={demo_data}",
-                      "--num_heads=4", f"--out={tmp_path}/ours.pt")
+    line = user_error("tools/import_published.py", f"--checkpoint={tmp_path}/weights.pth",
+                      f"--data_dir={demo_data}", "--num_heads=4", f"--out={tmp_path}/ours.pt")
     assert words in line and "weights.pth" in line and not (tmp_path / "ours.pt").exists()

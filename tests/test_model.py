@@ -29,7 +29,8 @@ def one_batch(lengths, hidden_share=0.3, seed=0, n=1):
     rng = np.random.default_rng(seed)
     events, pulses = random_events(rng, lengths)
     labels = ("total_charge", "center", "azimuth", "zenith", "energy")
-    return data.micro_batches(events, pulses, -(-len(lengths) // n), labels, rng.random(len(pulses)) < hidden_share)
+    return data.micro_batches(events, pulses, -(-len(lengths) // n), labels, rng.random(len(pulses))
+                              < hidden_share)
 
 
 def outputs(found):
@@ -41,7 +42,8 @@ def shuffled(batch, order):
     """The events of a packed batch in another order."""
     starts, B = batch["starts"].tolist(), len(batch["row"])
     tokens = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in order])
-    new = {name: value[tokens] if len(value) == starts[-1] else value[torch.tensor(order)] for name, value in batch.items()
+    new = {name: value[tokens] if len(value) == starts[-1] else value[torch.tensor(order)] for name,
+           value in batch.items()
            if torch.is_tensor(value) and name not in ("starts", "hidden", "hidden_event")}
     new["starts"] = torch.tensor([0, *np.cumsum(np.diff(starts)[order])], dtype=torch.int32)
     is_hidden = torch.zeros(starts[-1], dtype=torch.bool).index_fill(0, batch["hidden"], True)[tokens]
@@ -55,8 +57,9 @@ def test_base_has_the_papers_size():
     assert count_parameters(m.Reconstructor(FinetuneConfig(), GEOMETRY).state_dict()) == 6_578_051
 
 
-VARIANTS = [{}, {"backbone": "gru"}, {"backbone": "mamba"}, {"use_dom_positions": False}, {"use_dom_table": True},
-            {"mlp": "swiglu", "norm": "rmsnorm", "qk_norm": True, "final_norm": False}, {"mup_base_width": 16, "mup_base_layers": 1}]
+VARIANTS = [{}, {"backbone": "gru"}, {"backbone": "mamba"}, {"use_dom_positions": False},
+            {"use_dom_table": True}, {"mlp": "swiglu", "norm": "rmsnorm", "qk_norm": True,
+                                      "final_norm": False}, {"mup_base_width": 16, "mup_base_layers": 1}]
 BACKBONES = [{}, {"backbone": "gru"}, {"backbone": "mamba"}]
 
 
@@ -75,8 +78,10 @@ def test_an_event_does_not_depend_on_its_neighbours(kind, knobs):
         torch.cat(parts).square().sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]))
         found.append(torch.cat(parts).detach())
-    bound = 1e-4 if knobs.get("backbone") == "mamba" or kind is m.Reconstructor else 1e-9  # which keep float32 at places
-    assert torch.allclose(found[0], found[1], atol=bound) and torch.allclose(found[0][order], found[2], atol=bound)
+    # which keep float32 at places
+    bound = 1e-4 if knobs.get("backbone") == "mamba" or kind is m.Reconstructor else 1e-9
+    assert torch.allclose(found[0], found[1], atol=bound) and torch.allclose(found[0][order], found[2],
+                                                                             atol=bound)
     for gradient in gradients[1:]:
         assert torch.allclose(gradient, gradients[0], rtol=1e-6, atol=bound * gradients[0].abs().max())
 
@@ -102,7 +107,8 @@ def test_a_hidden_dom_cannot_be_seen_and_other_pulses_can():
     _, x = net.encoder(batch)
     changed = {**batch, "dom": batch["dom"].index_fill(0, batch["hidden"], 123)}
     assert torch.equal(x, net.encoder(changed)[1])
-    visible = torch.ones(len(x), dtype=torch.bool).index_fill(0, batch["hidden"], False).nonzero()[1]  # 0 is [CLS]
+    # 0 is [CLS]
+    visible = torch.ones(len(x), dtype=torch.bool).index_fill(0, batch["hidden"], False).nonzero()[1]
     changed["dom"][visible] = 123
     assert not torch.allclose(x, net.encoder(changed)[1], atol=1e-5)
 
@@ -150,10 +156,12 @@ def test_the_transformer_is_the_plain_formula():
     for event in (slice(0, 6), slice(6, 10)):
         h = F.layer_norm(x[event], (32,), block.norm1.weight, block.norm1.bias)
         q, k, v = (h @ block.mixer.qkv.weight.T).split(32, dim=1)
-        heads = [((q[:, s] @ k[:, s].T) / 8 ** 0.5).softmax(1) @ v[:, s] for s in (slice(8 * i, 8 * i + 8) for i in range(4))]
+        heads = [((q[:, s] @ k[:, s].T) / 8 ** 0.5).softmax(1) @ v[:, s]
+                 for s in (slice(8 * i, 8 * i + 8) for i in range(4))]
         y = x[event] + torch.cat(heads, 1) @ block.mixer.out.weight.T
         h = F.layer_norm(y, (32,), block.norm2.weight, block.norm2.bias)
-        y = y + F.relu(h @ block.mlp.up.weight.T + block.mlp.up.bias) @ block.mlp.down.weight.T + block.mlp.down.bias
+        y = y + F.relu(h @ block.mlp.up.weight.T
+                       + block.mlp.up.bias) @ block.mlp.down.weight.T + block.mlp.down.bias
         assert torch.allclose(out[event], y, atol=1e-10)
 
 
@@ -170,7 +178,8 @@ def test_autocast_stays_near_float32(dtype, bound, knobs):
     assert all(torch.isfinite(p.grad).all() for p in net.parameters())
 
 
-@pytest.mark.parametrize("knobs", [*BACKBONES, {"dom_loss": "ce+emd", "cls_target": "charge+center"}], ids=str)
+@pytest.mark.parametrize("knobs", [*BACKBONES, {"dom_loss": "ce+emd", "cls_target": "charge+center"}],
+                         ids=str)
 def test_extreme_events_stay_finite(knobs):
     for kind in (m.Pretrainer, m.Reconstructor):
         net, (batch,) = make(kind, **knobs), one_batch([1, 1, 2, 5], hidden_share=0)
@@ -204,12 +213,15 @@ def test_vmf_loss_is_the_density_from_broad_to_narrow():
     rng = torch.Generator().manual_seed(0)
     truth = F.normalize(torch.randn(400, 3, generator=rng, dtype=torch.float64), dim=-1)
     for kappa in (1e-3, 0.1, 1.0, 30.0, 300.0):
-        direction = F.normalize(truth + torch.randn(400, 3, generator=rng, dtype=torch.float64) / (1 + kappa) ** 0.5, dim=-1)
+        direction = F.normalize(truth + torch.randn(400, 3, generator=rng,
+                                                    dtype=torch.float64) / (1 + kappa) ** 0.5, dim=-1)
         k = torch.full((400,), kappa, dtype=torch.float64)
         plain = -(k / (4 * math.pi * torch.sinh(k))).log() - k * (direction * truth).sum(-1)
         assert torch.allclose(m.vmf_loss(direction, k, truth), plain, rtol=1e-9)
-        assert torch.allclose(m.vmf_loss(direction.float(), k.float(), truth.float()).double(), plain, rtol=2e-4, atol=1e-4)
-    for kappa in (1e-3, 1e3, 1e6):  # float32, with gradients, also where the truth is met or missed altogether
+        assert torch.allclose(m.vmf_loss(direction.float(), k.float(), truth.float()).double(), plain,
+                              rtol=2e-4, atol=1e-4)
+    # float32, with gradients, also where the truth is met or missed altogether
+    for kappa in (1e-3, 1e3, 1e6):
         for towards in (truth.float(), -truth.float()):
             direction, k = truth.float().requires_grad_(), torch.full((400,), kappa, requires_grad=True)
             m.vmf_loss(direction, k, towards).sum().backward()
@@ -224,8 +236,10 @@ def test_weight_decay_spares_biases_norms_and_embeddings():
         assert len(hidden["params"]) + len(decayed["params"]) + len(kept["params"]) == len(names)
         assert [group["weight_decay"] for group in (hidden, decayed, kept)] == [0.1, 0.1, 0.0]
         for p in hidden["params"] + decayed["params"]:
-            assert names[id(p)].endswith("weight") and "norm" not in names[id(p)] and "dom_table" not in names[id(p)]
-        assert {"encoder.embedding.cls", "encoder.final_norm.weight", "dom_head.bias"} <= {names[id(p)] for p in kept["params"]}
+            assert names[id(p)].endswith("weight") and "norm" not in names[id(p)]
+            assert "dom_table" not in names[id(p)]
+        assert {"encoder.embedding.cls", "encoder.final_norm.weight",
+                "dom_head.bias"} <= {names[id(p)] for p in kept["params"]}
 
 
 def test_same_seed_same_weights_and_no_randomness_in_forward():
@@ -239,7 +253,9 @@ def test_same_seed_same_weights_and_no_randomness_in_forward():
 # ------------------------------------------------------------------------------------------------------------
 
 def test_mambas_heads_remember_what_events_have():
-    """Memory of a head in pulses, 1 / (time step * decay rate), and the weight of what it reads, its time step."""
+    """Memory of a head in pulses, 1 / (time step * decay rate), and the weight of what it reads,
+    its time step.
+    """
     mixer = make(backbone="mamba").encoder.backbone.blocks[0].mixer.forwards
     step = F.softplus(mixer.dt_bias)
     memory = 1 / (step * mixer.log_a.exp())
@@ -251,7 +267,8 @@ def test_mambas_heads_remember_what_events_have():
 def test_mambas_matrix_form_is_the_recurrence(chunk):
     rng = torch.Generator().manual_seed(0)
     B, L, H, P, N = 2, 37, 3, 4, 5
-    x, b, c = (torch.randn(*shape, generator=rng, dtype=torch.float64) for shape in ((B, L, H, P), (B, L, N), (B, L, N)))
+    x, b, c = (torch.randn(*shape, generator=rng, dtype=torch.float64)
+               for shape in ((B, L, H, P), (B, L, N), (B, L, N)))
     log_decay = -torch.rand(B, L, H, generator=rng, dtype=torch.float64) * 3
     state, ys = torch.zeros(B, H, N, P, dtype=torch.float64), []
     for t in range(L):
@@ -284,8 +301,10 @@ def test_backbones_and_mlps_are_of_about_equal_size():
     assert max(sizes) < 1.07 * min(sizes)
 
 
-@pytest.mark.parametrize("knobs", [{}, {"backbone": "mamba"}, {"mlp": "swiglu", "norm": "rmsnorm", "qk_norm": True,
-                                                               "dom_loss": "ce+emd", "cls_target": "charge+center"}], ids=str)
+@pytest.mark.parametrize("knobs",
+                         [{}, {"backbone": "mamba"}, {"mlp": "swiglu", "norm": "rmsnorm", "qk_norm": True,
+                                                               "dom_loss": "ce+emd",
+                                                      "cls_target": "charge+center"}], ids=str)
 def test_it_compiles_in_one_piece_for_all_lengths(knobs):
     """Not so the GRU: torch traces no nn.GRU, each stays one opaque call."""
     from torch._dynamo.testing import CompileCounter
@@ -295,7 +314,8 @@ def test_it_compiles_in_one_piece_for_all_lengths(knobs):
     torch._dynamo.reset()
     counter = CompileCounter()
     compiled = torch.compile(net, backend=counter, dynamic=True)
-    for seed, lengths in enumerate(([5, 9, 30], [7, 40, 12, 8], [3, 100], [8, 126, 50, 20, 9], [11, 2, 3], [90, 77])):
+    for seed, lengths in enumerate(([5, 9, 30], [7, 40, 12, 8], [3, 100], [8, 126, 50, 20, 9], [11, 2, 3],
+                                    [90, 77])):
         compiled(one_batch(lengths, seed=seed)[0])
     assert counter.frame_count <= 3
 
@@ -307,7 +327,8 @@ def test_it_compiles_in_one_piece_for_all_lengths(knobs):
 def test_other_losses_agree_with_the_plain_formulas():
     (batch,) = one_batch([3, 50, 17, 9], seed=4)
     batch["center"] = torch.randn(4, 3) * 200
-    ce, emd, both = (make(dom_loss=kind, emd_weight=0.5, loss_weighting="per_pulse", cls_target="charge+center")
+    ce, emd, both = (make(dom_loss=kind, emd_weight=0.5, loss_weighting="per_pulse",
+                          cls_target="charge+center")
                      for kind in ("ce", "emd", "ce+emd"))
     with torch.no_grad():
         logits, answers = ce.predict(batch)
@@ -320,8 +341,10 @@ def test_other_losses_agree_with_the_plain_formulas():
             sums = torch.stack([per_pulse[event == i].sum() for i in range(4)])
             assert torch.allclose(net(batch)["dom"].double(), sums, rtol=1e-4)
         losses = ce(batch)
-        assert torch.allclose(losses["charge"], (answers["charge"][:, 0] - batch["total_charge"].log10()) ** 2, rtol=1e-4)
-        assert torch.allclose(losses["center"], ((answers["center"] - batch["center"] / 500) ** 2).mean(1), rtol=1e-4)
+        assert torch.allclose(losses["charge"],
+                              (answers["charge"][:, 0] - batch["total_charge"].log10()) ** 2, rtol=1e-4)
+        assert torch.allclose(losses["center"], ((answers["center"] - batch["center"] / 500) ** 2).mean(1),
+                              rtol=1e-4)
 
 
 def test_metrics_by_hand():
@@ -337,8 +360,10 @@ def test_metrics_by_hand():
         logits = net.dom_head.bias.expand(len(dom), -1)
     assert found["top1"] == (dom == 0).sum() and found["top5"] == (dom < 5).sum()
     assert found["string"] == (dom < 60).sum() > 0
-    assert found["distance"] == pytest.approx(np.linalg.norm(GEOMETRY[dom] - GEOMETRY[0], axis=1).sum(), rel=1e-5)
-    assert found["cross_entropy"] == pytest.approx(F.cross_entropy(logits, dom, reduction="sum").item(), rel=1e-5)
+    assert found["distance"] == pytest.approx(np.linalg.norm(GEOMETRY[dom] - GEOMETRY[0], axis=1).sum(),
+                                              rel=1e-5)
+    assert found["cross_entropy"] == pytest.approx(F.cross_entropy(logits, dom, reduction="sum").item(),
+                                                   rel=1e-5)
     error = answers["charge"][:, 0] - batch["total_charge"].log10()
     assert found["charge_metric"] == pytest.approx((error ** 2).sum().item(), rel=1e-4)
     error = answers["center"] * 500 - batch["center"]  # [m]
@@ -358,11 +383,12 @@ def test_mup_at_its_base_width_changes_nothing():
 
 
 def update_size(width=64, layers=2, **knobs):
-    """How much 4 Adam steps move the backbone's outputs (a coordinate check compares it over width or depth)."""
+    """How much 4 Adam steps move the backbone's outputs (a coordinate check compares it over width or depth).
+    """
     batches = [one_batch([20, 40, 30], seed=seed)[0] for seed in range(2)]
     torch.manual_seed(0)
-    net = m.Pretrainer(TrainConfig(embedding_dim=width, dom_embed_dim=width // 2, num_heads=4, hidden_size=2 * width,
-                                   num_layers=layers, **knobs), GEOMETRY)
+    net = m.Pretrainer(TrainConfig(embedding_dim=width, dom_embed_dim=width // 2, num_heads=4,
+                                   hidden_size=2 * width, num_layers=layers, **knobs), GEOMETRY)
     groups = m.parameter_groups(net, 0.0)
     optimizer = torch.optim.AdamW([{**g, "lr": 1e-3 * g["lr_scale"]} for g in groups], betas=(0.9, 0.95))
     x = net.encoder.embedding(batches[0]).detach()
@@ -380,11 +406,13 @@ def update_size(width=64, layers=2, **knobs):
 
 
 def coordinates(width, heads, steps=20, **knobs):
-    """After some AdamW steps: spread of attention logits and block outputs, and of their change -> (2 n_layers, 2)."""
+    """After some AdamW steps: spread of attention logits and block outputs, and of their change
+    -> (2 n_layers, 2).
+    """
     batches = [one_batch([20, 40, 30], seed=seed)[0] for seed in range(2)]
     torch.manual_seed(0)
-    net = m.Pretrainer(TrainConfig(embedding_dim=width, dom_embed_dim=width // 2, num_heads=heads, hidden_size=4 * width,
-                                   num_layers=2, **knobs), GEOMETRY)
+    net = m.Pretrainer(TrainConfig(embedding_dim=width, dom_embed_dim=width // 2, num_heads=heads,
+                                   hidden_size=4 * width, num_layers=2, **knobs), GEOMETRY)
     optimizer = torch.optim.AdamW([{**g, "lr": 3e-3 * g["lr_scale"]} for g in m.parameter_groups(net, 0.0)],
                                   betas=(0.9, 0.95))
 
@@ -394,7 +422,8 @@ def coordinates(width, heads, steps=20, **knobs):
         packing, found = m.Packing(starts, batches[0]["longest"], len(x)), []
         for block in net.encoder.backbone.blocks:
             q, k, _ = block.mixer.qkv(block.norm1(x)).view(len(x), 3, heads, -1).unbind(1)
-            logits = [torch.einsum("lhd,mhd->hlm", q[a:b], k[a:b]).flatten() for a, b in zip(starts, starts[1:])]
+            logits = [torch.einsum("lhd,mhd->hlm", q[a:b], k[a:b]).flatten() for a,
+                      b in zip(starts, starts[1:])]
             x = block(x, packing)
             found += [torch.cat(logits) * block.mixer.scale, x]
         return found
@@ -407,10 +436,14 @@ def coordinates(width, heads, steps=20, **knobs):
     return np.array([[size.std().item() for size in (new, new - old)] for old, new in zip(before, look())])
 
 
-@pytest.mark.parametrize("heads", [lambda width: width // 32, lambda width: 1], ids=["more heads", "wider heads"])
+@pytest.mark.parametrize("heads", [lambda width: width // 32, lambda width: 1],
+                         ids=["more heads", "wider heads"])
 def test_mup_keeps_the_size_of_an_update_over_width(heads):
-    """The coordinate check (Yang et al. 2022, appendix D.1): of one size over widths 32 to 256, whichever way they widen."""
-    mup = [coordinates(width, heads(width), mup_base_width=32, mup_base_heads=1) for width in (32, 64, 128, 256)]
+    """The coordinate check (Yang et al. 2022, appendix D.1):
+    of one size over widths 32 to 256, whichever way they widen.
+    """
+    mup = [coordinates(width, heads(width), mup_base_width=32, mup_base_heads=1)
+           for width in (32, 64, 128, 256)]
     assert np.max(np.max(mup, axis=0) / np.min(mup, axis=0)) < 2.1
     standard = coordinates(256, heads(256))
     assert np.all(standard[:, 1] > 2 * mup[-1][:, 1])  # so the check can fail
@@ -427,12 +460,16 @@ def test_completep_keeps_the_size_of_an_update_over_depth():
 # ------------------------------------------------------------------------------------------------------------
 
 def published_state(rng, variant="table", D=32, E=16, width=64, n_layers=2):
-    """A state dict with the names and shapes of timinar/PolarBERT's flash variant, in its three forms of DOM embedding."""
+    """A state dict with the names and shapes of timinar/PolarBERT's flash variant,
+    in its three forms of DOM embedding.
+    """
     shapes = {"table": {"embedding.dom_embedding.weight": (5162, E)},
-              "table, own mask": {"embedding.dom_embedding.weight": (5161, E), "embedding.mask_token_embedding": (1, E)},
-              "positions": {"embedding.position_embedding.weight": (E, 3), "embedding.position_embedding.bias": (E,),
-                            "embedding.mask_token_embedding": (1, E),
-                            "final_layer_norm.weight": (D,), "final_layer_norm.bias": (D,)}}[variant]
+              "table, own mask": {"embedding.dom_embedding.weight": (5161, E),
+                                  "embedding.mask_token_embedding": (1, E)},
+              "positions": {"embedding.position_embedding.weight": (E, 3),
+                            "embedding.position_embedding.bias": (E,),
+                            "embedding.mask_token_embedding": (1, E), "final_layer_norm.weight": (D,),
+                            "final_layer_norm.bias": (D,)}}[variant]
     shapes = {**shapes, "embedding.features_embedding.weight": (D - E, 3),
               "embedding.features_embedding.bias": (D - E,), "embedding.cls_embedding": (1, 1, D),
               "unembedding.weight": (5161, D), "unembedding.bias": (5161,),
@@ -445,7 +482,8 @@ def published_state(rng, variant="table", D=32, E=16, width=64, n_layers=2):
         shapes |= {f"{block}.layer_norm{j}.{kind}": (D,) for j in (1, 2) for kind in ("weight", "bias")}
     state = {name: torch.randn(*shape, generator=rng) * 0.3 for name, shape in shapes.items()}
     if variant == "positions":
-        state["embedding.dom_positions"] = torch.cat([torch.zeros(1, 3), torch.as_tensor(GEOMETRY) / 500]).float()
+        state["embedding.dom_positions"] = torch.cat([torch.zeros(1, 3),
+                                                      torch.as_tensor(GEOMETRY) / 500]).float()
     return state
 
 
@@ -476,7 +514,8 @@ def published_outputs(w, dom, features, hidden, n_heads=4):
     return linear(x[1:], "unembedding"), linear(x[:1], "charge_prediction")[0, 0]
 
 
-@pytest.mark.parametrize("prefix, variant", [("", "table"), ("model.", "table, own mask"), ("model.", "positions")])
+@pytest.mark.parametrize("prefix, variant", [("", "table"), ("model.", "table, own mask"),
+                                             ("model.", "positions")])
 def test_a_published_checkpoint_gives_its_own_outputs(prefix, variant):
     published = published_state(torch.Generator().manual_seed(0), variant)
     knobs, ours = from_published({prefix + name: value for name, value in published.items()})

@@ -1,4 +1,6 @@
-"""plot.py draws from what real runs left behind. How a figure looks is for people to judge, what stands in it is not."""
+"""plot.py draws from what real runs left behind.
+How a figure looks is for people to judge, what stands in it is not.
+"""
 import json
 import shutil
 
@@ -23,20 +25,22 @@ def closed_figures():
 def tuned(demo_data, pretrained, tmp_path_factory):
     """Fine-tuning runs: two of the direction, with 50 and 150 labels, and one of the energy."""
     folder = tmp_path_factory.mktemp("tuned")
-    for name, knobs in (("50", ["--train_events=50", "--direction_loss=vmf"]), ("150", ["--direction_loss=vmf"]),
-                        ("energy", ["--task=energy"])):
-        run_ok("finetune.py", f"--data_dir={demo_data}", *KNOBS, f"--out_dir={folder}/{name}", "--max_steps=3", *knobs,
-               f"--pretrained={pretrained[0]}/ckpt.pt")
+    for name, knobs in (("50", ["--train_events=50", "--direction_loss=vmf"]),
+                        ("150", ["--direction_loss=vmf"]), ("energy", ["--task=energy"])):
+        run_ok("finetune.py", f"--data_dir={demo_data}", *KNOBS, f"--out_dir={folder}/{name}",
+               "--max_steps=3", *knobs, f"--pretrained={pretrained[0]}/ckpt.pt")
     return folder
 
 
 def test_every_figure(demo_data, pretrained, tuned, tmp_path):
     both = f"{tuned}/50,{tuned}/150"
     for what, runs, more in (("curves", pretrained[0], []), ("curves", both, []), ("errors", both, []),
-                             ("errors", f"{tuned}/energy", []), ("calibration", both, []), ("labels", both, []),
-                             ("labels", f"{tuned}/energy", []), ("scaling", both, ["--y=val_loss"]),
+                             ("errors", f"{tuned}/energy", []), ("calibration", both, []),
+                             ("labels", both, []), ("labels", f"{tuned}/energy", []),
+                             ("scaling", both, ["--y=val_loss"]),
                              ("scaling", str(pretrained[0]), ["--x=parameters"]),
-                             ("event", f"{pretrained[0]},{tuned}/50", [f"--data_dir={demo_data}", "--event=3"]),
+                             ("event", f"{pretrained[0]},{tuned}/50",
+                              [f"--data_dir={demo_data}", "--event=3"]),
                              ("event", f"{tuned}/50", [f"--data_dir={demo_data}", "--split=test"])):
         path = tmp_path / f"{what}.png"
         run_ok("tools/plot.py", f"--what={what}", f"--runs={runs}", f"--out={path}", *more)
@@ -47,7 +51,8 @@ def test_every_figure(demo_data, pretrained, tuned, tmp_path):
 def test_curves_show_the_dom_loss_from_the_first_evaluation_to_the_last(pretrained):
     above = plot.curves(plot.PlotConfig(), [pretrained[0]], plt).axes[0]
     training, evaluations, guessing = above.get_lines()
-    assert evaluations.get_xdata().tolist() == [0, 3, 6] and training.get_xdata().tolist() == [0, 1, 2, 3, 4, 5]
+    assert evaluations.get_xdata().tolist() == [0, 3,
+                                                6] and training.get_xdata().tolist() == [0, 1, 2, 3, 4, 5]
     assert evaluations.get_ydata() == pytest.approx(plot.read_log(pretrained[0])["val_dom_loss"][[0, 3, 6]])
     assert guessing.get_ydata()[0] == pytest.approx(np.log(5160)) and above.get_yscale() == "log"
 
@@ -57,7 +62,8 @@ def test_bins_are_matched_by_name(tuned, tmp_path):
     runs = [tmp_path / "a", tmp_path / "b"]
     for run in runs:
         shutil.copytree(tuned / "150", run)
-    for run, rates in zip(runs, ({"1 to 31": 0.1, "32 to 63": 0.2, "128 to 255": 0.4}, {"32 to 63": 0.7, "64 to 127": 0.8})):
+    for run, rates in zip(runs, ({"1 to 31": 0.1, "32 to 63": 0.2, "128 to 255": 0.4},
+                                 {"32 to 63": 0.7, "64 to 127": 0.8})):
         found = common.read_json(run / "evaluation_val.json")
         found["rows"] = [{"kind": "pulses", "bin": name, "n": 12, "median": median, "median_error": 0.01,
                           "line_fit_median": 1.0} for name, median in rates.items()]
@@ -89,10 +95,12 @@ def test_events_of_next_to_no_pulses_are_drawn(tmp_path, length):
 
 def study_rows(name, arms):
     """arms: name -> learning rate -> val_dom_loss of each seed."""
-    return [dict.fromkeys(study.RESULTS, "") | {"study": name, "arm": arm, "learning_rate": f"{rate:g}", "seed": str(seed),
-                                                "step": "600", "events": str(100 * int(arm.rpartition("/")[2])),
+    return [dict.fromkeys(study.RESULTS, "") | {"study": name, "arm": arm, "learning_rate": f"{rate:g}",
+                                                "seed": str(seed), "step": "600",
+                                                "events": str(100 * int(arm.rpartition("/")[2])),
                                                 "metric": "val_dom_loss", "val_dom_loss": str(loss)}
-            for arm, rates in arms.items() for rate, losses in rates.items() for seed, loss in enumerate(losses, 1)]
+            for arm, rates in arms.items() for rate, losses in rates.items() for seed,
+            loss in enumerate(losses, 1)]
 
 
 def test_a_study_over_widths(tmp_path):
@@ -102,9 +110,11 @@ def test_a_study_over_widths(tmp_path):
     config = plot.PlotConfig(what="study", study="width", x="learning_rate", results=f"{tmp_path}/r.csv")
     axis = plot.study(config, [], plt).axes[0]
     lines = [container.lines[0] for container in axis.containers]
-    assert [text.get_text() for text in axis.get_legend().texts] == ["standard/32", "standard/128", "muP/32", "muP/128"]
+    assert [text.get_text() for text in axis.get_legend().texts] == ["standard/32", "standard/128", "muP/32",
+                                                                     "muP/128"]
     assert lines[0].get_color() == lines[2].get_color() != lines[1].get_color() == lines[3].get_color()
-    assert lines[0].get_linestyle() == lines[1].get_linestyle() != lines[2].get_linestyle() == lines[3].get_linestyle()
+    styles = [line.get_linestyle() for line in lines]
+    assert styles[0] == styles[1] != styles[2] == styles[3]
     assert [label.get_text() for label in axis.get_xticklabels()] == ["0.005", "0.01"]
     bars = axis.containers[0].lines[2][0].get_segments()  # two seeds at 0.005, one at 0.01: no bar
     assert np.ptp(bars[0][:, 1]) == pytest.approx(2 * np.std([5.0, 5.2], ddof=1))
@@ -116,7 +126,8 @@ def test_runs_of_several_lengths_are_one_line(tmp_path):
                                                                   for n in (800, 1200, 1600)}))
     config = plot.PlotConfig(what="study", study="branches", results=f"{tmp_path}/r.csv")
     container, = plot.study(config, [], plt).axes[0].containers
-    assert container.get_label() == "branched" and container.lines[0].get_xdata().tolist() == [80_000, 120_000, 160_000]
+    assert container.get_label() == "branched"
+    assert container.lines[0].get_xdata().tolist() == [80_000, 120_000, 160_000]
 
 
 def test_spread_is_that_of_a_sample():
@@ -137,7 +148,9 @@ def test_user_errors(demo_data, pretrained, tuned, tmp_path):
     assert "evaluation_val.json" in user_error("tools/plot.py", "--what=errors", runs)
     assert "log.csv: no such file" in user_error("tools/plot.py", "--what=curves", f"--runs={tmp_path}")
     assert "draw them apart" in user_error("tools/plot.py", "--what=curves", f"{runs},{tuned}/50")
-    assert "cannot share an axis" in user_error("tools/plot.py", "--what=errors", f"--runs={tuned}/50,{tuned}/energy")
+    assert "cannot share an axis" in user_error("tools/plot.py", "--what=errors",
+                                                f"--runs={tuned}/50,{tuned}/energy")
     assert "has no val_los" in user_error("tools/plot.py", "--what=scaling", runs, "--y=val_los")
-    assert "there is no event 999" in user_error("tools/plot.py", "--what=event", f"--data_dir={demo_data}", "--event=999")
+    assert "there is no event 999" in user_error("tools/plot.py", "--what=event", f"--data_dir={demo_data}",
+                                                 "--event=999")
     assert "did you mean 'curves'" in user_error("tools/plot.py", "--what=curve", runs)

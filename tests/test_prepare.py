@@ -29,19 +29,24 @@ def make_events(rng, n, lengths=(1, 2, 60, 126, 127, 128, 129, 500)):
     for i in range(n):
         length = 5000 if i == 7 else int(rng.choice(lengths))
         aux_share = (0, 1, 0.7, 0.97)[i % 4]
-        times = rng.integers(6000, 6000 + (length // 3 + 1 if i % 5 == 0 else 9000), length)  # every fifth is full of ties
+        # every fifth is full of ties
+        times = rng.integers(6000, 6000 + (length // 3 + 1 if i % 5 == 0 else 9000), length)
         events.append({"event_id": int(rng.integers(2**40)), "time": times if i % 7 == 0 else np.sort(times),
-                       "charge": np.round(rng.integers(1, 80, length) * 0.025, 3), "sensor_id": rng.integers(0, 5160, length),
-                       "auxiliary": rng.random(length) < aux_share, "azimuth": rng.uniform(0, 2 * np.pi),
-                       "zenith": np.arccos(rng.uniform(-1, 1)), "energy": 10 ** rng.uniform(2, 6), "event_class": 1 + i % 2})
+                       "charge": np.round(rng.integers(1, 80, length) * 0.025, 3),
+                       "sensor_id": rng.integers(0, 5160, length), "auxiliary": rng.random(length)
+                       < aux_share, "azimuth": rng.uniform(0, 2 * np.pi),
+                       "zenith": np.arccos(rng.uniform(-1, 1)), "energy": 10 ** rng.uniform(2, 6),
+                       "event_class": 1 + i % 2})
     return events
 
 
 def pulse_table(events, event_id=True):
     columns = {"sensor_id": np.int16, "time": np.int64, "charge": np.float64, "auxiliary": bool}
-    table = {name: np.concatenate([event[name] for event in events]).astype(kind) for name, kind in columns.items()}
+    table = {name: np.concatenate([event[name] for event in events]).astype(kind) for name,
+             kind in columns.items()}
     if event_id:
-        table["event_id"] = np.repeat([event["event_id"] for event in events], [len(event["time"]) for event in events])
+        table["event_id"] = np.repeat([event["event_id"] for event in events],
+                                      [len(event["time"]) for event in events])
     return pa.table(table)
 
 
@@ -66,8 +71,10 @@ def write_kaggle(folder, train, test=None, row_group_size=1000):
     for kind, batches in (("train", train), ("test", test or {})):
         (folder / kind).mkdir(parents=True)
         for number, events in batches.items():
-            pq.write_table(pulse_table(events), folder / kind / f"batch_{number}.parquet", row_group_size=row_group_size)
-    pq.write_table(meta_table(train, ("azimuth", "zenith", "energy", "event_class")), folder / "train_meta.parquet")
+            pq.write_table(pulse_table(events), folder / kind / f"batch_{number}.parquet",
+                           row_group_size=row_group_size)
+    pq.write_table(meta_table(train, ("azimuth", "zenith", "energy", "event_class")),
+                   folder / "train_meta.parquet")
     if test:
         pq.write_table(meta_table(test, ()), folder / "test_meta.parquet", row_group_size=50)
     write_geometry(folder)
@@ -89,7 +96,8 @@ def reference(events, max_pulses=127, seed=0):
         else:
             keep = np.sort(np.append(good, bad[np.argsort(draw[bad])[:max_pulses - len(good)]]))
         pulses = np.zeros(len(keep), data.PULSE)
-        pulses["time"], pulses["charge"], pulses["dom"], pulses["aux"] = t[keep], q[keep], dom[keep], aux[keep]
+        for name, column in (("time", t), ("charge", q), ("dom", dom), ("aux", aux)):
+            pulses[name] = column[keep]
         kept.append(pulses)
         for name in ("event_id", "azimuth", "zenith", "energy", "event_class"):
             record[name] = event[name]
@@ -100,7 +108,9 @@ def reference(events, max_pulses=127, seed=0):
 
 
 def assert_equal_records(found, expected):
-    """Equal to the last bit, but for sums: they depend on the order of their terms in float64, seen in the last bit."""
+    """Equal to the last bit, but for sums: they depend on the order of their terms in float64,
+    seen in the last bit.
+    """
     for name in expected.dtype.names:
         if name in ("total_charge", "center"):
             np.testing.assert_allclose(found[name], expected[name], rtol=3e-7, atol=1e-4, err_msg=name)
@@ -116,7 +126,8 @@ def contents(folder):
 def raw(tmp_path_factory):
     rng = np.random.default_rng(1)
     train = {number: make_events(rng, n) for number, n in N_EVENTS.items()}
-    folder = write_kaggle(tmp_path_factory.mktemp("raw") / "kaggle", train, {5: make_events(rng, 30), 6: make_events(rng, 20)})
+    folder = write_kaggle(tmp_path_factory.mktemp("raw") / "kaggle", train,
+                          {5: make_events(rng, 30), 6: make_events(rng, 20)})
     return folder, train
 
 
@@ -140,10 +151,11 @@ def test_the_rule_event_by_event(raw, straight, tmp_path, max_pulses, seed):
     folder = straight[0]
     if max_pulses != 127:
         folder = tmp_path / "data"
-        run_ok("prepare.py", f"--input_dir={raw[0]}", f"--data_dir={folder}", SPLITS, f"--max_pulses={max_pulses}",
-               f"--seed={seed}", "--workers=2")
+        run_ok("prepare.py", f"--input_dir={raw[0]}", f"--data_dir={folder}", SPLITS,
+               f"--max_pulses={max_pulses}", f"--seed={seed}", "--workers=2")
     for name, batches in (("pretrain", (1, 2)), ("val", (3,))):
-        events, pulses = reference([event for number in batches for event in raw[1][number]], max_pulses, seed)
+        events, pulses = reference([event for number in batches for event in raw[1][number]], max_pulses,
+                                   seed)
         split = data.open_split(folder, name)
         assert_equal_records(split.events, events)
         assert_equal_records(split.pulses, pulses)
@@ -165,7 +177,8 @@ def test_the_draw_is_fair_and_depends_on_the_event_alone():
 
 def test_the_test_set_has_no_labels(straight):
     split = data.open_split(straight[0], "test")
-    assert len(split) == 50 and np.isnan(split.events["azimuth"]).all() and np.isnan(split.events["energy"]).all()
+    assert len(split) == 50 and np.isnan(split.events["azimuth"]).all()
+    assert np.isnan(split.events["energy"]).all()
     assert not split.events["event_class"].any()
 
 
@@ -193,16 +206,21 @@ def test_every_way_of_writing_the_parquet_files_gives_the_same(tmp_path):
     plain = pulse_table(events)
 
     def cast(**kinds):
-        return plain.cast(pa.schema([(field.name, kinds.get(field.name, field.type)) for field in plain.schema]))
+        return plain.cast(pa.schema([(field.name, kinds.get(field.name, field.type))
+                                     for field in plain.schema]))
     pandas = json.dumps({"index_columns": ["event_id"], "columns": [], "column_indexes": []}).encode()
     first = len(events[0]["time"])  # pulses of no event at both ends and between
-    gaps = [plain.slice(0, 2), plain.slice(0, first), plain.slice(5, 4), plain.slice(first), plain.slice(0, 1)]
-    files = [(plain, {}), (plain.replace_schema_metadata({"pandas": pandas}), {"compression": "zstd", "row_group_size": 77}),
+    gaps = [plain.slice(0, 2), plain.slice(0, first), plain.slice(5, 4), plain.slice(first),
+            plain.slice(0, 1)]
+    files = [(plain, {}), (plain.replace_schema_metadata({"pandas": pandas}),
+                           {"compression": "zstd", "row_group_size": 77}),
              (cast(sensor_id=pa.uint16(), time=pa.int32(), charge=pa.float32(), event_id=pa.uint64()),
               {"compression": "none"}),
-             (cast(sensor_id=pa.int64(), time=pa.float64()).select(["event_id", "auxiliary", "charge", "time", "sensor_id"]),
+             (cast(sensor_id=pa.int64(), time=pa.float64()).select(["event_id", "auxiliary", "charge", "time",
+                                                                    "sensor_id"]),
               {"compression": "gzip", "use_dictionary": False, "data_page_version": "2.0"}),
-             (plain.set_column(4, "event_id", plain["event_id"].dictionary_encode()), {"row_group_size": 10**6}),
+             (plain.set_column(4, "event_id", plain["event_id"].dictionary_encode()),
+              {"row_group_size": 10**6}),
              (pa.concat_tables(gaps), {})]
     meta = meta_table({number: events for number in range(1, len(files) + 1)}).to_pydict()
     for i in range(len(meta["batch_id"])):
@@ -216,7 +234,8 @@ def test_every_way_of_writing_the_parquet_files_gives_the_same(tmp_path):
     pq.write_table(pa.table(meta), folder / "train_meta.parquet", row_group_size=11)
     for number, (table, options) in enumerate(files, start=1):
         pq.write_table(table, folder / f"train/batch_{number}.parquet", **options)
-    run_ok("prepare.py", f"--input_dir={folder}", f"--data_dir={tmp_path}/data", f"--splits={{'all': (1, {len(files)})}}")
+    run_ok("prepare.py", f"--input_dir={folder}", f"--data_dir={tmp_path}/data",
+           f"--splits={{'all': (1, {len(files)})}}")
     split = data.open_split(tmp_path / "data", "all")
     n, n_pulses = len(events), len(split.pulses) // len(files)
     for i in range(len(files)):
@@ -232,7 +251,8 @@ def test_events_are_whole_however_the_files_are_cut(raw, monkeypatch, chunk):
     def read():
         meta = list(prepare.kaggle_meta(raw[0] / "train_meta.parquet", {1, 2}))
         parts = list(prepare.kaggle_chunks(raw[0] / "train/batch_2.parquet", meta[1][2]))
-        return [number for number, _, _ in meta], [row for _, row, _ in meta], [np.concatenate(part) for part in zip(*parts)], \
+        return [number for number, _,
+                _ in meta], [row for _, row, _ in meta], [np.concatenate(part) for part in zip(*parts)], \
             len(parts)
     numbers, rows, whole, n = read()
     assert n == 1 and numbers == [1, 2] and rows == [0, N_EVENTS[1]]
@@ -249,7 +269,8 @@ def test_local_coincidence_pair_by_pair(kind):
     n = 1500
     event, dom = rng.integers(0, 40, n), rng.choice([0, 1, 2, 3, 57, 58, 59, 60, 61, 63, 5159], n)
     time = rng.uniform(0, 40_000, n).astype(kind)
-    event[:200], dom[:200] = event[200:400], np.where(dom[200:400] % 60 < 58, dom[200:400] + 1, dom[200:400] - 1)
+    event[:200], dom[:200] = event[200:400], np.where(dom[200:400] % 60 < 58, dom[200:400] + 1,
+                                                      dom[200:400] - 1)
     time[:200] = np.floor(time[200:400]) + rng.choice([-1001, -1000, 1000, 1001], 200)  # right at the border
     time[200:400] = np.floor(time[200:400])
     apart = np.abs(dom[:, None] - dom)
@@ -274,8 +295,8 @@ def slow(tmp_path_factory):
     folder = tmp_path_factory.mktemp("slow")
     events = make_events(np.random.default_rng(4), 150)
     write_kaggle(folder / "raw", {number: events for number in range(1, 41)}, row_group_size=10**6)
-    command = [sys.executable, str(ROOT / "prepare.py"), f"--input_dir={folder}/raw", "--splits={'all': (1, 40)}",
-               "--workers=2"]
+    command = [sys.executable, str(ROOT / "prepare.py"), f"--input_dir={folder}/raw",
+               "--splits={'all': (1, 40)}", "--workers=2"]
     subprocess.run([*command, f"--data_dir={folder}/straight"], check=True, cwd=ROOT, capture_output=True)
     return folder, command
 
@@ -285,7 +306,8 @@ def test_stopped_and_gone_on_is_as_never_stopped(slow, tmp_path, stop):
     folder, command = slow
     target = tmp_path / "data"
     command = [*command, f"--data_dir={target}"]
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, preexec_fn=hear_ctrl_c, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, preexec_fn=hear_ctrl_c,
+                               stderr=subprocess.PIPE, text=True)
     while not list(target.glob("unfinished/all_*.json")):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.005)
@@ -321,20 +343,23 @@ def test_a_complete_folder_is_left_alone(raw, straight, tmp_path):
     done = run_ok("prepare.py", f"--input_dir={raw[0]}", f"--data_dir={target}", "--workers=2", SPLITS)
     assert "complete, nothing to do" in done.stdout
     shutil.copytree(raw[0], tmp_path / "other")
-    for flags, words in (([SPLITS, "--seed=4"], "seed = 0, now it is 4"), ([SPLITS, "--max_pulses=64"], "max_pulses = 127"),
+    for flags, words in (([SPLITS, "--seed=4"], "seed = 0, now it is 4"),
+                         ([SPLITS, "--max_pulses=64"], "max_pulses = 127"),
                          (["--splits={'val': (3, 3)}"], "splits = "),
                          ([SPLITS, f"--input_dir={tmp_path}/other"], "input_dir = ")):
         line = user_error("prepare.py", f"--input_dir={raw[0]}", f"--data_dir={target}", *flags)
         assert words in line and "choose another data_dir" in line
     assert contents(target) == before
     os.truncate(target / "val_pulses.bin", 100)
-    assert "val_pulses.bin" in user_error("prepare.py", f"--input_dir={raw[0]}", f"--data_dir={target}", SPLITS)
+    assert "val_pulses.bin" in user_error("prepare.py", f"--input_dir={raw[0]}", f"--data_dir={target}",
+                                          SPLITS)
 
 
 def test_a_full_disk(raw, straight, tmp_path, monkeypatch):
     """A limit on the size of files stands for the disk: pretrain_pulses.bin does not fit."""
     flags = [f"--input_dir={raw[0]}", f"--data_dir={tmp_path}/data", SPLITS, "--workers=2"]
-    line = user_error("prepare.py", *flags, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000)))
+    line = user_error("prepare.py", *flags,
+                      preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000)))
     assert "pretrain_pulses.bin: no room" in line and not (tmp_path / "data/meta.json").exists()
     run_ok("prepare.py", *flags)
     assert contents(tmp_path / "data") == contents(straight[0])
@@ -401,9 +426,11 @@ CASES = {  # what is wrong: (how to spoil the file, the words that the error lin
     "batch missing": (lambda f: (f / B).unlink(), [B, "no such file"]),
     "batch cut off": (lambda f: os.truncate(f / B, 5000), [B, "damaged"]),
     "batch empty": (lambda f: (f / B).write_bytes(b""), [B, "0 bytes"]),
-    "batch without rows": (lambda f: pq.write_table(pq.read_table(f / B).slice(0, 0), f / B), [M, f"row {FIRST}", "0 rows"]),
+    "batch without rows": (lambda f: pq.write_table(pq.read_table(f / B).slice(0, 0), f / B),
+                           [M, f"row {FIRST}", "0 rows"]),
     "batch damaged inside": (lambda f: spoil_middle(f / B), [B]),
-    "batch is no parquet": (lambda f: (f / B).write_text("sensor_id,time\n" * 99), [B, "not a readable parquet"]),
+    "batch is no parquet": (lambda f: (f / B).write_text("sensor_id,time\n" * 99),
+                            [B, "not a readable parquet"]),
     "meta missing": (lambda f: (f / M).unlink(), [M, "no such file"]),
     "meta cut off": (lambda f: os.truncate(f / M, 3000), [M, "damaged"]),
     "folder missing": (lambda f: shutil.rmtree(f / "train"), ["train/batch_1.parquet", "no such file"]),
@@ -423,32 +450,42 @@ CASES = {  # what is wrong: (how to spoil the file, the words that the error lin
     "time NaN": (lambda f: change(f / B, "time", 3, NAN, pa.float64()), [B, "row 3", "time is nan"]),
     "time negative": (lambda f: change(f / B, "time", 4, -7), [B, "row 4", "time is -7"]),
     "time absent": (lambda f: change(f / B, "time", 4, None), [B, "row 4", "no value", "time"]),
-    "pulses beyond the file": (lambda f: pq.write_table(pq.read_table(f / B).slice(0, 4000), f / B), [M, B, "4000 rows"]),
+    "pulses beyond the file": (lambda f: pq.write_table(pq.read_table(f / B).slice(0, 4000), f / B),
+                               [M, B, "4000 rows"]),
     "ranges overlap": (lambda f: change(f / M, "first_pulse_index", FIRST + 5, 3),
                        [M, f"row {FIRST + 5}", "batch 2", "overlap"]),
-    "range reversed": (lambda f: change(f / M, "last_pulse_index", FIRST + 5, 3), [M, f"row {FIRST + 5}", "reversed"]),
-    "range negative": (lambda f: change(f / M, "first_pulse_index", FIRST, -1), [M, f"row {FIRST}", "negative"]),
-    "other event in the meta": (lambda f: change(f / M, "event_id", FIRST + 9, 12345), [B, "event_id", "12345"]),
+    "range reversed": (lambda f: change(f / M, "last_pulse_index", FIRST + 5, 3),
+                       [M, f"row {FIRST + 5}", "reversed"]),
+    "range negative": (lambda f: change(f / M, "first_pulse_index", FIRST, -1),
+                       [M, f"row {FIRST}", "negative"]),
+    "other event in the meta": (lambda f: change(f / M, "event_id", FIRST + 9, 12345),
+                                [B, "event_id", "12345"]),
     "other event in the middle": (lambda f: change(f / B, "event_id", 300, 777), [B, "row 300", "777"]),
-    "azimuth NaN": (lambda f: change(f / M, "azimuth", FIRST + 1, NAN), [M, f"row {FIRST + 1}", "batch 2", "azimuth nan"]),
+    "azimuth NaN": (lambda f: change(f / M, "azimuth", FIRST + 1, NAN),
+                    [M, f"row {FIRST + 1}", "batch 2", "azimuth nan"]),
     "zenith absent": (lambda f: change(f / M, "zenith", FIRST + 1, None), [M, f"row {FIRST + 1}", "zenith"]),
     "zenith in degrees": (lambda f: change(f / M, "zenith", FIRST + 1, 91.0), [M, "radians"]),
     "test without events": (lambda f: pq.write_table(pq.read_table(f / T).slice(0, 0), f / T),
                             [T, "no events", "'test'"]),
-    "batches mixed": (lambda f: change(f / M, "batch_id", FIRST + 8, 1), [M, f"row {FIRST + 8}", "batch 1", "sort"]),
+    "batches mixed": (lambda f: change(f / M, "batch_id", FIRST + 8, 1),
+                      [M, f"row {FIRST + 8}", "batch 1", "sort"]),
     "geometry missing": (lambda f: (f / G).unlink(), [G, "no such file"]),
-    "geometry without a DOM": (lambda f: edit(f / G, lambda rows: rows[:100] + rows[101:]), [G, "sensor_id 99", "missing"]),
-    "geometry with one twice": (lambda f: edit(f / G, lambda rows: rows + rows[7:8]), [G, "sensor_id 6", "twice"]),
+    "geometry without a DOM": (lambda f: edit(f / G, lambda rows: rows[:100] + rows[101:]),
+                               [G, "sensor_id 99", "missing"]),
+    "geometry with one twice": (lambda f: edit(f / G, lambda rows: rows + rows[7:8]),
+                                [G, "sensor_id 6", "twice"]),
     "geometry with NaN": (lambda f: edit(f / G, lambda rows: [*rows[:9], "8,1.0,nan,2.0", *rows[10:]]),
                           [G, "row 8", "no value in y"]),
-    "geometry with text": (lambda f: edit(f / G, lambda rows: [*rows[:9], "8,here,1,2", *rows[10:]]), [G, "column x"]),
-    "geometry of more DOMs": (lambda f: edit(f / G, lambda rows: [*rows, "5160,1,2,3"]), [G, "row 5160", "sensor_id is 5160"]),
+    "geometry with text": (lambda f: edit(f / G, lambda rows: [*rows[:9], "8,here,1,2", *rows[10:]]),
+                           [G, "column x"]),
+    "geometry of more DOMs": (lambda f: edit(f / G, lambda rows: [*rows, "5160,1,2,3"]),
+                              [G, "row 5160", "sensor_id is 5160"]),
     "geometry without header": (lambda f: edit(f / G, lambda rows: rows[1:]), [G, "no column"]),
 }
 BAD_SPLITS = {
     "{'a': (1, 3), 'b': (3, 3)}": ["batch 3", "'a'", "'b'"], "{'a': 'test', 'b': 'test'}": ["test set"],
-    "{'a': (2, 9)}": [M, "no batch 5, 6, 7, 8, 9", "'a'"], "{'a': (3, 1)}": ["(first, last)"], "{'a': 3}": ["(first, last)"],
-    "{'a/b': (1, 1)}": ["a/b"], "{}": ["empty"]}
+    "{'a': (2, 9)}": [M, "no batch 5, 6, 7, 8, 9", "'a'"], "{'a': (3, 1)}": ["(first, last)"],
+    "{'a': 3}": ["(first, last)"], "{'a/b': (1, 1)}": ["a/b"], "{}": ["empty"]}
 
 
 def spoiled(raw, folder, case):

@@ -1,4 +1,6 @@
-"""simulate.py: the files are Kaggle's, the bytes are a function of the settings, the pulses look and point right."""
+"""simulate.py: the files are Kaggle's, the bytes are a function of the settings,
+the pulses look and point right.
+"""
 import json
 import os
 import resource
@@ -31,19 +33,23 @@ def demo(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def events(demo):
-    """All labelled events: event (number), dom, position, time, charge, aux of the pulses; the meta table's columns."""
+    """All labelled events: event (number), dom, position, time, charge, aux of the pulses;
+    the meta table's columns.
+    """
     pulses = pa.concat_tables([pq.read_table(demo / f"train/batch_{batch}.parquet") for batch in range(1, 8)])
     pulses = {name: pulses[name].to_numpy() for name in pulses.column_names}
     meta = pq.read_table(demo / "train_meta.parquet")
     meta = {name: meta[name].to_numpy() for name in meta.column_names}
     geometry = np.loadtxt(demo / "sensor_geometry.csv", delimiter=",", skiprows=1)[:, 1:]
-    return dict(event=np.searchsorted(meta["event_id"], pulses["event_id"]), dom=pulses["sensor_id"].astype(int),
-                position=geometry[pulses["sensor_id"]], time=pulses["time"], charge=pulses["charge"],
-                aux=pulses["auxiliary"], n=len(meta["event_id"]), **meta)
+    return dict(event=np.searchsorted(meta["event_id"], pulses["event_id"]),
+                dom=pulses["sensor_id"].astype(int), position=geometry[pulses["sensor_id"]],
+                time=pulses["time"], charge=pulses["charge"], aux=pulses["auxiliary"],
+                n=len(meta["event_id"]), **meta)
 
 
 def all_bytes(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*")
+            if path.is_file()}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -60,8 +66,8 @@ def test_layout_is_kaggles(demo):
         assert list(map(str, schema.types)) == ["int16", "int64", "double", "bool", "int64"]
         assert json.loads(schema.metadata[b"pandas"])["index_columns"] == ["event_id"]
     columns = [("batch_id", "int64"), ("event_id", "int64"), ("first_pulse_index", "int64"),
-               ("last_pulse_index", "int64"), ("azimuth", "double"), ("zenith", "double"), ("energy", "double"),
-               ("event_class", "uint8")]
+               ("last_pulse_index", "int64"), ("azimuth", "double"), ("zenith", "double"),
+               ("energy", "double"), ("event_class", "uint8")]
     for split, n_columns in (("train", 8), ("test", 4)):
         schema = pq.read_schema(demo / f"{split}_meta.parquet")
         assert list(zip(schema.names, map(str, schema.types))) == columns[:n_columns]
@@ -88,7 +94,8 @@ def test_meta_table_finds_every_event(demo, split, sizes):
 
 
 def test_event_ids_grow_over_all_files(demo):
-    ids = [pq.read_table(demo / f"{split}_meta.parquet")["event_id"].to_numpy() for split in ("train", "test")]
+    ids = [pq.read_table(demo / f"{split}_meta.parquet")["event_id"].to_numpy()
+           for split in ("train", "test")]
     steps = np.diff(np.concatenate(ids))
     assert len(steps) == 3199 and steps.min() > 0 and len(np.unique(steps)) > 5
 
@@ -110,7 +117,8 @@ def test_values_are_in_kaggles_range(events):
 # ------------------------------------------------------------------------------------------------------------
 
 def processes_of_group(group):
-    """Processes of a process group that are alive (a killed one may stay a zombie where nobody collects it)."""
+    """Processes of a process group that are alive (a killed one may stay a zombie where nobody collects it).
+    """
     alive = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -123,7 +131,9 @@ def processes_of_group(group):
 
 
 def start_and_signal(out_dir, send):
-    """Start the demo with one worker in a process group of its own, call send(process) when the first batch is done."""
+    """Start the demo with one worker in a process group of its own,
+    call send(process) when the first batch is done.
+    """
     command = [sys.executable, "simulate.py", f"--out_dir={out_dir}", "--workers=1", *SETTINGS]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                start_new_session=True, preexec_fn=hear_ctrl_c)
@@ -141,8 +151,10 @@ def start_and_signal(out_dir, send):
 
 
 def test_killed_run_goes_on_to_the_same_bytes(demo, tmp_path):
-    code, _ = start_and_signal(tmp_path / "demo", lambda process: process.kill())  # SIGKILL, to the main process alone
-    assert code == -signal.SIGKILL and json.loads((tmp_path / "demo/simulate.json").read_text())["complete"] is False
+    # SIGKILL, to the main process alone
+    code, _ = start_and_signal(tmp_path / "demo", lambda process: process.kill())
+    assert code == -signal.SIGKILL
+    assert json.loads((tmp_path / "demo/simulate.json").read_text())["complete"] is False
     first = tmp_path / "demo" / "train" / "batch_1.parquet"
     written = first.stat().st_mtime_ns
     run_ok("simulate.py", f"--out_dir={tmp_path}/demo", "--workers=1", *SETTINGS)
@@ -171,7 +183,8 @@ def test_complete_folder_is_left_alone_and_others_are_refused(tmp_path):
     run_ok("simulate.py", f"--out_dir={out_dir}", "--workers=1", *SMALL)
     before = all_bytes(out_dir)
     assert "complete" in run_ok("simulate.py", f"--out_dir={out_dir}", "--workers=2", *SMALL).stdout
-    assert "n_events = 70, now it is 71" in user_error("simulate.py", f"--out_dir={out_dir}", *SMALL, "--n_events=71")
+    assert "n_events = 70, now it is 71" in user_error("simulate.py", f"--out_dir={out_dir}", *SMALL,
+                                                       "--n_events=71")
     assert "seed" in user_error("simulate.py", f"--out_dir={out_dir}", *SMALL, "--seed=9")
     assert all_bytes(out_dir) == before
 
@@ -220,14 +233,16 @@ def test_given_geometry_is_used(demo, tmp_path):
     run_ok("simulate.py", *args, f"--geometry={tmp_path}/g.csv")
     written = np.loadtxt(tmp_path / "raw" / "sensor_geometry.csv", delimiter=",", skiprows=1)
     np.testing.assert_array_equal(written, moved)
-    meta, other = (pq.read_table(path / "train_meta.parquet").slice(0, 40) for path in (tmp_path / "raw", demo))
+    meta, other = (pq.read_table(path / "train_meta.parquet").slice(0, 40)
+                   for path in (tmp_path / "raw", demo))
     assert meta["last_pulse_index"] != other["last_pulse_index"]
     assert "geometry" in user_error("simulate.py", *args)
 
 
 @pytest.mark.parametrize("case", ["absent", "columns", "rows", "nan", "text", "kilometres", "depth"])
 def test_bad_geometry_is_refused(tmp_path, monkeypatch, case):
-    rows = [[str(value) for value in (dom, *xyz)] for dom, xyz in enumerate(simulate.build_geometry().tolist())]
+    rows = [[str(value) for value in (dom, *xyz)] for dom,
+            xyz in enumerate(simulate.build_geometry().tolist())]
     header = ["sensor_id", "x", "y", "z"]
     if case == "columns":
         header[3] = "depth"
@@ -246,7 +261,8 @@ def test_bad_geometry_is_refused(tmp_path, monkeypatch, case):
         simulate.read_geometry(str(path))
     assert str(path) in str(refusal.value) and "\n" not in str(refusal.value)
     if case == "columns":  # the whole program once
-        assert "sensor_id,x,y,z" in user_error("simulate.py", f"--out_dir={tmp_path}/raw", f"--geometry={path}", *SMALL)
+        assert "sensor_id,x,y,z" in user_error("simulate.py", f"--out_dir={tmp_path}/raw",
+                                               f"--geometry={path}", *SMALL)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -254,7 +270,9 @@ def test_bad_geometry_is_refused(tmp_path, monkeypatch, case):
 # ------------------------------------------------------------------------------------------------------------
 
 def line_fit(events):
-    """Fit r = r0 + v t to the aux=False pulses of each event, weighted by charge -> unit vectors -v (n, 3)."""
+    """Fit r = r0 + v t to the aux=False pulses of each event, weighted by charge
+    -> unit vectors -v (n, 3).
+    """
     event, clock, weight = events["event"], events["time"] - 1e4, events["charge"] * ~events["aux"]
 
     def total(values):
@@ -324,7 +342,8 @@ def test_aux_is_the_coincidence_of_the_written_pulses(events):
 
 def brute_force(event, dom, time):
     def pair(a, b):
-        return (event[a] == event[b] and dom[a] // 60 == dom[b] // 60 and 1 <= abs(int(dom[a]) - int(dom[b])) <= 2
+        return (event[a] == event[b] and dom[a] // 60 == dom[b] // 60
+                and 1 <= abs(int(dom[a]) - int(dom[b])) <= 2
                 and abs(int(time[a]) - int(time[b])) <= 1000)
     return np.array([any(pair(a, b) for b in range(len(event))) for a in range(len(event))], bool)
 

@@ -17,7 +17,9 @@ from tools import study
 
 @contextmanager
 def forked_starts():
-    """study.py starts each run as a new interpreter; here it is a fork of this one, which has loaded torch already."""
+    """study.py starts each run as a new interpreter;
+    here it is a fork of this one, which has loaded torch already.
+    """
     def start(command, stdout, n_threads):
         def child():
             os.dup2(stdout.fileno(), 1)
@@ -41,8 +43,9 @@ def quick_starts():
 
 
 def row(arm, rate, seed, end, step="600"):
-    return dict.fromkeys(study.RESULTS, "") | {"study": "s", "arm": arm, "learning_rate": str(rate), "seed": str(seed),
-                                               "step": step, "val_dom_loss": str(end), "metric": "val_dom_loss"}
+    return dict.fromkeys(study.RESULTS, "") | {"study": "s", "arm": arm, "learning_rate": str(rate),
+                                               "seed": str(seed), "step": step, "val_dom_loss": str(end),
+                                               "metric": "val_dom_loss"}
 
 
 def needed(rows, **knobs):
@@ -64,7 +67,8 @@ def test_range_grows_while_the_best_lies_at_its_end():
     assert needed(falling) == [("a", 8.0, 1)]
     assert needed([*falling, row("a", 8, 1, 4.2)]) == [("a", 4.0, 2), ("a", 4.0, 3)]
     assert needed([*falling, row("a", 8, 1, 3.0)]) == [("a", 16.0, 1)]
-    assert needed([*falling, row("a", 8, 1, 3.0), row("a", 16, 1, 2.0)]) == [("a", 16.0, 2), ("a", 16.0, 3)]  # widen = 2
+    # widen = 2
+    assert needed([*falling, row("a", 8, 1, 3.0), row("a", 16, 1, 2.0)]) == [("a", 16.0, 2), ("a", 16.0, 3)]
     assert needed(falling, widen=0) == [("a", 4.0, 2), ("a", 4.0, 3)]
     rising = [row("a", 1, 1, 4.0), row("a", 2, 1, 4.5), row("a", 4, 1, "")]
     assert needed(rising) == [("a", 0.5, 1)]
@@ -89,8 +93,10 @@ def small_study(demo_data, tmp_path_factory):
     """A config of a study with two arms, and the command that runs it."""
     folder = tmp_path_factory.mktemp("study")
     shared = " ".join([f"--data_dir={demo_data}", *TINY_RUN])
-    (folder / "small.py").write_text(f"shared = {shared!r}\narms = {{'charge': '', 'centre/2': '--cls_target=center'}}\n"
-                                     f"learning_rates = '0.001,0.004,0.016'\nwiden = 0\nseeds = 2\nout_dir = '{folder}/small'\n"
+    arms = {"charge": "", "centre/2": "--cls_target=center"}
+    (folder / "small.py").write_text(f"shared = {shared!r}\narms = {arms!r}\n"
+                                     "learning_rates = '0.001,0.004,0.016'\nwiden = 0\nseeds = 2\nout_dir = "
+                                     f"'{folder}/small'\n"
                                      f"results = '{folder}/results.csv'\n")
     with forked_starts():
         done = run_ok("tools/study.py", folder / "small.py", "--jobs=2")
@@ -111,10 +117,13 @@ def test_small_study(small_study):
         last = list(csv.DictReader(file))[-1]
     result, = (line for line in rows if (line["arm"], line["learning_rate"], line["seed"], line["step"])
                == ("charge", "0.004", "1", "6"))
-    assert result["val_dom_loss"] == last["val_dom_loss"] and result["val_charge_rms"] == last["val_charge_rms"]
+    assert result["val_dom_loss"] == last["val_dom_loss"]
+    assert result["val_charge_rms"] == last["val_charge_rms"]
     table = [line for line in done.stdout.splitlines() if line.startswith("| ")]
-    assert len(table) == 3 and "val_dom_loss" in table[0] and table[2].startswith("| centre/2 |") and " +- " in table[2]
-    assert all((folder / f"small/{arm}/seed{seed}/ckpt.pt").is_file() for arm in ("charge", "centre/2") for seed in (1, 2))
+    assert len(table) == 3 and "val_dom_loss" in table[0] and table[2].startswith("| centre/2 |")
+    assert " +- " in table[2]
+    assert all((folder / f"small/{arm}/seed{seed}/ckpt.pt").is_file() for arm in ("charge", "centre/2")
+               for seed in (1, 2))
 
 
 def test_a_complete_study_runs_nothing_and_refuses_other_arguments(small_study, demo_data):
@@ -122,7 +131,8 @@ def test_a_complete_study_runs_nothing_and_refuses_other_arguments(small_study, 
     before, log = (folder / "results.csv").read_bytes(), folder / "small/charge/lr0.004_seed1/output.txt"
     written = log.stat().st_mtime_ns
     again = run_ok("tools/study.py", folder / "small.py")
-    changed = user_error("tools/study.py", folder / "small.py", f"--shared=--data_dir={demo_data} --max_steps=7")
+    changed = user_error("tools/study.py", folder / "small.py", f"--shared=--data_dir={demo_data} "
+                                                                "--max_steps=7")
     assert "arm charge of small was run with other knobs" in changed
     assert (folder / "results.csv").read_bytes() == before and log.stat().st_mtime_ns == written
     assert again.stdout.splitlines()[-4:] == done.stdout.splitlines()[-4:]
@@ -131,38 +141,53 @@ def test_a_complete_study_runs_nothing_and_refuses_other_arguments(small_study, 
 def test_later_study_begins_from_an_earlier_one_and_is_drawn(small_study, demo_data, tmp_path, quick_starts):
     pytest.importorskip("matplotlib")
     folder, _ = small_study
-    tune = ["--head_hidden_size=8", "--batch_size=16", "--micro_batch_size=8", "--max_steps=3", "--warmup_steps=1",
-            "--log_interval=1", "--direction_loss=vmf", "--eval_interval=3"]
-    arms = {f"labels/{n}": f"--pretrained={folder}/small/charge/seed{{seed}}/ckpt.pt --train_events={n}" for n in (50, 100, 150)}
+    tune = ["--head_hidden_size=8", "--batch_size=16", "--micro_batch_size=8", "--max_steps=3",
+            "--warmup_steps=1", "--log_interval=1", "--direction_loss=vmf", "--eval_interval=3"]
+    arms = {f"labels/{n}": f"--pretrained={folder}/small/charge/seed{{seed}}/ckpt.pt --train_events={n}"
+            for n in (50, 100, 150)}
     (tmp_path / "labels.py").write_text(
-        f"script = 'finetune.py'\nshared = {' '.join([f'--data_dir={demo_data}', *tune])!r}\narms = {arms}\nlearning_rates = '0.001'\n"
-        f"seeds = 2\nmetric = 'val_angle_mean'\nout_dir = '{tmp_path}/labels'\nresults = '{folder}/results.csv'\n")
+        f"script = 'finetune.py'\nshared = {' '.join([f'--data_dir={demo_data}', *tune])!r}\narms = "
+        f"{arms}\nlearning_rates = '0.001'\n"
+        f"seeds = 2\nmetric = 'val_angle_mean'\nout_dir = '{tmp_path}/labels'\nresults = "
+        f"'{folder}/results.csv'\n")
     run_ok("tools/study.py", tmp_path / "labels.py")
     rows = [row for row in study.read_results(folder / "results.csv") if row["study"] == "labels"]
-    assert len(rows) == 6 and all(0 < float(row["val_angle_mean"]) < 3.2 and 0 <= float(row["coverage_90"]) <= 1 for row in rows)
+    assert len(rows) == 6 and all(0 < float(row["val_angle_mean"]) < 3.2
+                                  and 0 <= float(row["coverage_90"]) <= 1 for row in rows)
     assert len({row["val_angle_mean"] for row in rows}) == 6  # other seeds and sizes are other runs
-    for x, y, name, more in (("learning_rate", "val_dom_loss", "small", []), ("events", "val_loss", "small,labels", []),
-                             ("seconds", "val_dom_loss", "small", []), ("parameters", "val_dom_loss", "small", []),
-                             ("number", "val_angle_mean", "labels", ["--fit=True", "--x_label=labels", "--baselines={'guessing': 1.57}"])):
+    for x, y, name, more in (("learning_rate", "val_dom_loss", "small", []),
+                             ("events", "val_loss", "small,labels", []),
+                             ("seconds", "val_dom_loss", "small", []),
+                             ("parameters", "val_dom_loss", "small", []),
+                             ("number", "val_angle_mean", "labels",
+                              ["--fit=True", "--x_label=labels", "--baselines={'guessing': 1.57}"])):
         path = tmp_path / "study.png"
         run_ok("tools/plot.py", "--what=study", f"--study={name}", f"--x={x}", f"--y={y}", f"--out={path}",
                f"--results={folder}/results.csv", *more)
         assert path.stat().st_size > 10_000
         path.unlink()
     where = f"--results={folder}/results.csv"
-    assert "has no study lables; it has labels, small" in user_error("tools/plot.py", "--what=study", "--study=lables", where)
-    assert "arm charge of small has no number" in user_error("tools/plot.py", "--what=study", "--study=small", "--x=number", where)
-    assert "did you mean 'val_loss'" in user_error("tools/plot.py", "--what=study", "--study=small", "--y=val_los", where)
-    assert "a power law is for runs that have ended" in user_error("tools/plot.py", "--what=study", "--study=small", "--fit=True", where)
-    assert "val_angle_mean is empty in small" in user_error("tools/plot.py", "--what=study", "--study=small", "--y=val_angle_mean", where)
+    assert "has no study lables; it has labels, small" in user_error("tools/plot.py", "--what=study",
+                                                                     "--study=lables", where)
+    assert "arm charge of small has no number" in user_error("tools/plot.py", "--what=study", "--study=small",
+                                                             "--x=number", where)
+    assert "did you mean 'val_loss'" in user_error("tools/plot.py", "--what=study", "--study=small",
+                                                   "--y=val_los", where)
+    assert "a power law is for runs that have ended" in user_error("tools/plot.py", "--what=study",
+                                                                   "--study=small", "--fit=True", where)
+    assert "val_angle_mean is empty in small" in user_error("tools/plot.py", "--what=study", "--study=small",
+                                                            "--y=val_angle_mean", where)
 
 
 def test_killed_study_goes_on(demo_data, tmp_path):
-    (tmp_path / "s.py").write_text(f"shared = {' '.join([f'--data_dir={demo_data}', *TINY_RUN])!r}\narms = {{'a': ''}}\n"
-                                   f"learning_rates = '0.001,0.004,0.016'\nwiden = 0\nseeds = 1\nout_dir = '{tmp_path}/s'\n"
+    (tmp_path / "s.py").write_text(f"shared = {' '.join([f'--data_dir={demo_data}', *TINY_RUN])!r}\narms = "
+                                   f"{{'a': ''}}\n"
+                                   "learning_rates = '0.001,0.004,0.016'\nwiden = 0\nseeds = 1\nout_dir = "
+                                   f"'{tmp_path}/s'\n"
                                    f"results = '{tmp_path}/results.csv'\n")
-    process = subprocess.Popen([sys.executable, "-m", "tools.study", tmp_path / "s.py"], cwd=ROOT, start_new_session=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-m", "tools.study", tmp_path / "s.py"], cwd=ROOT,
+                               start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (tmp_path / "results.csv").exists():
         assert process.poll() is None
         time.sleep(0.05)
@@ -179,15 +204,19 @@ def test_killed_study_goes_on(demo_data, tmp_path):
 
 
 def test_run_that_is_stopped_is_not_taken_for_a_result(demo_data, tmp_path):
-    (tmp_path / "s.py").write_text(f"shared = {' '.join([f'--data_dir={demo_data}', *TINY_RUN, '--max_steps=2000'])!r}\n"
-                                   f"arms = {{'a': ''}}\nlearning_rates = '0.001'\nseeds = 1\nout_dir = '{tmp_path}/s'\n"
+    shared = " ".join([f"--data_dir={demo_data}", *TINY_RUN, "--max_steps=2000"])
+    (tmp_path / "s.py").write_text(f"shared = {shared!r}\n"
+                                   f"arms = {{'a': ''}}\nlearning_rates = '0.001'\nseeds = 1\nout_dir = "
+                                   f"'{tmp_path}/s'\n"
                                    f"results = '{tmp_path}/results.csv'\n")
-    process = subprocess.Popen([sys.executable, "-m", "tools.study", tmp_path / "s.py"], cwd=ROOT, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen([sys.executable, "-m", "tools.study", tmp_path / "s.py"], cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
     while not (tmp_path / "s/a/lr0.001_seed1/ckpt.pt").exists():
         assert process.poll() is None
         time.sleep(0.05)
-    child = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=True)
+    child = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True,
+                           check=True)
     os.kill(int(child.stdout), signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1 and "was stopped at step" in output and "Traceback" not in output, output
@@ -204,19 +233,24 @@ def test_two_studies_may_write_to_the_same_results(tmp_path):
 
 def test_failing_arm_keeps_what_is_finished(demo_data, tmp_path, quick_starts):
     arms = {"good": "", "bad": "--train_events=301"}
-    (tmp_path / "s.py").write_text(f"shared = {' '.join([f'--data_dir={demo_data}', *TINY_RUN])!r}\narms = {arms}\n"
-                                   f"learning_rates = '0.001'\nseeds = 1\nout_dir = '{tmp_path}/s'\nresults = '{tmp_path}/results.csv'\n")
+    (tmp_path / "s.py").write_text(f"shared = {' '.join([f'--data_dir={demo_data}', *TINY_RUN])!r}\narms = "
+                                   f"{arms}\n"
+                                   f"learning_rates = '0.001'\nseeds = 1\nout_dir = '{tmp_path}/s'\nresults "
+                                   f"= '{tmp_path}/results.csv'\n")
     said = user_error("tools/study.py", tmp_path / "s.py")
     assert "holds 300 events" in said
     assert list(study.final_rows(study.read_results(tmp_path / "results.csv"), "s")) == [("good", 0.001, 1)]
 
 
 def test_all_arms_are_checked_before_the_first_run(demo_data, tmp_path):
-    for bad, words in (("--mask_prop=0.5", "did you mean mask_prob?"), ("--data_dir=data/nowhere", "no such data folder"),
+    for bad, words in (("--mask_prop=0.5", "did you mean mask_prob?"),
+                       ("--data_dir=data/nowhere", "no such data folder"),
                        (f"--branch_from={tmp_path}/x{{seed}}.pt", f"{tmp_path}/x1.pt: no such checkpoint")):
         (tmp_path / "s.py").write_text(
-            f"shared = {' '.join([f'--data_dir={demo_data}', *TINY_RUN])!r}\narms = {{'good': '', 'bad': {bad!r}}}\n"
-            f"learning_rates = '0.001'\nseeds = 1\nout_dir = '{tmp_path}/s'\nresults = '{tmp_path}/results.csv'\n")
+            f"shared = {' '.join([f'--data_dir={demo_data}', *TINY_RUN])!r}\narms = {{'good': '', 'bad': "
+            f"{bad!r}}}\n"
+            f"learning_rates = '0.001'\nseeds = 1\nout_dir = '{tmp_path}/s'\nresults = "
+            f"'{tmp_path}/results.csv'\n")
         said = user_error("tools/study.py", tmp_path / "s.py")
         assert "arm bad: " in said and words in said and not (tmp_path / "s").exists()
 
@@ -224,8 +258,10 @@ def test_all_arms_are_checked_before_the_first_run(demo_data, tmp_path):
 def test_a_fine_tuning_run_that_diverges_is_no_fault_of_the_study(demo_data, tmp_path, quick_starts):
     shared = [f"--data_dir={demo_data}", *TINY_RUN, "--pretrained=", "--warmup_steps=1", "--grad_clip=1e30"]
     (tmp_path / "s.py").write_text(
-        f"script = 'finetune.py'\nshared = {' '.join(shared)!r}\narms = {{'a': ''}}\nmetric = 'val_angle_mean'\nwiden = 0\n"
-        f"learning_rates = '0.001,0.002,1e30'\nseeds = 1\nout_dir = '{tmp_path}/s'\nresults = '{tmp_path}/results.csv'\n")
+        f"script = 'finetune.py'\nshared = {' '.join(shared)!r}\narms = {{'a': ''}}\nmetric = "
+        "'val_angle_mean'\nwiden = 0\n"
+        f"learning_rates = '0.001,0.002,1e30'\nseeds = 1\nout_dir = '{tmp_path}/s'\nresults = "
+        f"'{tmp_path}/results.csv'\n")
     run_ok("tools/study.py", tmp_path / "s.py")
     final = study.final_rows(study.read_results(tmp_path / "results.csv"), "s")
     assert final["a", 1e30, 1]["step"] == "0" and final["a", 1e30, 1]["val_angle_mean"] == ""
@@ -233,28 +269,34 @@ def test_a_fine_tuning_run_that_diverges_is_no_fault_of_the_study(demo_data, tmp
 
 
 def test_diverging_run_is_recorded_and_not_chosen(demo_data, tmp_path, quick_starts):
-    (tmp_path / "s.py").write_text(f"shared = {' '.join([f'--data_dir={demo_data}', *TINY_RUN])!r}\narms = {{'a': '--grad_clip=1e30'}}\n"
-                                   f"learning_rates = '0.001,0.002,1e25'\nwiden = 0\nseeds = 1\nout_dir = '{tmp_path}/s'\n"
-                                   f"results = '{tmp_path}/results.csv'\n")
+    shared = " ".join([f"--data_dir={demo_data}", *TINY_RUN])
+    (tmp_path / "s.py").write_text(
+        f"shared = {shared!r}\narms = {{'a': '--grad_clip=1e30'}}\nlearning_rates = '0.001,0.002,1e25'\n"
+        f"widen = 0\nseeds = 1\nout_dir = '{tmp_path}/s'\nresults = '{tmp_path}/results.csv'\n")
     done = run_ok("tools/study.py", tmp_path / "s.py")
     final = study.final_rows(study.read_results(tmp_path / "results.csv"), "s")
-    assert final["a", 1e25, 1]["val_dom_loss"] == "" and "lr 1e+25 seed 1 | val_dom_loss diverged" in done.stderr + done.stdout
+    assert final["a", 1e25, 1]["val_dom_loss"] == ""
+    assert "lr 1e+25 seed 1 | val_dom_loss diverged" in done.stderr + done.stdout
     assert study.best_rate(final, "a") in (0.001, 0.002)
 
 
 def test_user_errors(tmp_path):
     assert "arms is empty" in user_error("tools/study.py")
     arms = "--arms={'a': ''}"
-    assert "learning_rates = '1,2': one (not tuned), or three" in user_error("tools/study.py", arms, "--learning_rates=1,2")
+    assert "learning_rates = '1,2': one (not tuned), or three" in user_error("tools/study.py", arms,
+                                                                             "--learning_rates=1,2")
     assert "learning_rates = 'fast'" in user_error("tools/study.py", arms, "--learning_rates=fast")
     assert "learning_rates = 'nan,1,2'" in user_error("tools/study.py", arms, "--learning_rates=nan,1,2")
     assert "arm 'a': No closing quotation" in user_error("tools/study.py", "--arms={'a': \"--mlp='relu\"}")
     assert "did you mean 'train.py'" in user_error("tools/study.py", arms, "--script=trian.py")
     (tmp_path / "results.csv").write_text("a,b\n1,2\n")
-    assert "results.csv: not a file of results" in user_error("tools/study.py", arms, f"--results={tmp_path}/results.csv", f"--out_dir={tmp_path}")
+    assert "results.csv: not a file of results" in user_error("tools/study.py", arms,
+                                                              f"--results={tmp_path}/results.csv",
+                                                              f"--out_dir={tmp_path}")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "sample_config/study").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "sample_config/study").glob("*.py")),
+                         ids=lambda path: path.stem)
 def test_study_configs_load(path, monkeypatch):
     """Each is read, and what its arms add to the shared arguments are knobs of the script."""
     import knobs
@@ -262,8 +304,8 @@ def test_study_configs_load(path, monkeypatch):
     import prepare
     import simulate
     import train
-    stages = {"simulate": simulate.SimulateConfig, "prepare": prepare.PrepareConfig, "train": train.TrainConfig,
-              "finetune": finetune.FinetuneConfig}
+    stages = {"simulate": simulate.SimulateConfig, "prepare": prepare.PrepareConfig,
+              "train": train.TrainConfig, "finetune": finetune.FinetuneConfig}
     monkeypatch.chdir(ROOT)
 
     def load(stage, *args):
@@ -280,5 +322,6 @@ def test_study_configs_load(path, monkeypatch):
     # assets/studies.csv, from which README's figures and answers come, is complete, and of these very knobs
     final = study.final_rows(study.read_results("assets/studies.csv"), path.stem)
     assert study.missing_runs(config, final) == []
-    assert all(row["knobs"] == study.knobs_of(study.arguments_of(config, arm, seed)) for (arm, _, seed), row in final.items()
+    assert all(row["knobs"] == study.knobs_of(study.arguments_of(config, arm, seed)) for (arm, _, seed),
+               row in final.items()
                if arm in config.arms)

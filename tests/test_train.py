@@ -45,8 +45,10 @@ def test_a_run_leaves_what_the_readme_says(pretrained, demo_data):
     assert [int(row["events"]) for row in rows] == [16 * step for step in range(7)]
     assert [row["step"] for row in rows if row["val_loss"]] == ["0", "3", "6"]
     for row in rows[:6]:
-        assert float(row["loss"]) == pytest.approx(float(row["dom_loss"]) + float(row["charge_loss"]), rel=1e-4)
-    assert len(column(out_dir, "val_charge_rms")) == 3 and column(out_dir, "val_center_rms") == []  # no head, no number
+        assert float(row["loss"]) == pytest.approx(float(row["dom_loss"]) + float(row["charge_loss"]),
+                                                   rel=1e-4)
+    # no head, no number
+    assert len(column(out_dir, "val_charge_rms")) == 3 and column(out_dir, "val_center_rms") == []
     assert done.stdout.count("| loss ") == 6 and done.stdout.count("| val_loss ") == 3
     assert common.read_json(out_dir / "config.json")["data_dir"] == str(demo_data)
     saved = common.load_checkpoint(out_dir / "ckpt.pt")
@@ -55,20 +57,23 @@ def test_a_run_leaves_what_the_readme_says(pretrained, demo_data):
 
 
 def test_ten_steps_give_the_known_losses(tmp_path):
-    """Any change of the masks, the model, its initial weights or the update moves these: change them only on purpose."""
+    """Any change of the masks, the model, its initial weights or the update moves these:
+    change them only on purpose.
+    """
     rng = np.random.default_rng(7)
-    folder = write_folder(tmp_path / "data", pretrain=random_events(rng, rng.integers(1, 127, 200), n_doms=50),
+    folder = write_folder(tmp_path / "data", pretrain=random_events(rng, rng.integers(1, 127, 200),
+                                                                    n_doms=50),
                           val=random_events(rng, rng.integers(1, 127, 60), n_doms=50))
-    run_ok("train.py", f"--data_dir={folder}", f"--out_dir={tmp_path}/run", *TINY_RUN, "--max_steps=10", "--learning_rate=1e-2",
-           "--eval_interval=10")
+    run_ok("train.py", f"--data_dir={folder}", f"--out_dir={tmp_path}/run", *TINY_RUN, "--max_steps=10",
+           "--learning_rate=1e-2", "--eval_interval=10")
     before, after = column(tmp_path / "run", "val_loss")
     assert before == pytest.approx(13.685, abs=2e-3) and after == pytest.approx(7.069, abs=2e-2)
 
 
 def test_it_learns(demo_data, tmp_path):
-    run_ok("train.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}", *TINY_RUN, "--batch_size=32", "--max_steps=80",
-           "--cooldown_steps=20", "--learning_rate=1e-2", "--eval_interval=80", "--save_interval=80", "--log_interval=40",
-           "--val_split=pretrain", "--val_events=0")
+    run_ok("train.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}", *TINY_RUN, "--batch_size=32",
+           "--max_steps=80", "--cooldown_steps=20", "--learning_rate=1e-2", "--eval_interval=80",
+           "--save_interval=80", "--log_interval=40", "--val_split=pretrain", "--val_events=0")
     before, after = column(tmp_path, "val_dom_loss")
     assert before == pytest.approx(np.log(5160), abs=0.5) and after < before - 0.5
     assert column(tmp_path, "val_charge_loss")[1] < 0.15
@@ -76,11 +81,13 @@ def test_it_learns(demo_data, tmp_path):
 
 @pytest.mark.parametrize("knob", ["--micro_batch_size=3", "--compile=True"])
 def test_how_a_step_is_computed_does_not_change_it(demo_data, tmp_path, knob):
-    args = [f"--data_dir={demo_data}", *TINY_RUN, "--num_layers=1", "--max_steps=4"]  # compiling a layer takes 15 s
+    # compiling a layer takes 15 s
+    args = [f"--data_dir={demo_data}", *TINY_RUN, "--num_layers=1", "--max_steps=4"]
     for name, more in (("plain", []), ("other", [knob])):
         run_ok("train.py", *args, f"--out_dir={tmp_path}/{name}", *more)
     for name in ("loss", "grad_norm", "val_loss"):
-        assert column(tmp_path / "other", name) == pytest.approx(column(tmp_path / "plain", name), rel=2e-4), name
+        assert column(tmp_path / "other", name) == pytest.approx(column(tmp_path / "plain", name),
+                                                                 rel=2e-4), name
     assert_same_weights(tmp_path / "other", tmp_path / "plain", atol=1e-4)
 
 
@@ -121,7 +128,8 @@ def start(*args, launcher=(sys.executable,)):
     """Start train.py in a process group of its own."""
     return subprocess.Popen([*launcher, str(ROOT / "train.py"), *map(str, args)], cwd=ROOT, text=True,
                             start_new_session=True, preexec_fn=hear_ctrl_c,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def wait_for_step(process, out_dir, step):
@@ -138,7 +146,8 @@ def assert_same_run(a, b):
 
 
 def test_killed_and_resumed_equals_never_stopped(straight, demo_data, tmp_path):
-    args = [f"--data_dir={demo_data}", f"--out_dir={tmp_path}", *LONG_RUN, "--save_interval=1"]  # often killed while it writes
+    # often killed while it writes
+    args = [f"--data_dir={demo_data}", f"--out_dir={tmp_path}", *LONG_RUN, "--save_interval=1"]
     for step in (6, 18):
         process = start(*args)
         wait_for_step(process, tmp_path, step)
@@ -202,7 +211,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(straight, demo_data, tmp_path):
     (tmp_path / "run/ckpt_20.pt").rename(tmp_path / "run/ckpt.pt")
     before = (tmp_path / "run/ckpt.pt").read_bytes()
     line = user_error("train.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}/run", *LONG_RUN,
-                      preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2)))
+                      preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE,
+                                                            (len(before) // 2, len(before) // 2)))
     assert f"{tmp_path}/run/" in line and ".pt: cannot be written" in line
     assert (tmp_path / "run/ckpt.pt").read_bytes() == before and not list((tmp_path / "run").glob("*.part"))
 
@@ -215,12 +225,16 @@ def test_a_branch_is_the_run_that_would_have_ended_there(straight, demo_data, tm
     assert_same_weights(tmp_path / "short", tmp_path / "branch")
     assert column(tmp_path / "branch", "lr") == column(tmp_path / "short", "lr")[20:]
     assert "is complete at step 25" in run_ok("train.py", *branch).stdout
-    too_late = user_error("train.py", *args, f"--out_dir={tmp_path}/late", f"--branch_from={straight}/ckpt_40.pt")
+    too_late = user_error("train.py", *args, f"--out_dir={tmp_path}/late",
+                          f"--branch_from={straight}/ckpt_40.pt")
     assert "outside the flat part" in too_late and "10 to 38" in too_late
-    slow = [f"--data_dir={demo_data}", *TINY_RUN, "--beta2=0.99", "--max_steps=4", f"--out_dir={tmp_path}/slow"]
+    slow = [f"--data_dir={demo_data}", *TINY_RUN, "--beta2=0.99", "--max_steps=4",
+            f"--out_dir={tmp_path}/slow"]
     run_ok("train.py", *slow)
-    assert "no flat part" in user_error("train.py", *slow, f"--out_dir={tmp_path}/x", f"--branch_from={tmp_path}/slow/ckpt.pt")
-    assert "mask_prob = 0.25" in user_error("train.py", *branch, f"--out_dir={tmp_path}/other", "--mask_prob=0.5")
+    assert "no flat part" in user_error("train.py", *slow, f"--out_dir={tmp_path}/x",
+                                        f"--branch_from={tmp_path}/slow/ckpt.pt")
+    assert "mask_prob = 0.25" in user_error("train.py", *branch, f"--out_dir={tmp_path}/other",
+                                            "--mask_prob=0.5")
 
 
 @pytest.mark.parametrize("knob", ["--dtype=float32", "--dtype=float16", "--optimizer=muon"])
@@ -243,14 +257,16 @@ def test_bad_steps_are_skipped_counted_and_end_the_run_if_they_go_on(demo_data, 
 
     whole = [*args, f"--out_dir={tmp_path}/whole", "--batch_size=300"]  # it is in every step
     line = user_error("train.py", *whole, "--max_bad_steps=2", "--log_interval=1")
-    assert "more than max_bad_steps = 2" in line and "for 1 of its events" in line and f"event_id {event_id}" in line
+    assert "more than max_bad_steps = 2" in line and "for 1 of its events" in line
+    assert f"event_id {event_id}" in line
     ok = common.load_checkpoint(tmp_path / "whole/ckpt.pt")
     assert ok["step"] == 2 and all(value.isfinite().all() for value in ok["model"].values())
 
 
 def test_muon_learns_and_resumes(demo_data, tmp_path):
-    args = [f"--data_dir={demo_data}", f"--out_dir={tmp_path}/run", *TINY_RUN, "--optimizer=muon", "--schedule=constant",
-            "--learning_rate=1e-2", "--val_split=pretrain", "--val_events=0", "--eval_interval=10"]
+    args = [f"--data_dir={demo_data}", f"--out_dir={tmp_path}/run", *TINY_RUN, "--optimizer=muon",
+            "--schedule=constant", "--learning_rate=1e-2", "--val_split=pretrain", "--val_events=0",
+            "--eval_interval=10"]
     run_ok("train.py", *args, "--max_steps=6")
     run_ok("train.py", *args, "--max_steps=20")
     run_ok("train.py", *args, "--max_steps=20", f"--out_dir={tmp_path}/straight")
@@ -263,16 +279,19 @@ def test_muon_learns_and_resumes(demo_data, tmp_path):
 def test_what_may_not_change_when_a_run_goes_on(pretrained, demo_data):
     out_dir, _ = pretrained
     before = (out_dir / "ckpt.pt").read_bytes()
-    for change, words in (("--batch_size=32", "batch_size = 16, now it is 32"), ("--seed=1", "seed = 0, now it is 1"),
-                          ("--num_layers=1", "num_layers = 2, now it is 1"), ("--resume=False", "holds a run")):
-        line = user_error("train.py", f"--data_dir={demo_data}", f"--out_dir={out_dir}", *TINY_RUN, "--max_steps=8", change)
+    for change, words in (("--batch_size=32", "batch_size = 16, now it is 32"),
+                          ("--seed=1", "seed = 0, now it is 1"), ("--num_layers=1", "num_layers = 2, now it "
+                                                                                    "is 1"),
+                          ("--resume=False", "holds a run")):
+        line = user_error("train.py", f"--data_dir={demo_data}", f"--out_dir={out_dir}", *TINY_RUN,
+                          "--max_steps=8", change)
         assert words in line and str(out_dir) in line
     assert (out_dir / "ckpt.pt").read_bytes() == before
 
 
 def test_a_run_that_explodes_ends_in_one_line_and_keeps_its_last_good_checkpoint(demo_data, tmp_path):
-    line = user_error("train.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}", *TINY_RUN, "--learning_rate=1e30",
-                      "--warmup_steps=1", status=common.DIVERGED_STATUS)
+    line = user_error("train.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}", *TINY_RUN,
+                      "--learning_rate=1e30", "--warmup_steps=1", status=common.DIVERGED_STATUS)
     assert "smaller learning_rate" in line and str(tmp_path) in line
     for file in tmp_path.glob("*.pt"):
         assert all(value.isfinite().all() for value in common.load_checkpoint(file)["model"].values())
@@ -330,14 +349,15 @@ def test_two_runs_do_not_share_a_folder(demo_data, tmp_path):
     process.kill()
     process.communicate()
     step = common.load_checkpoint(tmp_path / "ckpt.pt")["step"]
-    run_ok("train.py", *args, f"--max_steps={step + 2}", "--cooldown_steps=1")  # the lock died with its process
+    # the lock died with its process
+    run_ok("train.py", *args, f"--max_steps={step + 2}", "--cooldown_steps=1")
 
 
 def test_other_events_are_refused(demo_data, tmp_path):
     args = [f"--out_dir={tmp_path}/run", *TINY_RUN]
     run_ok("train.py", f"--data_dir={demo_data}", *args, "--max_steps=1")
-    run_ok("prepare.py", f"--input_dir={demo_data.parent}/raw", f"--data_dir={tmp_path}/short", "--max_pulses=20",
-           "--splits={'pretrain': (1, 2), 'val': (4, 4)}")
+    run_ok("prepare.py", f"--input_dir={demo_data.parent}/raw", f"--data_dir={tmp_path}/short",
+           "--max_pulses=20", "--splits={'pretrain': (1, 2), 'val': (4, 4)}")
     assert "other events" in user_error("train.py", f"--data_dir={tmp_path}/short", *args, "--max_steps=2")
     shutil.copytree(demo_data, tmp_path / "moved")
     run_ok("train.py", f"--data_dir={tmp_path}/moved", *args, "--max_steps=2")
@@ -349,27 +369,31 @@ def test_a_run_says_when_its_learning_rate_is_not_what_was_meant(demo_data, tmp_
     assert "reaches 0.0007, not 0.001; set --cooldown_steps=2" in short and "rises again" not in short
     assert "warning: train_split and val_split are both 'pretrain'" in short
     longer = run_ok("train.py", *args, "--max_steps=24", "--cooldown_steps=8").stdout
-    assert "rises again at step 12, from 0 to 0.001" in longer and "keep_every" in longer and "do not fit" not in longer
+    assert "rises again at step 12, from 0 to 0.001" in longer and "keep_every" in longer
+    assert "do not fit" not in longer
 
 
 def test_more_validation_events_than_there_are_means_all(demo_data, tmp_path):
-    run_ok("train.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}/all", *TINY_RUN, "--val_events=0", "--max_steps=1")
-    run_ok("train.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}/more", *TINY_RUN, "--val_events=99999",
+    run_ok("train.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}/all", *TINY_RUN, "--val_events=0",
            "--max_steps=1")
+    run_ok("train.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}/more", *TINY_RUN,
+           "--val_events=99999", "--max_steps=1")
     assert column(tmp_path / "all", "val_loss") == column(tmp_path / "more", "val_loss")
 
 
 def test_fewer_validation_events_than_ranks(demo_data, tmp_path):
-    run_ok("train.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}", *TINY_RUN, "--val_events=1", "--max_steps=1",
-           launcher=torchrun(2))
+    run_ok("train.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}", *TINY_RUN, "--val_events=1",
+           "--max_steps=1", launcher=torchrun(2))
     assert len(column(tmp_path, "val_loss")) == 2
 
 
 def test_bad_data_is_one_line(demo_data, tmp_path):
     args = [*TINY_RUN, f"--out_dir={tmp_path}/run"]
     assert "no such data folder" in user_error("train.py", "--data_dir=nowhere", *args)
-    assert "no split 'pretrian'" in user_error("train.py", f"--data_dir={demo_data}", "--train_split=pretrian", *args)
-    assert "holds 300 events" in user_error("train.py", f"--data_dir={demo_data}", "--train_events=301", *args)
+    assert "no split 'pretrian'" in user_error("train.py", f"--data_dir={demo_data}",
+                                               "--train_split=pretrian", *args)
+    assert "holds 300 events" in user_error("train.py", f"--data_dir={demo_data}", "--train_events=301",
+                                            *args)
     assert not (tmp_path / "run").exists()
 
 
@@ -392,15 +416,18 @@ def test_only_good_pulses_are_hidden_and_one_in_each_event_that_has_one():
         n_hidden = np.bincount(owner, hidden, len(events))
         assert np.array_equal(n_hidden > 0, n_good > 0) and (n_good == 0).any()
         many = n_good >= 20
-        expected = mask_prob * n_good[many] + (1 - mask_prob) ** n_good[many]  # the forced one counts where none was drawn
+        # the forced one counts where none was drawn
+        expected = mask_prob * n_good[many] + (1 - mask_prob) ** n_good[many]
         assert n_hidden[many].sum() == pytest.approx(expected.sum(), rel=0.05)
 
 
 def test_masks_depend_on_seed_and_epoch_and_not_on_the_company():
     events, pulses, hidden = hidden_of()
-    assert not np.array_equal(hidden, hidden_of(epoch=1)[2]) and not np.array_equal(hidden, hidden_of(seed=1)[2])
+    assert not np.array_equal(hidden,
+                              hidden_of(epoch=1)[2]) and not np.array_equal(hidden, hidden_of(seed=1)[2])
     half = slice(events["start"][2000], None)
-    assert np.array_equal(train.hide_pulses(events[2000:], pulses[half], np.zeros(2000, int), 0.25, 0), hidden[half])
+    assert np.array_equal(train.hide_pulses(events[2000:], pulses[half], np.zeros(2000, int), 0.25, 0),
+                          hidden[half])
 
 
 @pytest.mark.parametrize("n_events", [103, 17, 1])

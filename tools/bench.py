@@ -1,9 +1,9 @@
 """How fast is it? Ratios against a plain baseline that runs in turns with it.
 
-    python -m tools.bench                                   # training step of the base model on data/demo, minutes
+    python -m tools.bench                                   # training step of the base model on data/demo
     python -m tools.bench --device=cuda --compile=True      # all that docs/speed.md wants of a GPU
     python -m tools.bench --what=backbones                  # transformer, GRU and Mamba at base width
-    python -m tools.bench --what=prepare                    # batch files simulated for it, 5 minutes on 2 CPU cores
+    python -m tools.bench --what=prepare                    # files simulated for it, minutes
 
 The training baseline does what the published code does: every event padded to max_pulses, logits at every
 position, float32, unfused optimizer. The preparing baseline handles one event after another. Prints events/s
@@ -40,7 +40,7 @@ class BenchConfig(ModelConfig):
     data_dir: str = "data/demo"  # folder made by prepare.py
     split: str = "pretrain"  # whose events to use
     batch_size: int = 0  # events a step; 0 = 4096 on a GPU, 64 elsewhere
-    micro_batch_sizes: str = ""  # events computed at once, one arm for each; "" = 64,512,1024 on a GPU, 32 elsewhere
+    micro_batch_sizes: str = ""  # events at once, an arm each; "" = 64,512,1024 on a GPU, 32 elsewhere
     rounds: int = 5  # measurements of each arm, in turns
     steps: int = 2  # training steps in a measurement
     device: str = "auto"  # or "cuda", "mps", "cpu"
@@ -54,15 +54,19 @@ class BenchConfig(ModelConfig):
         yield from knobs.check_not_negative(self, "batch_size")
         yield from knobs.check_choice(self, "what", ("train", "backbones", "prepare"))
         yield from knobs.check_device(self)
-        if not all(size.strip().isdigit() and int(size) for size in self.micro_batch_sizes.split(",") if self.micro_batch_sizes):
+        if not all(size.strip().isdigit() and int(size) for size in self.micro_batch_sizes.split(",")
+                   if self.micro_batch_sizes):
             yield f"micro_batch_sizes = {self.micro_batch_sizes!r}: numbers, separated by commas"
 
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}  # bfloat16, dense, NVIDIA's data sheets (SXM)
+# bfloat16, dense, NVIDIA's data sheets (SXM)
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}
 
 
 def print_rates(rates, more=lambda name, rate: ""):
-    """rates: name -> events/s of each round; the first arm is the baseline. Ratios are taken within a round."""
+    """rates: name -> events/s of each round; the first arm is the baseline.
+    Ratios are taken within a round.
+    """
     baseline = np.array(next(iter(rates.values())))
     for name, rate in rates.items():
         print(f"{name:<48} {np.median(rate):10,.1f} events/s ({min(rate):,.1f} to {max(rate):,.1f}) "
@@ -114,7 +118,9 @@ def plain_losses(model, batch):
 
 
 def count_flops(config, batch):
-    """Floating-point operations of the matrix products of a micro-batch, forward and backward, from the shapes (transformer)."""
+    """Floating-point operations of the matrix products of a micro-batch, forward and backward,
+    from the shapes (transformer).
+    """
     D, lengths = config.embedding_dim, batch["starts"].diff().double()
     n_tokens, is_plain = lengths.sum().item(), "is_hidden" in batch
     block = n_tokens * (4 * D * D + 2 * D * config.hidden_size) + 2 * lengths.square().sum().item() * D
@@ -127,7 +133,8 @@ class Arm:
 
     def __init__(self, config, geometry, split, process, size, dtype, is_plain=False, is_compiled=False):
         torch.manual_seed(0)
-        self.config, self.split, self.process, self.is_plain = replace(config, micro_batch_size=size), split, process, is_plain
+        self.config = replace(config, micro_batch_size=size)
+        self.split, self.process, self.is_plain = split, process, is_plain
         self.model = Pretrainer(config, geometry).to(process.device)
         self.called = torch.compile(self.model, dynamic=True) if is_compiled else self.model
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, 0.1), lr=1e-4, fused=not is_plain)
@@ -188,8 +195,10 @@ def bench_train(config):
     geometry, split = data.read_geometry(config.data_dir), data.open_split(config.data_dir, config.split)
     model_knobs = asdict(ModelConfig()).keys()
     train_config = TrainConfig(**{key: value for key, value in asdict(config).items() if key in model_knobs},
-                               batch_size=config.batch_size or (4096 if on_cuda else 64), data_dir=config.data_dir)
-    sizes = [int(size) for size in (config.micro_batch_sizes or ("64,512,1024" if on_cuda else "32")).split(",")]
+                               batch_size=config.batch_size or (4096 if on_cuda else 64),
+                               data_dir=config.data_dir)
+    sizes = [int(size)
+             for size in (config.micro_batch_sizes or ("64,512,1024" if on_cuda else "32")).split(",")]
     name_of_dtype = str(process.dtype).removeprefix("torch.")
     arms = {}
 
@@ -198,14 +207,16 @@ def bench_train(config):
 
     if config.what == "backbones":
         for backbone in MIXERS:
-            add(backbone, sizes[-1], process.dtype, replace(train_config, backbone=backbone), is_compiled=config.compile)
+            add(backbone, sizes[-1], process.dtype, replace(train_config, backbone=backbone),
+                is_compiled=config.compile)
     else:
         size = min(sizes[-1], 512)
         add("padded, all logits, float32 (baseline)", size, torch.float32, is_plain=True)
         add("padded, all logits, bfloat16", size, torch.bfloat16, is_plain=True)
         for size in sizes:
             for is_compiled in (False, True) if config.compile else (False,):
-                name = f"train.py: packed, {size} at once, {name_of_dtype}{', compiled' if is_compiled else ''}"
+                name = (f"train.py: packed, {size} at once, "
+                        f"{name_of_dtype}{', compiled' if is_compiled else ''}")
                 add(name, size, process.dtype, is_compiled=is_compiled)
     with common.progress_bar((config.rounds + 1) * len(arms), "bench", "measurement") as bar:
         for i in range(config.rounds + 1):  # round 0 warms up
@@ -227,11 +238,13 @@ def bench_train(config):
             text += f" | {flops / 1e12:.3g} TFLOP/s" + (f", {flops / peak:.1%} of the peak" if peak else "")
         return text + (f" | {arm.launches:,} launches a step | {arm.memory:.1f} GB" if on_cuda else "")
     print(f"torch {torch.__version__}, {where}, {train_config.batch_size} events a step, "
-          f"{split.events['length'].mean():.0f} pulses an event, at most {data.read_meta(config.data_dir)['max_pulses']}")
+          f"{split.events['length'].mean():.0f} pulses an event, at most "
+          f"{data.read_meta(config.data_dir)['max_pulses']}")
     print_rates({name: arm.rates for name, arm in arms.items()}, more)
     arm, n_steps = arms[list(arms)[-1]], max(20_000 // train_config.batch_size, 1)
     seconds = seconds_of(lambda: [arm.load(step) for step in range(n_steps)])
-    print(f"loader, one thread: {n_steps * train_config.batch_size / seconds:,.0f} masked and packed events/s")
+    print(f"loader, one thread: {n_steps * train_config.batch_size / seconds:,.0f} masked and packed "
+          "events/s")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -244,14 +257,16 @@ N_BATCHES = 8  # links to one and the same file; Kaggle has 660, so the start of
 
 def simulate_batches(folder, n_events):
     """A batch file of simulated events, and links to it as if it were N_BATCHES."""
-    subprocess.run([sys.executable, "simulate.py", f"--out_dir={folder}", f"--n_events={n_events}", f"--events_per_batch={n_events}",
-                    "--n_test_events=0"], check=True, cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "simulate.py", f"--out_dir={folder}", f"--n_events={n_events}",
+                    f"--events_per_batch={n_events}", "--n_test_events=0"], check=True,
+                   cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL)
     for copy in range(2, N_BATCHES + 1):
         (folder / f"train/batch_{copy}.parquet").symlink_to("batch_1.parquet")
     meta = pq.read_table(folder / "train_meta.parquet")
     place = meta.column_names.index("batch_id")
     pq.write_table(pa.concat_tables(
-        meta.set_column(place, meta.schema.field("batch_id"), pa.array([copy] * n_events, meta.schema.field("batch_id").type))
+        meta.set_column(place, meta.schema.field("batch_id"),
+                        pa.array([copy] * n_events, meta.schema.field("batch_id").type))
         for copy in range(1, N_BATCHES + 1)), folder / "train_meta.parquet")
 
 
@@ -280,13 +295,15 @@ def seconds_of(function, *args):
 
 
 def bench_prepare(config, folder):
-    """The rule for events in memory, and whole runs of prepare.py over full-size batches, against a plain loop over events.
+    """The rule for events in memory, and whole runs of prepare.py over full-size batches,
+    against a plain loop over events.
 
     The floor of a whole run is the decoding of the four columns, which the plain loop with reading is charged
     with as well.
     """
     simulate_batches(folder / "raw", config.n_events)
-    settings = prepare.PrepareConfig(input_dir=f"{folder}/raw", data_dir=f"{folder}/0", splits={"all": (1, N_BATCHES)})
+    settings = prepare.PrepareConfig(input_dir=f"{folder}/raw", data_dir=f"{folder}/0",
+                                     splits={"all": (1, N_BATCHES)})
     geometry = prepare.read_geometry_csv(folder / "raw/sensor_geometry.csv")
     batch, events = next(prepare.kaggle_jobs(settings, prepare.plan_kaggle(settings)))
     chunks = list(islice(prepare.kaggle_chunks(batch.path, events), 16))
@@ -310,17 +327,19 @@ def bench_prepare(config, folder):
 
     def script(workers):
         """Prepare all batches in a fresh folder, noting the peak memory [GB] of the largest process."""
-        code = ("import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, capture_output=True); "
-                "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6)")
-        command = [sys.executable, "prepare.py", f"--input_dir={folder}/raw", f"--data_dir={folder}/{len(memory)}",
-                   f"--workers={workers}", f"--splits={{'all': (1, {N_BATCHES})}}"]
-        done = subprocess.run([sys.executable, "-c", code, *command], check=True, capture_output=True, text=True,
-                              cwd=Path(__file__).parent.parent)
+        code = ("import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, "
+                "capture_output=True); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6)")
+        command = [sys.executable, "prepare.py", f"--input_dir={folder}/raw",
+                   f"--data_dir={folder}/{len(memory)}", f"--workers={workers}",
+                   f"--splits={{'all': (1, {N_BATCHES})}}"]
+        done = subprocess.run([sys.executable, "-c", code, *command], check=True, capture_output=True,
+                              text=True, cwd=Path(__file__).parent.parent)
         memory.append(float(done.stdout))
         if len(memory) > 1:
             shutil.rmtree(folder / f"{len(memory) - 1}")
 
-    rates = {name: [] for name in ("plain loop, events in memory (baseline)", "prepare.pack, the same events")}
+    rates = {name: [] for name in ("plain loop, events in memory (baseline)",
+                                   "prepare.pack, the same events")}
     whole = {name: [] for name in ("plain loop and decoding (baseline)", "decoding four columns, the floor",
                                    "prepare.py, 1 worker", "prepare.py, 2 workers")}
     with common.progress_bar(config.rounds, "bench", "round") as bar:
@@ -328,7 +347,8 @@ def bench_prepare(config, folder):
             looped, packed = (seconds_of(arm) / n_chunk_events for arm in (loop, pack))
             read = seconds_of(decode) / config.n_events
             scripts = [seconds_of(script, workers) / (config.n_events * N_BATCHES) for workers in (1, 2)]
-            for rate, seconds in zip((*rates.values(), *whole.values()), (looped, packed, looped + read, read, *scripts)):
+            for rate, seconds in zip((*rates.values(), *whole.values()),
+                                     (looped, packed, looped + read, read, *scripts)):
                 rate.append(1 / seconds)
             bar.update()
     print_rates(rates)
@@ -337,11 +357,13 @@ def bench_prepare(config, folder):
 
     split, rng = data.open_split(folder / "0", "all"), np.random.default_rng(0)
     for run_length in (1, data.RUN_LENGTH):
-        indices = [(rng.integers(0, len(split) - run_length, (4096 // run_length, 1)) + np.arange(run_length)).ravel()
+        indices = [(rng.integers(0, len(split) - run_length, (4096 // run_length, 1))
+                    + np.arange(run_length)).ravel()
                    for _ in range(200)]
         for _ in range(2):  # the first time maps the pages
             seconds = seconds_of(lambda: [data.read_events(split, index) for index in indices])
-        print(f"loader, random runs of {run_length}: {200 * 4096 / seconds / 1e6:.2f} M events/s from mapped pages")
+        print(f"loader, random runs of {run_length}: {200 * 4096 / seconds / 1e6:.2f} M events/s from mapped "
+              "pages")
 
 
 def main():

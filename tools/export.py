@@ -37,10 +37,12 @@ class Exported(torch.nn.Module):
         self.model, self.max_pulses = model, max_pulses
 
     def forward(self, pulses, counts):
-        torch._assert_async((counts <= self.max_pulses).all(), f"an event has more than {self.max_pulses} pulses")
+        torch._assert_async((counts <= self.max_pulses).all(), f"an event has more than {self.max_pulses} "
+                                                               "pulses")
         n_pulses, n_events = pulses["time"].shape[0], counts.shape[0]  # len() would fix them
         pulse = torch.arange(n_pulses)
-        token = pulse + torch.searchsorted(counts.cumsum(0), pulse, right=True) + 1  # behind the [CLS] of its event
+        # behind the [CLS] of its event
+        token = pulse + torch.searchsorted(counts.cumsum(0), pulse, right=True) + 1
         batch = {name: column.new_zeros(n_pulses + n_events).index_copy(0, token, column)
                  for name, column in pulses.items()}
         batch["starts"] = torch.cat([counts.new_zeros(1), (counts + 1).cumsum(0)]).int()
@@ -58,7 +60,8 @@ def main():
     pulses = {name: torch.zeros(7, dtype=kind) for name, kind in kinds.items()}  # any numbers do
     shape = {0: torch.export.Dim.DYNAMIC}
     program = torch.export.export(Exported(model, max_pulses).eval(), (pulses, torch.tensor([3, 4])),
-                                  dynamic_shapes={"pulses": {name: shape for name in pulses}, "counts": shape})
+                                  dynamic_shapes={"pulses": {name: shape for name in pulses},
+                                                  "counts": shape})
 
     def write(part):
         with open(part, "wb") as file:

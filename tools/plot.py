@@ -1,11 +1,12 @@
-"""Pictures of runs and of single events. Needs matplotlib (pip install matplotlib), which nothing else here does.
+"""Pictures of runs and of single events. Needs matplotlib (pip install matplotlib),
+which nothing else here does.
 
-    python -m tools.plot --what=curves --runs=out/demo,out/demo+gru             loss and learning rate over steps
-    python -m tools.plot --what=errors --runs=out/demo_finetune                 errors: histogram, against energy and pulses
-    python -m tools.plot --what=calibration --runs=out/vmf                      is the predicted uncertainty right? (direction_loss vmf)
-    python -m tools.plot --what=labels --runs=out/a,out/b,out/c,out/d           error against number of labels, pretrained or not
-    python -m tools.plot --what=scaling --runs=out/a,out/b,out/c --x=events     validation loss against events seen or parameters
-    python -m tools.plot --what=study --study=embedding --x=learning_rate       results of study.py, with the spread over seeds
+    python -m tools.plot --what=curves --runs=out/demo,out/demo+gru         loss and learning rate over steps
+    python -m tools.plot --what=errors --runs=out/demo_finetune          histogram, against energy and pulses
+    python -m tools.plot --what=calibration --runs=out/demo_finetune     is the uncertainty right?
+    python -m tools.plot --what=labels --runs=out/a,out/b,out/c,out/d       error against number of labels
+    python -m tools.plot --what=scaling --runs=out/a,out/b --x=events    loss against events or parameters
+    python -m tools.plot --what=study --study=embedding                  results of study.py
     python -m tools.plot --what=event --data_dir=data/demo --event=5 --runs=out/demo,out/demo_finetune
 
 Each writes one .png, in a second or two, and prints its name. errors, calibration and labels read the
@@ -25,11 +26,13 @@ import data
 import knobs
 from tools.study import METRICS, best_rate, final_rows, number_in, read_evaluation, read_results, spread
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito: told apart by all eyes
+# Okabe & Ito: told apart by all eyes
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", ":", "-.")  # after seven colours
-AXES = {"val_angle_mean": "mean angular error [deg]", "val_angle_median": "median angular error [deg]", "val_dom_loss": "DOM loss",
-        "val_charge_rms": "charge error, rms of log10 [dex]", "val_distance": "best guess off by [m]", "events": "events seen",
-        "learning_rate": "learning rate", "number": "number in the arm's name", "seconds": "seconds of training"}
+AXES = {"val_angle_mean": "mean angular error [deg]", "val_angle_median": "median angular error [deg]",
+        "val_dom_loss": "DOM loss", "val_charge_rms": "charge error, rms of log10 [dex]",
+        "val_distance": "best guess off by [m]", "events": "events seen", "learning_rate": "learning rate",
+        "number": "number in the arm's name", "seconds": "seconds of training"}
 
 
 @dataclass
@@ -37,7 +40,7 @@ class PlotConfig:
     what: str = "curves"  # or "errors", "calibration", "labels", "scaling", "study", "event"
     runs: str = ""  # folders of runs, separated by commas
     split: str = "val"  # whose evaluation_<split>.json; event: the split it is in
-    x: str = "events"  # scaling: "events" seen or "parameters"; study: also "learning_rate", "number" in the arm, "seconds"
+    x: str = "events"  # or "parameters"; study: also "learning_rate", "number" in the arm, "seconds"
     y: str = "val_dom_loss"  # scaling, study: a column of log.csv or of the results
     study: str = ""  # study: its name, or several separated by commas
     results: str = "out/study/results.csv"  # study: the file that study.py wrote
@@ -51,7 +54,8 @@ class PlotConfig:
 
     def check(self):
         yield from knobs.check_choice(self, "what", PLOTS)
-        xs = {"scaling": ("events", "parameters"), "study": ("events", "parameters", "learning_rate", "number", "seconds")}
+        xs = {"scaling": ("events", "parameters"), "study": ("events", "parameters", "learning_rate",
+                                                             "number", "seconds")}
         yield from knobs.check_choice(self, "x", xs.get(self.what, xs["study"]))
         yield from knobs.check_not_negative(self, "event")
         yield from knobs.check_fraction(self, "hide")
@@ -62,8 +66,8 @@ class PlotConfig:
             if not self.study:
                 yield "study is empty: name one or more studies, separated by commas"
             if self.fit and self.x not in ("number", "parameters"):
-                yield (f"fit = True: a power law is for runs that have ended, over x = 'number' or 'parameters', not over "
-                       f"{self.x!r}")
+                yield ("fit = True: a power law is for runs that have ended, over x = 'number' or "
+                       f"'parameters', not over {self.x!r}")
         if importlib.util.find_spec("matplotlib") is None:
             yield "tools.plot needs matplotlib: pip install matplotlib"
 
@@ -122,13 +126,17 @@ def plain_log(axis, ticks=()):
 # ------------------------------------------------------------------------------------------------------------
 
 def curves(config, runs, plt):
-    """Training as a line, evaluations as dots: the DOM loss of pretraining runs, or the loss of fine-tuning runs."""
+    """Training as a line, evaluations as dots: the DOM loss of pretraining runs,
+    or the loss of fine-tuning runs.
+    """
     logs = [read_log(run) for run in runs]
     is_pretraining = ["dom_loss" in log for log in logs]
     if len(set(is_pretraining)) > 1:
-        common.fail(f"{config.runs}: runs of pretraining and of fine-tuning have different losses; draw them apart")
+        common.fail(f"{config.runs}: runs of pretraining and of fine-tuning have different losses; draw them "
+                    "apart")
     name = "dom_loss" if is_pretraining[0] else "loss"
-    figure, (above, below) = plt.subplots(2, 1, figsize=(7, 6), sharex=True, height_ratios=(3, 1), layout="constrained")
+    figure, (above, below) = plt.subplots(2, 1, figsize=(7, 6), sharex=True, height_ratios=(3, 1),
+                                          layout="constrained")
     for i, (run, log) in enumerate(zip(runs, logs)):
         at = ~np.isnan(log[name])
         above.plot(log["step"][at], log[name][at], alpha=0.6, linewidth=1, label=name_of(run), **style(i))
@@ -138,8 +146,8 @@ def curves(config, runs, plt):
         below.plot(log["step"][at], log["lr"][at], **style(i))
     if is_pretraining[0]:
         above.axhline(np.log(data.N_DOMS), color="0.55", linewidth=1, linestyle="--")
-        above.annotate(f"guessing, ln {data.N_DOMS}", (1, np.log(data.N_DOMS)), ha="right", va="bottom", fontsize=8,
-                       color="0.4", xycoords=("axes fraction", "data"))
+        above.annotate(f"guessing, ln {data.N_DOMS}", (1, np.log(data.N_DOMS)), ha="right", va="bottom",
+                       fontsize=8, color="0.4", xycoords=("axes fraction", "data"))
         plain_log(above.yaxis)
     above.set(ylabel=f"{'DOM loss' if is_pretraining[0] else 'loss'} (line: training, dots: validation)")
     below.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
@@ -148,37 +156,47 @@ def curves(config, runs, plt):
 
 
 def errors(config, runs, plt):
-    """Histogram of the errors, and their size in bins of energy and pulses; beside directions those of the line fit."""
+    """Histogram of the errors, and their size in bins of energy and pulses;
+    beside directions those of the line fit.
+    """
     evaluations = read_evaluations(runs, config.split)
     task = evaluations[0]["task"]
     for run, found in zip(runs, evaluations):
         if found["task"] != task:
-            common.fail(f"{run} reconstructs the {found['task']}, the runs before it do not; they cannot share an axis")
-    unit, scale, statistic = ("deg", np.degrees(1), "median") if task == "direction" else ("dex", 1, "resolution")
+            common.fail(f"{run} reconstructs the {found['task']}, the runs before it do not; they cannot "
+                        "share an axis")
+    unit, scale, statistic = ("deg", np.degrees(1),
+                              "median") if task == "direction" else ("dex", 1, "resolution")
     figure, (left, *others) = plt.subplots(1, 3, figsize=(13, 4.3), layout="constrained")
     for i, (run, found) in enumerate(zip(runs, evaluations)):
         shares = {name: np.array(found["histogram"][name]) for name in found["histogram"]}
         edges = shares.pop("edges") * scale
         if i == 0 and "fit_error" in shares:
-            left.stairs(shares["fit_error"] / found["n_events"], edges, color="0.55", label="line fit", fill=True, alpha=0.4)
+            left.stairs(shares["fit_error"] / found["n_events"], edges, color="0.55", label="line fit",
+                        fill=True, alpha=0.4)
         left.stairs(shares["error"] / found["n_events"], edges, label=name_of(run), linewidth=1.5, **style(i))
     for axis, kind in zip(others, ("energy", "pulses")):
         tables = [{row["bin"]: row for row in found["rows"] if row["kind"] == kind} for found in evaluations]
-        bins = sorted(set().union(*tables), key=lambda name: float(name.split()[0]))  # a run may lack some: few events
+        # a run may lack some: few events
+        bins = sorted(set().union(*tables), key=lambda name: float(name.split()[0]))
         for i, (run, table) in enumerate(zip(runs, tables)):
             places = np.array([k for k, name in enumerate(bins) if name in table])
             rows = [table[bins[k]] for k in places]
             axis.errorbar(places + 0.06 * i, [row[statistic] * scale for row in rows],
-                          [row[f"{statistic}_error"] * scale for row in rows], marker="o", capsize=3, **style(i))
+                          [row[f"{statistic}_error"] * scale for row in rows], marker="o", capsize=3,
+                          **style(i))
         if task == "direction":
             places = [k for k, name in enumerate(bins) if name in tables[0]]
-            axis.plot(places, [tables[0][bins[k]]["line_fit_median"] * scale for k in places], color="0.55", marker="s")
+            axis.plot(places, [tables[0][bins[k]]["line_fit_median"] * scale for k in places], color="0.55",
+                      marker="s")
         counts = [next(table[name]["n"] for table in tables if name in table) for name in bins]
         axis.set_xticks(range(len(bins)), fontsize=7, labels=[
-            name.replace(" to ", "\nto ").replace(" or ", "\nor ") + f"\nn = {n:,}" for name, n in zip(bins, counts)])
+            name.replace(" to ", "\nto ").replace(" or ", "\nor ") + f"\nn = {n:,}" for name,
+            n in zip(bins, counts)])
         axis.set(xlabel=kind if kind == "energy" else "pulses of the event", ylim=(0, None),
                  ylabel=f"{'median angular error' if task == 'direction' else 'energy resolution'} [{unit}]")
-    left.set(xlabel="angular error [deg]" if task == "direction" else "log10 of predicted over true energy [dex]",
+    left.set(xlabel="angular error [deg]" if task == "direction" else "log10 of predicted over true energy "
+                                                                      "[dex]",
              ylabel=f"share of {evaluations[0]['n_events']:,} events", xlim=(edges[0], edges[-1]))
     left.legend()
     return figure
@@ -192,7 +210,8 @@ def calibration(config, runs, plt):
             common.fail(f"{run} knows no uncertainty: train it with a direction_loss that holds vmf")
         level, inside = (100 * np.array(found["calibration"][name]) for name in ("level", "inside"))
         axis.plot(level, inside, marker="o", markersize=4, label=name_of(run), **style(i))
-    axis.set(xlabel="predicted probability of a contour [%]", ylabel="events inside it [%]", xlim=(0, 100), ylim=(0, 100))
+    axis.set(xlabel="predicted probability of a contour [%]", ylabel="events inside it [%]", xlim=(0, 100),
+             ylim=(0, 100))
     axis.set_aspect("equal")
     axis.text(97, 4, "below the line: too sure of itself", ha="right", fontsize=8, color="0.4")
     axis.legend()
@@ -200,7 +219,8 @@ def calibration(config, runs, plt):
 
 
 def labels(config, runs, plt):
-    """Runs together by how they began: pretrained, frozen, from scratch; several of one kind and size: mean and spread.
+    """Runs together by how they began: pretrained, frozen, from scratch; several of one kind and size:
+    mean and spread.
 
     A single run has the error of the choice of its validation events.
     """
@@ -208,7 +228,8 @@ def labels(config, runs, plt):
     for run, found in zip(runs, read_evaluations(runs, config.split)):
         tasks.add(found["task"])
         if len(tasks) > 1:
-            common.fail(f"{run} reconstructs the {found['task']}, the runs before it do not; they cannot share an axis")
+            common.fail(f"{run} reconstructs the {found['task']}, the runs before it do not; they cannot "
+                        "share an axis")
         frozen = "pretrained, frozen" if found["freeze_backbone"] else "pretrained"
         name, scale = ("mean", np.degrees(1)) if found["task"] == "direction" else ("resolution", 1)
         whole = found["rows"][0]
@@ -220,7 +241,8 @@ def labels(config, runs, plt):
         n = sorted(sizes)
         points = [np.array(sizes[k]).T for k in n]  # (2, runs): value, its own error
         bars = [spread(value) if len(value) > 1 else own[0] for value, own in points]
-        axis.errorbar(n, [value.mean() for value, _ in points], bars, label=kind, marker="o", capsize=3, **style(i))
+        axis.errorbar(n, [value.mean() for value, _ in points], bars, label=kind, marker="o", capsize=3,
+                      **style(i))
     axis.set(xlabel="labelled events",
              ylabel="mean angular error [deg]" if tasks == {"direction"} else "energy resolution [dex]")
     plain_log(axis.xaxis, sorted({n for sizes in groups.values() for n in sizes}))
@@ -243,7 +265,8 @@ def scaling(config, runs, plt):
     x, y, names = zip(*sorted(points))
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
     axis.plot(x, y, "o", color=COLORS[0])
-    axis.set(xlabel={"events": "events seen", "parameters": "parameters"}[config.x], ylabel=AXES.get(config.y, config.y))
+    axis.set(xlabel={"events": "events seen", "parameters": "parameters"}[config.x],
+             ylabel=AXES.get(config.y, config.y))
     if config.fit and len(set(x)) > 2:
         draw_power_law(axis, np.array(x), np.array(y), color="0.55")
         axis.legend()
@@ -257,8 +280,8 @@ def scaling(config, runs, plt):
         while any(abs(place[0] - other[0]) < 90 and abs(place[1] - down - other[1]) < 11 for other in taken):
             down += 11
         taken.append((place[0], place[1] - down))
-        axis.annotate(name, place, (6, 4 - down), xycoords="figure pixels", textcoords="offset pixels", fontsize=7,
-                      color="0.35", annotation_clip=False)
+        axis.annotate(name, place, (6, 4 - down), xycoords="figure pixels", textcoords="offset pixels",
+                      fontsize=7, color="0.35", annotation_clip=False)
     return figure
 
 
@@ -266,9 +289,11 @@ def draw_power_law(axis, x, y, name="", **how):
     u, v = np.log(x), np.log(y)
     slope, offset = np.polyfit(u, v, 1)
     rest = v - slope * u - offset
-    error = (rest @ rest / (len(x) - 2) / np.square(u - u.mean()).sum()) ** 0.5  # of the slope, from the points' scatter
+    # of the slope, from the points' scatter
+    error = (rest @ rest / (len(x) - 2) / np.square(u - u.mean()).sum()) ** 0.5
     grid = np.geomspace(min(x), max(x))
-    axis.plot(grid, np.exp(offset) * grid**slope, linewidth=1, label=f"{name} power {slope:.3f} $\\pm$ {error:.3f}", **how)
+    axis.plot(grid, np.exp(offset) * grid**slope, linewidth=1, label=f"{name} power {slope:.3f} $\\pm$ "
+                                                                     f"{error:.3f}", **how)
 
 
 def points_of_study(config, results, name):
@@ -286,14 +311,18 @@ def points_of_study(config, results, name):
             yield from ((line or name, number_in(row, "parameters"), row) for row in runs)
         elif config.x == "number":
             if not is_numbered(arm):
-                common.fail(f"{config.results}: arm {arm} of {name} has no number in its name; choose another --x=")
+                common.fail(f"{config.results}: arm {arm} of {name} has no number in its name; choose "
+                            "another --x=")
             yield from ((line, float(number), row) for row in runs)
         else:
-            scale = np.nanmean([1 / number_in(row, "events_per_s") for row in runs]) if config.x == "seconds" else 1
+            scale = np.nanmean([1 / number_in(row, "events_per_s")
+                                for row in runs]) if config.x == "seconds" else 1
             rows = [row for row in results
                     if (row["study"], row["arm"], float(row["learning_rate"])) == (name, arm, best)]
-            ends = len({row["step"] for row in rows}) == 1  # runs of several lengths, evaluated at the end: one line
-            yield from ((line if ends and is_numbered(arm) else arm, number_in(row, "events") * scale, row) for row in rows)
+            # runs of several lengths, evaluated at the end: one line
+            ends = len({row["step"] for row in rows}) == 1
+            yield from ((line if ends and is_numbered(arm) else arm, number_in(row, "events") * scale, row)
+                        for row in rows)
 
 
 def is_numbered(arm):
@@ -303,7 +332,8 @@ def is_numbered(arm):
 
 
 def study(config, runs, plt):
-    """Results of study.py, mean and standard deviation over seeds; a run that diverged is left out, with a word.
+    """Results of study.py, mean and standard deviation over seeds;
+    a run that diverged is left out, with a word.
 
     Against the learning rate: one line per arm; of arms with a number (muP/64), colour tells the number and
     dashes the name. Against the number in an arm's name (pretrained/500) or parameters: the best learning
@@ -315,8 +345,8 @@ def study(config, runs, plt):
     for name in names:
         for line, x, row in points_of_study(config, results, name):
             if row["step"] == "0":
-                print(f"note: {name}, arm {row['arm']}, learning rate {row['learning_rate']}, seed {row['seed']} "
-                      "diverged, it is not drawn")
+                print(f"note: {name}, arm {row['arm']}, learning rate {row['learning_rate']}, seed "
+                      f"{row['seed']} diverged, it is not drawn")
             elif row[config.y]:
                 line = f"{name}: {line}" if len(names) > 1 and line != name else line
                 lines.setdefault(line, {}).setdefault(x, []).append(number_in(row, config.y))
@@ -337,7 +367,8 @@ def study(config, runs, plt):
         mean, bar = np.array([(np.mean(points[k]), spread(points[k])) for k in x]).T * scale
         axis.errorbar(x, mean, bar, label=line, marker="o", markersize=4, capsize=3, **look)
         if config.fit and len(x) > 2:
-            each = np.array([(k, y * scale) for k in x for y in points[k]])  # not the means: the slope's error knows the spread
+            # not the means: the slope's error knows the spread
+            each = np.array([(k, y * scale) for k in x for y in points[k]])
             draw_power_law(axis, *each.T, line, color=look["color"], alpha=0.5)
     axis.set(xlabel=config.x_label or AXES.get(config.x, config.x), ylabel=AXES.get(config.y, config.y))
     xs = sorted(set().union(*lines.values()))
@@ -347,8 +378,8 @@ def study(config, runs, plt):
         plain_log(axis.yaxis)
     for name, height in config.baselines.items():
         axis.axhline(height * scale, color="0.55", linewidth=1, linestyle="--")
-        axis.annotate(name, (1, height * scale), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8,
-                      color="0.4")
+        axis.annotate(name, (1, height * scale), xycoords=("axes fraction", "data"), ha="right", va="bottom",
+                      fontsize=8, color="0.4")
     if len(lines) > 1 or config.fit:
         axis.legend()
     return figure
@@ -359,13 +390,16 @@ def study(config, runs, plt):
 # ------------------------------------------------------------------------------------------------------------
 
 def event(config, runs, plt):
-    """The detector in 3-D; pulses coloured by time and sized by charge; directions; hidden DOMs and the model's best guesses."""
+    """The detector in 3-D; pulses coloured by time and sized by charge; directions;
+    hidden DOMs and the model's best guesses.
+    """
     import torch
     from evaluate import load_model
     from model import unit_vector
     split, geometry = data.open_split(config.data_dir, config.split), data.read_geometry(config.data_dir)
     if config.event >= len(split):
-        common.fail(f"{split.path} holds {len(split):,} events, numbered from 0: there is no event {config.event}")
+        common.fail(f"{split.path} holds {len(split):,} events, numbered from 0: there is no event "
+                    f"{config.event}")
     events, pulses = data.read_events(split, np.array([config.event]))
     hidden = (data.uniform_hash(0, 0, data.pulse_places(events)) < config.hide) & ~pulses["aux"]
     place, truth, aux = geometry[pulses["dom"]], events[0], pulses["aux"]
@@ -376,9 +410,10 @@ def event(config, runs, plt):
         axis.plot(*string[[0, -1]].T, color="0.9", linewidth=0.6, zorder=0)
     size = 14 * (1 + np.log10(np.maximum(pulses["charge"], 0.1) / 0.1)) ** 1.5
     axis.scatter(*place[aux].T, c="0.35", s=12, marker="x", linewidths=0.7, label="aux (mostly noise)")
-    early, late = np.percentile(pulses["time"] if aux.all() else pulses["time"][~aux], (2, 98))  # but for stray ones
-    shown = axis.scatter(*place[~aux].T, c=pulses["time"][~aux], s=size[~aux], cmap="plasma", alpha=0.9, linewidths=0,
-                         vmin=early, vmax=max(late, early + 1))
+    # but for stray ones
+    early, late = np.percentile(pulses["time"] if aux.all() else pulses["time"][~aux], (2, 98))
+    shown = axis.scatter(*place[~aux].T, c=pulses["time"][~aux], s=size[~aux], cmap="plasma", alpha=0.9,
+                         linewidths=0, vmin=early, vmax=max(late, early + 1))
     figure.colorbar(shown, ax=axis, shrink=0.6, pad=0.04, label="time [ns]")
     center = np.average(place if aux.all() else place[~aux], axis=0)
 
@@ -402,11 +437,12 @@ def event(config, runs, plt):
                     right = (best[0] == pulses["dom"][hidden]).sum()
                     for a, b in zip(place[hidden], geometry[best[0]]):
                         axis.plot(*np.stack([a, b]).T, color=COLORS[2], linewidth=0.8)
-                    axis.scatter(*place[hidden].T, s=90, facecolors="none", edgecolors=COLORS[2], linewidths=1.5,
-                                 label="hidden DOM")
+                    axis.scatter(*place[hidden].T, s=90, facecolors="none", edgecolors=COLORS[2],
+                                 linewidths=1.5, label="hidden DOM")
                     names = (f"best guess ({right} of {len(best[0])} right)", "second, third", None)
                     for guess, alpha, label in zip(best, (1, 0.6, 0.4), names):
-                        axis.scatter(*geometry[guess].T, marker="+", s=70, color=COLORS[2], alpha=alpha, label=label)
+                        axis.scatter(*geometry[guess].T, marker="+", s=70, color=COLORS[2], alpha=alpha,
+                                     label=label)
             elif run_config.task == "direction":
                 batch.pop("hidden")
                 found = model(batch)["direction"][0].numpy()
@@ -432,8 +468,9 @@ def main():
     import matplotlib
     matplotlib.use("Agg")  # no window is needed
     import matplotlib.pyplot as plt
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
-                         "grid.color": "0.92", "legend.frameon": False, "font.size": 10})
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+                         "axes.axisbelow": True, "grid.color": "0.92", "legend.frameon": False,
+                         "font.size": 10})
     figure = PLOTS[config.what](config, [run.strip() for run in config.runs.split(",") if run.strip()], plt)
     path = config.out or f"out/{config.what}.png"
     common.write_atomic(path, lambda part: figure.savefig(part, format="png", dpi=150))

@@ -30,8 +30,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from common import (count_cores, count_events, fail, hold_lock, progress_bar, read_json, run_in_workers, run_stage,
-                    write_atomic, write_json)
+from common import (count_cores, count_events, fail, hold_lock, progress_bar, read_json, run_in_workers,
+                    run_stage, write_atomic, write_json)
 from data import DOMS_PER_STRING, N_DOMS, uniform_hash
 from knobs import check_choice, check_not_negative, check_positive, load_config, print_knobs
 from prepare import (CHUNK, KINDS, MAX_FLOAT, open_parquet, read_batches, read_geometry_csv, refuse,

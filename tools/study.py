@@ -1,8 +1,9 @@
-"""Run a study: several arms, each with its own best learning rate, over several seeds. All results go into one .csv file.
+"""Run a study: several arms, each with its own best learning rate, over several seeds.
+All results go into one .csv file.
 
     python simulate.py sample_config/study/simulate.py                     the data of all studies, once
     python prepare.py sample_config/study/prepare.py
-    python -m tools.study sample_config/study/embedding.py --jobs=2              one study, two runs at a time, each on half of the cores
+    python -m tools.study sample_config/study/embedding.py --jobs=2      one study, two runs at a time
     python -m tools.plot --what=study --study=embedding --x=learning_rate        a picture of it
 
 An arm is a name and what it adds to the command that all arms share. Each is run with every learning rate on
@@ -32,8 +33,9 @@ import numpy as np
 import data
 import knobs
 
-METRICS = ["val_loss", "val_dom_loss", "val_charge_loss", "val_center_loss", "val_perplexity", "val_top1", "val_top5", "val_string", "val_distance",
-           "val_charge_rms", "val_center_rms", "val_angle_mean", "val_angle_median", "coverage_50", "coverage_90"]
+METRICS = ["val_loss", "val_dom_loss", "val_charge_loss", "val_center_loss", "val_perplexity", "val_top1",
+           "val_top5", "val_string", "val_distance", "val_charge_rms", "val_center_rms", "val_angle_mean",
+           "val_angle_median", "coverage_50", "coverage_90"]
 # one row for each evaluation of each run; metric is what decided on the learning rate, knobs a checksum of
 # what was set
 RESULTS = ["study", "arm", "learning_rate", "seed", "step", "events", "events_per_s", "parameters", *METRICS,
@@ -46,7 +48,7 @@ COMPUTING = {"micro_batch_size", "device", "compile"}
 class StudyConfig:
     script: str = "train.py"  # or "finetune.py"
     shared: str = "sample_config/study/train.py"  # arguments that all arms share, separated by spaces
-    arms: dict = field(default_factory=dict)  # name to its own arguments, in which {seed} stands for the run's seed
+    arms: dict = field(default_factory=dict)  # name to its own arguments; {seed} stands for the seed
     learning_rates: str = "0.005,0.01,0.02"  # tried on seed 1, separated by commas; a single one is not tuned
     widen: int = 2  # so often the range may grow
     seeds: int = 3  # seeds 1 to this number
@@ -72,11 +74,14 @@ class StudyConfig:
         except ValueError:
             rates = []
         if len(rates) in (0, 2) or not (rates[0] > 0 and math.isfinite(sum(rates))):
-            yield f"learning_rates = {self.learning_rates!r}: one (not tuned), or three and more numbers, separated by commas"
+            yield (f"learning_rates = {self.learning_rates!r}: one (not tuned), or three and more numbers, "
+                   "separated by commas")
 
 
 def check_arms(config):
-    """Read the arguments of every arm as its script would, and look for its files: better now than hours later."""
+    """Read the arguments of every arm as its script would, and look for its files:
+    better now than hours later.
+    """
     script = importlib.import_module(Path(config.script).stem)
     cls = script.TrainConfig if config.script == "train.py" else script.FinetuneConfig
     for arm in config.arms:
@@ -93,7 +98,8 @@ def check_arms(config):
 
 
 def learning_rates(config):
-    return sorted({float(f"{float(rate):g}") for rate in config.learning_rates.split(",")})  # as they are written in the results
+    # as they are written in the results
+    return sorted({float(f"{float(rate):g}") for rate in config.learning_rates.split(",")})
 
 
 def arguments_of(config, arm, seed):
@@ -101,14 +107,18 @@ def arguments_of(config, arm, seed):
 
 
 def knobs_of(arguments):
-    """A checksum of the knobs that the arguments set: it tells results of an older version of a config file apart.
+    """A checksum of the knobs that the arguments set:
+    it tells results of an older version of a config file apart.
 
     How a step is computed (COMPUTING) changes no result.
     """
     found = {}
     for argument in shlex.split(arguments):
         key, _, text = argument.removeprefix("--").partition("=")
-        found |= {key: knobs.parse_flag(text)} if argument.startswith("--") else knobs.read_config_file(argument)
+        if argument.startswith("--"):
+            found[key] = knobs.parse_flag(text)
+        else:
+            found |= knobs.read_config_file(argument)
     found = {key: value for key, value in found.items() if key not in COMPUTING}
     return f"{zlib.crc32(json.dumps(found, sort_keys=True, default=str).encode()):08x}"
 
@@ -155,8 +165,11 @@ def spread(values):
 
 
 def best_rate(final, arm):
-    """The learning rate with which seed 1 ended lowest in the study's metric; a run that diverged counts as infinitely high."""
-    ends = {rate: np.nan_to_num(number_in(row, row["metric"]), nan=np.inf) for (name, rate, seed), row in final.items()
+    """The learning rate with which seed 1 ended lowest in the study's metric;
+    a run that diverged counts as infinitely high.
+    """
+    ends = {rate: np.nan_to_num(number_in(row, row["metric"]), nan=np.inf) for (name, rate, seed),
+            row in final.items()
             if (name, seed) == (arm, 1)}
     return min(ends, key=ends.get)
 
@@ -166,7 +179,9 @@ def best_rate(final, arm):
 # ------------------------------------------------------------------------------------------------------------
 
 def missing_runs(config, final):
-    """The runs (arm, learning rate, seed) that can be started now: first the tuning of all arms, then the other seeds."""
+    """The runs (arm, learning rate, seed) that can be started now:
+    first the tuning of all arms, then the other seeds.
+    """
     rates = learning_rates(config)
     tuning = [(arm, rate, 1) for arm in config.arms for rate in rates if (arm, rate, 1) not in final]
     if tuning:
@@ -176,8 +191,8 @@ def missing_runs(config, final):
         tried = sorted(rate for name, rate, seed in final if (name, seed) == (arm, 1))
         best, n_widened = best_rate(final, arm), sum(not rates[0] <= rate <= rates[-1] for rate in tried)
         if not final[arm, best, 1][config.metric]:
-            common.fail(f"arm {arm} has diverged with every learning rate, {', '.join(f'{rate:g}' for rate in tried)}; put smaller "
-                        "ones into learning_rates")
+            common.fail(f"arm {arm} has diverged with every learning rate, "
+                        f"{', '.join(f'{rate:g}' for rate in tried)}; put smaller ones into learning_rates")
         if len(rates) > 1 and best in (tried[0], tried[-1]) and n_widened < config.widen:
             neighbour = tried[1] if best == tried[0] else tried[-2]
             jobs.append((arm, float(f"{best * best / neighbour:g}"), 1))
@@ -196,18 +211,23 @@ def start_script(command, stdout, n_threads):
 
 
 def run(config, arm, rate, seed):
-    """Call the script for one run -> its rows of results. A run that diverges has one row, at step 0, without numbers."""
+    """Call the script for one run -> its rows of results.
+    A run that diverges has one row, at step 0, without numbers.
+    """
     folder, arguments = folder_of(config, arm, rate, seed), arguments_of(config, arm, seed)
-    command = [sys.executable, config.script, *shlex.split(arguments), f"--learning_rate={rate}", f"--seed={seed}", f"--out_dir={folder}"]
+    command = [sys.executable, config.script, *shlex.split(arguments), f"--learning_rate={rate}",
+               f"--seed={seed}", f"--out_dir={folder}"]
     folder.mkdir(parents=True, exist_ok=True)
     n_threads = max(common.count_cores() // config.jobs, 1)
-    with open(folder / "output.txt", "a+", encoding="utf-8") as output:  # behind what it said before it was stopped
+    # behind what it said before it was stopped
+    with open(folder / "output.txt", "a+", encoding="utf-8") as output:
         before = output.tell()
         status = start_script(command, output, n_threads).returncode
         output.seek(before)
         errors = [line for line in output.read().splitlines() if line.startswith("error: ")]
         output.seek(0)
-        headers = [line for line in output.read().splitlines() if line.startswith("run ") and " | commit " in line]
+        headers = [line for line in output.read().splitlines() if line.startswith("run ")
+                   and " | commit " in line]
     row = dict.fromkeys(RESULTS, "") | {
         "study": Path(config.out_dir).name, "arm": arm, "learning_rate": f"{rate:g}", "seed": str(seed),
         "metric": config.metric, "arguments": arguments, "knobs": knobs_of(arguments)}
@@ -224,7 +244,8 @@ def run(config, arm, rate, seed):
     row["parameters"] = str(common.count_parameters(checkpoint["model"]))
     with open(folder / "log.csv", newline="", encoding="utf-8") as file:
         log = list(csv.DictReader(file))
-    row["events_per_s"] = f"{np.median([float(line['events_per_s']) for line in log if line['events_per_s']]):.4g}"
+    speeds = [float(line["events_per_s"]) for line in log if line["events_per_s"]]
+    row["events_per_s"] = f"{np.median(speeds):.4g}"
     rows = [row | {key: line[key] for key in ("step", "events", *METRICS) if key in line} for line in log
             if line["val_loss"] and line["step"] != "0"]
     if not rows[-1][config.metric]:
@@ -247,14 +268,18 @@ def read_evaluation(run, split):
         common.fail(f"{path}: no such file; it must be a run of finetune.py; {again}")
     found, step = common.read_json(path), common.load_checkpoint(best)["step"]
     if (found.get("checkpoint"), found.get("step")) != (best.name, step):
-        common.fail(f"{path} is of {found.get('checkpoint')} at step {found.get('step')}, {best} is at step {step}; {again}")
+        common.fail(f"{path} is of {found.get('checkpoint')} at step {found.get('step')}, {best} is at step "
+                    f"{step}; {again}")
     return found
 
 
 def keep_best(config, arm, rate, seed):
-    """Copy a run with the best learning rate to out_dir/<arm>/seed<seed>, unless it is there already -> whether its files are here."""
+    """Copy a run with the best learning rate to out_dir/<arm>/seed<seed>, unless it is there already
+    -> whether its files are here.
+    """
     folder, best = folder_of(config, arm, rate, seed), Path(config.out_dir) / arm / f"seed{seed}"
-    if folder.exists() and (not best.exists() or common.read_json(best / "config.json")["learning_rate"] != rate):
+    if folder.exists() and (not best.exists()
+                            or common.read_json(best / "config.json")["learning_rate"] != rate):
         part = best.with_name(f"{best.name}.part")
         for old in (part, best):
             shutil.rmtree(old, ignore_errors=True)
@@ -264,11 +289,16 @@ def keep_best(config, arm, rate, seed):
 
 
 def table(config, final):
-    """The arms side by side, as markdown: mean and standard deviation over seeds with the best learning rate, and the tuning."""
-    runs = {arm: [row for (name, rate, _), row in final.items() if (name, rate) == (arm, best_rate(final, arm))] for arm in config.arms}
+    """The arms side by side, as markdown: mean and standard deviation over seeds with the best learning rate,
+    and the tuning.
+    """
+    runs = {arm: [row for (name, rate, _), row in final.items() if (name, rate)
+                  == (arm, best_rate(final, arm))] for arm in config.arms}
     shown = [metric for metric in METRICS if metric == config.metric
-             or metric != "val_loss" and any(number_in(row, metric) > 0 for rows in runs.values() for row in rows)]
-    yield "| " + " | ".join(["arm", "learning rate", "seeds", *shown, f"{config.metric} of seed 1 by learning rate"]) + " |"
+             or metric != "val_loss" and any(number_in(row, metric) > 0 for rows in runs.values()
+                                             for row in rows)]
+    yield "| " + " | ".join(["arm", "learning rate", "seeds", *shown, f"{config.metric} of seed 1 by "
+                                                                      "learning rate"]) + " |"
     yield "|---" * (len(shown) + 4) + "|"
     for arm, rows in runs.items():
         cells = []
@@ -276,7 +306,8 @@ def table(config, final):
             numbers = [number_in(row, metric) for row in rows]
             text = "" if math.isnan(np.mean(numbers)) else f"{np.mean(numbers):.4g}"
             cells.append(f"{text} +- {spread(numbers):.2g}" if text and len(rows) > 1 else text)
-        tuning = sorted((rate, number_in(row, config.metric)) for (name, rate, seed), row in final.items() if (name, seed) == (arm, 1))
+        tuning = sorted((rate, number_in(row, config.metric)) for (name, rate, seed), row in final.items()
+                        if (name, seed) == (arm, 1))
         yield "| " + " | ".join([arm, rows[0]["learning_rate"], str(len(rows)), *cells,
                                  ", ".join(f"{rate:g}: {end:.4g}" for rate, end in tuning)]) + " |"
 
@@ -293,27 +324,31 @@ def main():
 
     for (arm, _, seed), row in done().items():
         if arm in config.arms and row["knobs"] != knobs_of(arguments_of(config, arm, seed)):
-            common.fail(f"{config.results}: arm {arm} of {study} was run with other knobs, {row['arguments']}; set them back, or choose "
-                        "another out_dir, whose last part is the study's name")
+            common.fail(f"{config.results}: arm {arm} of {study} was run with other knobs, "
+                        f"{row['arguments']}; set them back, or choose another out_dir, whose last part is "
+                        "the study's name")
     if missing_runs(config, done()):
         check_arms(config)
         knobs.print_knobs(config)
     while jobs := missing_runs(config, done()):
-        with common.progress_bar(len(jobs), f"study {study}", "run") as bar, ThreadPoolExecutor(config.jobs) as pool:
+        with common.progress_bar(len(jobs), f"study {study}",
+                                 "run") as bar, ThreadPoolExecutor(config.jobs) as pool:
             try:
                 for future in as_completed([pool.submit(run, config, *job) for job in jobs]):
                     rows = future.result()
                     add_results(config.results, rows)
                     last = rows[-1]
-                    bar.write(f"run {study} | {last['arm']} | lr {last['learning_rate']} seed {last['seed']} | "
-                              f"{config.metric} {last[config.metric] or 'diverged'}")
+                    bar.write(f"run {study} | {last['arm']} | lr {last['learning_rate']} seed {last['seed']} "
+                              f"| {config.metric} {last[config.metric] or 'diverged'}")
                     bar.update()
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
     final = done()
-    if not all([keep_best(config, arm, best_rate(final, arm), seed) for arm in config.arms for seed in range(1, config.seeds + 1)]):
-        print(f"note: not all runs are in {config.out_dir}; a study that begins from one that is missing cannot run")
+    if not all([keep_best(config, arm, best_rate(final, arm), seed) for arm in config.arms
+                for seed in range(1, config.seeds + 1)]):
+        print(f"note: not all runs are in {config.out_dir}; a study that begins from one that is missing "
+              "cannot run")
     print(*table(config, final), sep="\n")
 
 

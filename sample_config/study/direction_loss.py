@@ -1,7 +1,8 @@
 # Angle, cosine or von Mises-Fisher: which loss gives the smaller angle, and does vmf's kappa tell the truth?
 # 8,000 labels.
 script = "finetune.py"
-shared = "sample_config/study/finetune.py --pretrained=out/study/pretrain/long/seed{seed}/ckpt.pt --train_events=8000 --max_steps=800"
+shared = ("sample_config/study/finetune.py --pretrained=out/study/pretrain/long/seed{seed}/ckpt.pt "
+          "--train_events=8000 --max_steps=800")
 arms = {name: f"--direction_loss={name}" for name in ("angular", "cosine", "vmf")}
 learning_rates = "0.0005,0.001,0.002"
 metric = "val_angle_mean"

@@ -1,5 +1,6 @@
 # How is a DOM embedded: by its position, by a learned table, or both? positions is the arm that other studies
 # compare with.
-arms = {"positions": "", "table": "sample_config/ablation/table.py", "both": "sample_config/ablation/positions_and_table.py"}
+arms = {"positions": "", "table": "sample_config/ablation/table.py",
+        "both": "sample_config/ablation/positions_and_table.py"}
 seeds = 2
 out_dir = "out/study/embedding"

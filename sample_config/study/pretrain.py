@@ -7,7 +7,8 @@
 #     train, val = [part['dom'][~part['aux']] for part in pulses]
 #     share = numpy.bincount(train, minlength=5160) + 1.0
 #     print(-numpy.log(share / share.sum())[val].mean())"
-shared = "sample_config/study/train.py --max_steps=3200 --cooldown_steps=800 --keep_every=400 --eval_interval=200"
+shared = ("sample_config/study/train.py --max_steps=3200 --cooldown_steps=800 --keep_every=400 "
+          "--eval_interval=200")
 arms = {"long": ""}
 seeds = 2
 out_dir = "out/study/pretrain"
