@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import knobs
-from model import CLS_TARGETS, ModelConfig, Pretrainer, parameter_groups
+from model import CLS_TARGETS, ModelConfig, Pretrainer, flash_error, parameter_groups
 
 
 @dataclass
@@ -285,8 +285,19 @@ def make_adamw(groups, config):
                              eps=config.adam_eps, fused=True)
 
 
+def check_flash(model, process):
+    """On a GPU, compare flash attention with the plain one before it is trusted with a long run."""
+    mixer = model.encoder.backbone.blocks[0].mixer
+    if getattr(mixer, "can_flash", False) and process.dtype != torch.float32:
+        error = flash_error(mixer, process.device, process.dtype)
+        if not error < 0.05:
+            common.fail(f"flash attention differs from the plain one by {error:.2g} of its largest number on this "
+                        "GPU; use --dtype=float32, which does without, or another version of torch")
+
+
 def compiled_and_distributed(raw_model, config, process):
     """The model as the loop calls it. What is saved and evaluated is raw_model, whose weights it shares."""
+    check_flash(raw_model, process)
     # DDP around the compiled model; its own cutting of graphs would compile anew for each new length
     torch._dynamo.config.optimize_ddp = False
     model = torch.compile(raw_model, dynamic=True) if config.compile else raw_model
