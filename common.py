@@ -377,7 +377,7 @@ def suited_micro_batch_size(process, max_pulses, config):
     width.
     """
     if process.device.type != "cuda":
-        return 32
+        return min(max(8192 // config.embedding_dim, 16), 128)  # what stays in a CPU's cache
     import torch
     bytes_per_token = 1e5 * config.num_layers / 8 * config.embedding_dim / 256
     memory = 0.6 * torch.cuda.get_device_properties(process.device).total_memory

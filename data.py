@@ -312,20 +312,20 @@ def micro_batches(events, pulses, size, labels=(), hidden=None):
     length = events["length"].astype(np.int64)
     offset = np.cumsum(length) - length
     columns = {name: np.ascontiguousarray(pulses[name]) for name in PULSE.names}
-    columns["dom"] = columns["dom"].astype(np.int64)
     batches = []
     for rows in np.array_split(np.argsort(length, kind="stable"), -(-len(events) // size)):
         starts = np.append(0, np.cumsum(length[rows] + 1))
         first, n_tokens = starts[:-1], length[rows] + 1
         # of each token in pulses, (T,)
         place = np.arange(starts[-1]) + np.repeat(offset[rows] - first - 1, n_tokens)
-        batch = {name: column[place] for name, column in columns.items()}
+        batch = {name: column.take(place, mode="clip") for name, column in columns.items()}
         for column in batch.values():
             column[first] = 0
+        batch["dom"] = batch["dom"].astype(np.int64)
         batch |= {name: np.ascontiguousarray(events[name][rows]) for name in labels}
         batch["starts"] = starts.astype(np.int32)
         if hidden is not None:
-            is_hidden = hidden[place]
+            is_hidden = hidden.take(place, mode="clip")
             is_hidden[first] = False
             batch["hidden"] = np.flatnonzero(is_hidden)
             batch["hidden_event"] = np.repeat(np.arange(len(rows)), n_tokens)[batch["hidden"]]

@@ -69,7 +69,7 @@ class TrainConfig(ModelConfig):
         yield from super().check()
         yield from knobs.check_training(self)
         yield from knobs.check_fraction(self, "mask_prob")
-        yield from knobs.check_not_negative(self, "lambda_charge", "lambda_center", "keep_every")
+        yield from knobs.check_not_negative(self, "keep_every", *(f"lambda_{name}" for name in CLS_TARGETS))
         yield from knobs.check_choice(self, "optimizer", ("adamw", "muon"))
         if self.optimizer == "muon" and (self.mup_base_width or self.mup_base_layers):
             yield ("mup_base_width and mup_base_layers carry learning rates of AdamW, not of optimizer = "
@@ -106,9 +106,10 @@ def hide_pulses(events, pulses, epoch, mask_prob, seed):
     """
     length = events["length"].astype(np.int64)
     draw = data.uniform_hash(seed, np.repeat(epoch, length), data.pulse_places(events))
-    draw = np.where(pulses["aux"], np.inf, draw)
+    draw[pulses["aux"]] = 2.0  # never
     smallest = np.minimum.reduceat(draw, np.cumsum(length) - length)
-    return (draw < mask_prob) | ((draw == np.repeat(smallest, length)) & np.isfinite(draw))
+    limit = np.where(smallest < 1.0, np.maximum(np.nextafter(smallest, 1.0), mask_prob), mask_prob)
+    return draw < np.repeat(limit, length)
 
 
 def masked_batches(split, index, epoch, config, seed):
