@@ -36,15 +36,13 @@ from tqdm import tqdm
 CHECKPOINT_FORMAT = 2
 DIVERGED_STATUS = 3  # exit status of a run whose loss or weights are not finite any more; other errors have 1
 bars_on_screen = []
-# kept to the end: were a DDP model the last to hold its group, it would wait for the group's threads, which may
-# wait for python's lock that it has (torch 2.13, gloo)
+# kept to the end: were a DDP model the last to hold its group, it would wait for the group's threads, and
+# these perhaps for python's lock, which it has (torch 2.13, gloo)
 groups_of_ranks = []
 
 
 class Diverged(SystemExit):
-    """The end of a run that a smaller learning rate might have saved;
-    run_stage gives it an exit status of its own.
-    """
+    """The end of a run that a smaller learning rate might have saved; it has an exit status of its own."""
 
 
 def fail(message, kind=SystemExit):
@@ -57,9 +55,7 @@ def is_main_process():
 
 
 def run_stage(main):
-    """Call a script's main(). Errors of users, Ctrl-C,
-    a full GPU and the death of another rank end it in one line.
-    """
+    """Call a script's main(). Errors of users, Ctrl-C, a full GPU, a dead rank end it in one line."""
     try:
         try:
             main()
@@ -81,8 +77,8 @@ def run_stage(main):
 
 
 def print_error(line):
-    """Print the line below all bars. What all ranks have to say is said by rank 0,
-    else each puts its rank in front.
+    """Print the line below all bars. What all ranks have to say is said by rank 0, else each puts its rank in
+    front.
     """
     for bar in bars_on_screen:
         bar.close()
@@ -96,8 +92,8 @@ def print_error(line):
 
 
 def all_ranks_say(line):
-    """Whether all ranks call this with the same line within 3 s.
-    They count in torchrun's store, which outlives them.
+    """Whether all ranks call this with the same line within 3 s. They count in torchrun's store, which
+    outlives them.
     """
     from torch.distributed import TCPStore
     world_size = int(os.environ["WORLD_SIZE"])
@@ -156,8 +152,8 @@ def first_line(error):
 
 
 def progress_bar(total, desc, unit, initial=0):
-    """A tqdm bar on stderr; redrawn twice a second on a terminal, every 10 s in a log file;
-    silent on all ranks but 0.
+    """A tqdm bar on stderr; redrawn twice a second on a terminal, every 10 s in a log file; silent on all
+    ranks but 0.
     """
     bar = tqdm(total=total, desc=desc, unit=unit, initial=initial, disable=not is_main_process(),
                unit_scale=total > 9999, mininterval=0.5 if sys.stderr.isatty() else 10, dynamic_ncols=True)
@@ -169,8 +165,8 @@ def progress_bar(total, desc, unit, initial=0):
 
 
 def hold_lock(folder):
-    """Keep other runs out of a folder -> the open lock file, or None where there are no locks (Windows,
-    some network disks).
+    """Keep other runs out of a folder -> the open lock file, or None where there are no locks (Windows, some
+    network disks).
 
     The lock lasts as long as the file is open; the system releases it, however the process ends.
     """
@@ -201,8 +197,8 @@ def count_cores():
 
 
 def run_in_workers(function, jobs, workers, bar, done):
-    """Call function(*job) for each job in `workers` processes, and done(job,
-    result) in this one as they finish.
+    """Call function(*job) for each job in `workers` processes, and done(job, result) in this one as they
+    finish.
 
     jobs may be a generator: it is asked for one job more than there are workers. The bar moves as the
     function calls count_events. The first error, or Ctrl-C, ends all processes.
@@ -232,8 +228,8 @@ def run_in_workers(function, jobs, workers, bar, done):
 
 @contextmanager
 def holding_back_ctrl_c():
-    """Processes started in here never see Ctrl-C, which a terminal sends to all:
-    it is for this one, which gets it after.
+    """Processes started in here never see Ctrl-C, which a terminal sends to all: it is for this one, which
+    gets it after.
     """
     if hasattr(signal, "pthread_sigmask"):  # not on Windows
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -345,9 +341,7 @@ def wait_for_all(process):
 
 
 def sum_over_ranks(values, process):
-    """Add up a short list of numbers, or a 1-d tensor, over all ranks, in float64 -> list of floats;
-    waits for a GPU's tensor only.
-    """
+    """Add up numbers, or a 1-d tensor, over all ranks -> list of floats; waits for a GPU's tensor only."""
     import torch
     total = torch.as_tensor(values)
     total = total.to(torch.float32 if total.device.type == "mps" else torch.float64)  # mps has no float64
@@ -357,9 +351,7 @@ def sum_over_ranks(values, process):
 
 
 def gather_arrays(arrays, process):
-    """Stack every rank's arrays (dict of (n_i, ...),
-    or {} of a rank that has nothing) in the order of the process.
-    """
+    """Stack every rank's arrays, dict of (n_i, ...), or {} of a rank that has nothing, in their order."""
     import torch
     if process.world_size == 1:
         return arrays
@@ -370,14 +362,13 @@ def gather_arrays(arrays, process):
 
 
 def suited_micro_batch_size(process, max_pulses, config):
-    """micro_batch_size where the knob is 0: what a GPU's memory holds, at most 1024;
-    a CPU is fastest with small ones.
+    """micro_batch_size where the knob is 0: what a GPU's memory holds, what stays in a CPU's cache.
 
     The base model keeps about 0.1 MB per token for the backward pass, others in proportion to layers and
     width.
     """
     if process.device.type != "cuda":
-        return min(max(8192 // config.embedding_dim, 16), 128)  # what stays in a CPU's cache
+        return min(max(8192 // config.embedding_dim, 16), 128)
     import torch
     bytes_per_token = 1e5 * config.num_layers / 8 * config.embedding_dim / 256
     memory = 0.6 * torch.cuda.get_device_properties(process.device).total_memory
@@ -446,8 +437,8 @@ class Speedometer:
 # ------------------------------------------------------------------------------------------------------------
 
 def catch_signals():
-    """From now on Ctrl-C and SIGTERM (SLURM's warning) only add to the list given back;
-    the second Ctrl-C ends at once.
+    """From now on Ctrl-C and SIGTERM (SLURM's warning) only add to the list given back; the second Ctrl-C
+    ends at once.
     """
     caught = []
 
@@ -461,16 +452,16 @@ def catch_signals():
 
 
 def release_signals():
-    """Ctrl-C and SIGTERM end the process at once again:
-    what follows the training loop saves nothing that could be lost.
+    """Ctrl-C and SIGTERM end the process at once again: what follows the training loop saves nothing that
+    could be lost.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def end_stopped_run(config, caught, step, process):
-    """After the checkpoint of a run that was asked to stop:
-    exit 130 on Ctrl-C, as a shell expects, 0 on SIGTERM.
+    """After the checkpoint of a run that was asked to stop: exit 130 on Ctrl-C, as a shell expects, 0 on
+    SIGTERM.
     """
     wait_for_all(process)
     if process.is_main:
@@ -523,9 +514,7 @@ def save_checkpoint(path, **content):
 
 
 def read_checkpoint(path):
-    """Whatever torch.save wrote to a file, on the CPU;
-    one line and exit 1 if there is none or it is damaged.
-    """
+    """Whatever torch.save wrote, on the CPU; one line and exit 1 if the file is missing or damaged."""
     import torch
     if not os.path.isfile(path):
         fail(f"{path}: no such checkpoint; train.py and finetune.py write ckpt.pt and best.pt into their "
@@ -538,8 +527,8 @@ def read_checkpoint(path):
 
 
 def load_checkpoint(path):
-    """A checkpoint of ours as a dict of tensors and plain python values, on the CPU;
-    one line and exit 1 if it is not.
+    """A checkpoint of ours as a dict of tensors and plain python values, on the CPU; one line and exit 1 if
+    it is not.
     """
     checkpoint = read_checkpoint(path)
     if is_published(checkpoint):
@@ -561,8 +550,8 @@ def is_published(checkpoint):
 
 
 def find_run(config, path, may_change):
-    """The checkpoint at `path` to go on from, or None to start.
-    Exits if that is refused, or the knobs do not fit it.
+    """The checkpoint at `path` to go on from, or None to start. Exits if that is refused, or the knobs do not
+    fit it.
     """
     saved, record = None, f"{config.out_dir}/config.json"
     if os.path.exists(path):

@@ -101,8 +101,8 @@ def describe_dtypes():
 
 
 def command_to_prepare(data_dir):
-    """The command that makes this data folder, if one of the sample configs does;
-    else the demo's as an example.
+    """The command that makes this data folder, if one of the sample configs does; else the demo's as an
+    example.
     """
     samples = Path(__file__).parent / "sample_config"
     for path in sorted(samples.rglob("*prepare*.py")):
@@ -112,17 +112,15 @@ def command_to_prepare(data_dir):
 
 
 def fingerprint(data_dir):
-    """A checksum of what meta.json says of the events:
-    other events, or another max_pulses, have another one.
-    """
+    """A checksum of what meta.json says of the events: others, or another max_pulses, have another one."""
     # a folder may be moved
     meta = {key: value for key, value in read_meta(data_dir).items() if key != "input_dir"}
     return f"{zlib.crc32(json.dumps(meta, sort_keys=True).encode()):08x}"
 
 
 def open_split(data_dir, name):
-    """Memory-map one split. Exits with one line if it does not exist,
-    is empty or has a file of the wrong size.
+    """Memory-map one split. Exits with one line if it does not exist, is empty or has a file of the wrong
+    size.
     """
     splits = read_meta(data_dir)["splits"]
     if name not in splits:
@@ -171,8 +169,8 @@ def read_geometry(data_dir):
 
 
 def check_geometry(saved, geometry, path, data_dir):
-    """A model of one detector on the events of another would give numbers, but no meaning. saved:
-    a checkpoint.
+    """A model of one detector on the events of another would give numbers, but no meaning. saved: a
+    checkpoint.
     """
     known = saved["model"]["encoder.embedding.geometry"].numpy()  # (V, 3) [m]
     if not np.array_equal(known, geometry):
@@ -183,8 +181,8 @@ def check_geometry(saved, geometry, path, data_dir):
 
 
 def check_events(saved, path, data_dir):
-    """A run that goes on must find the events it began with.
-    Checkpoints older than the fingerprint are believed.
+    """A run that goes on must find the events it began with. Checkpoints older than the fingerprint are
+    believed.
     """
     if saved.get("data", fingerprint(data_dir)) != fingerprint(data_dir):
         fail(f"{path} was trained on other events than {data_dir} holds (their meta.json differ); choose the "
@@ -215,9 +213,7 @@ def step_events(step, batch_size, n_events, seed):
 
 @lru_cache(maxsize=2)  # the present epoch and the one before: 130 M events are 65 MB an epoch
 def epoch_order(n_events, seed, epoch):
-    """One epoch's order of the runs. The shift moves the borders between runs,
-    so that neighbours change too.
-    """
+    """One epoch's order of the runs. The shift moves the borders between runs: neighbours change too."""
     rng = np.random.default_rng([seed, epoch])
     shift = int(rng.integers(n_events))
     runs = rng.permutation(n_events // RUN_LENGTH)
@@ -249,8 +245,8 @@ def pulse_places(events):
 
 
 def uniform_hash(seed, stream, place):
-    """Uniform numbers in [0, 1) that depend on (seed, stream, place) alone:
-    splitmix64 (Steele, Lea & Flood 2014).
+    """Uniform numbers in [0, 1) that depend on (seed, stream, place) alone: splitmix64 (Steele, Lea & Flood
+    2014).
 
     stream and place are integer arrays of one shape (or broadcast); -> float64 array. A hash instead of a
     generator: a pulse's number does not depend on which rank, worker or batch asks for it.

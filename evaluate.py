@@ -60,8 +60,8 @@ LABELS = {"direction": ("azimuth", "zenith"), "energy": ("energy",)}  # of EVENT
 # ------------------------------------------------------------------------------------------------------------
 
 def load_model(path, data_dir=""):
-    """A model as its checkpoint has it -> model, config of its run, checkpoint.
-    Its detector must be that of data_dir.
+    """A model as its checkpoint has it -> model, config of its run, checkpoint. Its detector must be that of
+    data_dir.
     """
     saved = common.load_checkpoint(path)
     # a knob younger than the checkpoint was off
@@ -89,8 +89,8 @@ def check_labels(split, n_events, config):
 
 @torch.no_grad()
 def predict(model, split, n_events, config, process, wants_cls=False):
-    """Go through the first n_events in their order, batch_size at a time:
-    yields index (n,) and arrays (n, ...) of all ranks.
+    """Go through the first n_events in their order, batch_size at a time: yields index (n,) and arrays (n,
+    ...) of all ranks.
 
     config: task and losses of the model, batch_size and micro_batch_size. The arrays are the model's outputs,
     line_fit, and where labels are known the loss; and cls, what [CLS] knows, if that is wanted.
@@ -155,8 +155,8 @@ def line_fit(batch, geometry):
 
 
 def vmf_quantile(direction, kappa, truth):
-    """The probability inside the contour around the prediction that goes through the truth:
-    uniform in 0..1 if kappa is right.
+    """The probability inside the contour around the prediction that goes through the truth: uniform in 0..1
+    if kappa is right.
     """
     return torch.expm1(-kappa * one_minus_cosine(direction, truth)) / torch.expm1(-2 * kappa)
 
@@ -208,8 +208,8 @@ LEVELS = np.linspace(0.05, 0.95, 19)  # of probability, at which the contours ar
 
 
 def bins_of(events):
-    """(kind, label, mask) of the groups of events that are looked at on their own;
-    unknown energies and classes give none.
+    """(kind, label, mask) of the groups of events that are looked at on their own; unknown energies and
+    classes give none.
     """
     yield "all", "all", np.ones(len(events), bool)
     for number, name in ((1, "track"), (2, "cascade")):
@@ -307,8 +307,8 @@ def report(scores, events, config, run, saved):
 
 
 def evaluation_path(saved, config, n_events, n_split):
-    """Where the evaluation of a checkpoint is kept, beside it:
-    the plain name is for best.pt on the events of its run.
+    """Where the evaluation of a checkpoint is kept, beside it: the plain name is for best.pt on the events of
+    its run.
 
     These are the first val_events of its val_split, or all of another split of its data; other names say what
     differs.
@@ -356,9 +356,7 @@ def prediction_table(events, arrays, config, run, known):
 
 @contextmanager
 def table_file(path):
-    """-> write(table), which adds rows to a .csv or .parquet file.
-    The file gets its name when it is whole.
-    """
+    """-> write(table), which adds rows to a .csv or .parquet file; it gets its name when it is whole."""
     part, writers = Path(f"{path}.part"), []
 
     def write(table):

@@ -1,5 +1,5 @@
-"""Stage 3: from few labels to the neutrino's direction or energy.
-Train a small head on [CLS], with or without the encoder.
+"""Stage 3: from few labels to the neutrino's direction or energy. Train a small head on [CLS], with or
+without the encoder.
 
     python finetune.py sample_config/demo_finetune.py                             from out/demo/ckpt.pt
     python finetune.py sample_config/demo_finetune.py sample_config/ablation/scratch.py     no pretraining
@@ -111,8 +111,8 @@ def take_architecture(config, saved, path):
 
 
 def load_encoder(model, saved, path):
-    """Copy the encoder of a pretrained (or fine-tuned) checkpoint.
-    The head stays new, everything else must be there.
+    """Copy the encoder of a pretrained (or fine-tuned) checkpoint. The head stays new, everything else must
+    be there.
     """
     encoder = {name: value for name, value in saved["model"].items() if name.startswith("encoder.")}
     missing, unexpected = model.load_state_dict(encoder, strict=False)
@@ -141,8 +141,8 @@ def ran_out_of_patience(step, best_step, config):
 # ------------------------------------------------------------------------------------------------------------
 
 def load_step_of(config, split, n_train, process):
-    """-> function of a step: this rank's share of its events,
-    whose choice does not depend on the number of ranks.
+    """-> function of a step: this rank's share of its events, whose choice does not depend on the number of
+    ranks.
     """
     def load_step(step):
         index, epoch = data.step_events(step, config.batch_size, n_train, config.seed)

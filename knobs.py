@@ -67,9 +67,7 @@ def command():
 
 
 def print_knobs(config):
-    """What differs from the defaults, and which file or flag set it:
-    for the log, once all checks are passed.
-    """
+    """What differs from the defaults, and which file or flag set it: for the log, after all checks."""
     for field in dataclasses.fields(config):
         where, value = config.sources.get(field.name), getattr(config, field.name)
         if where and value != default_of(field):
@@ -88,8 +86,8 @@ def hint_for(key, fields):
 
 
 def read_config_file(path):
-    """A config file's assignments as a dict. The file is python,
-    but holds nothing except `name = value` lines.
+    """A config file's assignments as a dict. The file is python, but holds nothing except `name = value`
+    lines.
     """
     if not os.path.isfile(path):
         hint = "config/ is your copy of the samples, make it with: cp -r sample_config config" \
@@ -122,8 +120,8 @@ def parse_flag(text):
 
 
 def to_type(value, kind, where):
-    """The value as `kind`, where nothing is lost: 1 is a float, 1e6 is an int, but 1.5,
-    "1" and True are not ints.
+    """The value as `kind`, where nothing is lost: 1 is a float, 1e6 is an int, but 1.5, "1" and True are not
+    ints.
     """
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is float and is_number and math.isfinite(value):

@@ -264,7 +264,7 @@ def rectangle_attention(qkv, packing, scale):
 
 
 def flash_error(mixer, device, dtype):
-    """How far flash attention is off on some made-up events, outputs and gradients, over their largest number."""
+    """How far flash attention is off on made-up events, outputs and gradients, over their largest number."""
     lengths = torch.tensor([1, 2, 37, 128], dtype=torch.int32, device=device)
     packing = Packing(F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)), 128, 168)
     rng = torch.Generator(device).manual_seed(0)
@@ -306,8 +306,8 @@ class GRU(nn.Module):
 
 
 class Mamba(nn.Module):
-    """Mamba-2 (Dao & Gu 2024, arXiv:2405.21060), one direction, D -> D/2:
-    convolution, selective state space, gate.
+    """Mamba-2 (Dao & Gu 2024, arXiv:2405.21060), one direction, D -> D/2: convolution, selective state space,
+    gate.
     """
 
     def __init__(self, config):
@@ -334,8 +334,8 @@ class Mamba(nn.Module):
 
 
 def state_space(x, log_decay, b, c, chunk=256):
-    """y_t = c_t . s_t with the state s_t = exp(log_decay_t) s_(t-1) + b_t x_t,
-    as matrix products instead of a loop over t.
+    """y_t = c_t . s_t with the state s_t = exp(log_decay_t) s_(t-1) + b_t x_t, as matrix products instead of
+    a loop over t.
 
     x (B, L, H, P), log_decay (B, L, H) <= 0, b and c (B, L, N) -> y (B, L, H, P). Within a chunk y = (decays
     * c b^T) x, a masked L x L product; the state is handed from chunk to chunk, so memory grows with L *
@@ -476,8 +476,8 @@ class Pretrainer(nn.Module):
 
 
 def earth_movers_distance(logits, dom, geometry):
-    """How far the predicted distribution has to be carried to the true DOM:
-    sum_j p_j |x_j - x_true| [100 m], (M,).
+    """How far the predicted distribution has to be carried to the true DOM: sum_j p_j |x_j - x_true| [100 m],
+    (M,).
 
     With a single true DOM every bit of probability goes there, so no solver is needed.
     """
@@ -523,8 +523,8 @@ def unit_vector(azimuth, zenith):
 
 
 def angular_error(direction, truth):
-    """The angle [rad] between unit vectors (..., 3).
-    Unlike arccos of the dot product it has a gradient everywhere.
+    """The angle [rad] between unit vectors (..., 3). Unlike arccos of the dot product it has a gradient
+    everywhere.
 
     # DIFF(upstream): arccos clipped at 1 - 1e-4, which has no gradient within 0.8 degrees
     """
@@ -573,8 +573,8 @@ def width_ratio(config):
 
 
 def attention_scale(config):
-    """1/sqrt(d) of heads d wide; with muP sqrt(d of the base model)/d,
-    which is the same at the base (its table 8).
+    """1/sqrt(d) of heads d wide; with muP sqrt(d of the base model)/d, which is the same at the base (its
+    table 8).
 
     Trained queries and keys correlate, so that their products grow with d, not with sqrt(d).
     """

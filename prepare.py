@@ -385,8 +385,8 @@ def reserve(path, n_bytes):
 
 
 def write_records(path, first, records):
-    """Write PULSE or EVENT records to a reserved file, from record `first` on;
-    many processes may do so at once.
+    """Write PULSE or EVENT records to a reserved file, from record `first` on; many processes may do so at
+    once.
     """
     with open(path, "r+b") as file:
         file.seek(first * records.dtype.itemsize)

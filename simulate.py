@@ -1,5 +1,5 @@
-"""Stage 0: a toy IceCube that writes event files in the Kaggle layout,
-so that everything runs without a download.
+"""Stage 0: a toy IceCube that writes event files in the Kaggle layout, so that everything runs without a
+download.
 
     python simulate.py                                               # 200,000 events into data/demo_raw
     python simulate.py --n_events=2000 --events_per_batch=500 --out_dir=data/tiny_raw
@@ -114,8 +114,8 @@ class SimulateConfig:
 # ------------------------------------------------------------------------------------------------------------
 
 def build_geometry() -> np.ndarray:
-    """DOM positions (N_DOMS, 3) [m] by design numbers;
-    row = sensor_id = (string - 1) * 60 + DOM - 1, top DOM first.
+    """DOM positions (N_DOMS, 3) [m] by design numbers; row = sensor_id = (string - 1) * 60 + DOM - 1, top DOM
+    first.
     """
     a, b = np.deg2rad(GRID_ANGLE), np.deg2rad(GRID_ANGLE + 60)  # directions along a row and to the next row
     row = np.repeat(np.arange(len(ROW_LENGTHS)), ROW_LENGTHS)
@@ -200,24 +200,24 @@ def dirt_integral(z):
 
 
 def mean_dirt(z_from, z_to):
-    """Dust between two depths relative to the upper ice.
-    Scattering and absorption are both proportional to it.
+    """Dust between two depths relative to the upper ice. Scattering and absorption are both proportional to
+    it.
     """
     z_from = np.where(np.abs(z_to - z_from) < 0.1, z_to - 0.1, z_from)
     return (dirt_integral(z_to) - dirt_integral(z_from)) / (z_to - z_from)
 
 
 def point_light(distance, dirt):
-    """Photons/m^2 per photon of a cascade: 1/r^2 close by,
-    exp(-r/decay)/r where the light has become diffuse.
+    """Photons/m^2 per photon of a cascade: 1/r^2 close by, exp(-r/decay)/r where the light has become
+    diffuse.
     """
     r = distance * dirt / DIFFUSION_LENGTH
     return np.exp(-distance * dirt / DECAY_LENGTH) * r / np.tanh(r) / (4 * np.pi * distance ** 2)
 
 
 def line_light(distance, dirt):
-    """Photons/m^2 per photon/m of a track: 1/r close by,
-    exp(-r/decay)/sqrt(r) where the light has become diffuse.
+    """Photons/m^2 per photon/m of a track: 1/r close by, exp(-r/decay)/sqrt(r) where the light has become
+    diffuse.
     """
     length = (DIFFUSION_LENGTH / np.sin(CONE)) ** 2 * 2 / (np.pi * DECAY_LENGTH)
     r = np.sqrt(distance * dirt / length)
@@ -342,8 +342,8 @@ COINCIDENCE_REACH = 2  # the two DOMs above and the two below on the string
 
 
 def local_coincidence(event, dom, time):
-    """True where a neighbour on the string, one or two DOMs up or down,
-    has a pulse of the same event within 1 us.
+    """True where a neighbour on the string, one or two DOMs up or down, has a pulse of the same event within
+    1 us.
 
     event (integers), dom (0..5159), time [ns] hold the pulses of many events in any order -> bool of the same
     length.
@@ -393,8 +393,8 @@ def trigger(event, dom, time, charge, aux, rng):
 
 
 def simulate_chunk(doms, rng):
-    """CHUNK interactions -> pulse columns of those that triggered, as from trigger(), numbered from 0;
-    their truth.
+    """CHUNK interactions -> pulse columns of those that triggered, as from trigger(), numbered from 0; their
+    truth.
     """
     events = draw_events(CHUNK, rng)
     vertex, flight = events["vertex"], events["flight"]
@@ -415,8 +415,8 @@ def simulate_chunk(doms, rng):
 
 
 def simulate_events(n, doms, rng):
-    """Exactly n triggered events: pulse columns event (0..n-1), dom, time, charge, aux;
-    a dict of their truth.
+    """Exactly n triggered events: pulse columns event (0..n-1), dom, time, charge, aux; a dict of their
+    truth.
     """
     doms = np.ascontiguousarray(doms.T)
     chunks, n_found = [], 0

@@ -1,5 +1,5 @@
-"""Stage 2: pretraining without labels. Hide DOM ids and predict them;
-predict the event's total charge from [CLS].
+"""Stage 2: pretraining without labels. Hide DOM ids and predict them; predict the event's total charge from
+[CLS].
 
     python train.py sample_config/demo.py                                  a small model on simulated events
     torchrun --nproc_per_node=8 train.py config/base.py                    the paper's run on 8 GPUs
@@ -292,8 +292,8 @@ def check_flash(model, process):
     if getattr(mixer, "can_flash", False) and process.dtype != torch.float32:
         error = flash_error(mixer, process.device, process.dtype)
         if not error < 0.05:
-            common.fail(f"flash attention differs from the plain one by {error:.2g} of its largest number on this "
-                        "GPU; use --dtype=float32, which does without, or another version of torch")
+            common.fail(f"flash attention differs from the plain one by {error:.2g} of its largest number on "
+                        "this GPU; use --dtype=float32, which does without, or another version of torch")
 
 
 def compiled_and_distributed(raw_model, config, process):

@@ -42,8 +42,8 @@ def run(script, *args, launcher=None, **kwargs):
 
 
 def call_main(script, *args):
-    """What `python script args` would do, in this process: same output, same exit status;
-    signal handlers are put back.
+    """What `python script args` would do, in this process: same output, same exit status; signal handlers are
+    put back.
     """
     import common
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
@@ -99,8 +99,8 @@ def torchrun(n):
 
 @pytest.fixture(scope="session")
 def demo_data(tmp_path_factory):
-    """A data folder that went the whole way: simulated, written as parquet, prepared.
-    300 + 150 + 103 + 40 events.
+    """A data folder that went the whole way: simulated, written as parquet, prepared. 300 + 150 + 103 + 40
+    events.
     """
     folder = tmp_path_factory.mktemp("demo")
     run_ok("simulate.py", f"--out_dir={folder}/raw", "--n_events=553", "--events_per_batch=150",

@@ -1,6 +1,7 @@
-"""What a GPU does differently: no waiting in the hot loop, flash attention, float16, compile. Run it first on a new GPU.
+"""What a GPU does differently: no waiting in the hot loop, flash attention, float16, compile.
 
-Where there is none, the same code runs on torch's meta device and with stand-ins; the last tests are skipped.
+Run it first on a new GPU. Where there is none, the same code runs on torch's meta device and with stand-ins,
+and the last tests are skipped.
 """
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import common
 import model as m
 import train
 from conftest import TINY_RUN, run_ok, torchrun
-from test_model import BACKBONES, GEOMETRY, doubled, make, one_batch
+from test_model import BACKBONES, doubled, make, one_batch
 from test_train import assert_same_weights, column, weights
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -26,15 +27,15 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU he
 # ------------------------------------------------------------------------------------------------------------
 
 class NothingWaits(TorchDispatchMode):
-    """Raises where a GPU would have to wait: tensors of the CPU, numbers read back, shapes that depend on values."""
-    WAITING = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten._unique2", "aten.is_nonzero")
+    """Raises where a GPU has to wait: tensors of the CPU, numbers read back, shapes that depend on values."""
+    WAITING = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten._unique2")
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name, (tensors, _) = str(function), tree_flatten((args, kwargs or {}))
         tensors = [value for value in tensors if torch.is_tensor(value)]
         if name.startswith(self.WAITING):
             raise AssertionError(f"{name} waits for the GPU")
-        if name.startswith("aten.index") and any(value.dtype in (torch.bool, torch.uint8) for value in tensors[1:]):
+        if name.startswith("aten.index") and any(value.dtype == torch.bool for value in tensors[1:]):
             raise AssertionError(f"{name} with a mask waits for the GPU")
         if any(value.device.type == "cpu" for value in tensors):
             raise AssertionError(f"{name} has a tensor of the CPU")
@@ -149,7 +150,8 @@ def test_what_is_set_on_cuda(dtype, tf32, monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: args)
     before = torch.backends.cuda.matmul.fp32_precision
     try:
-        process = common.start_process(SimpleNamespace(device="cuda", dtype="auto" if dtype == "bfloat16" else dtype))
+        wanted = "auto" if dtype == "bfloat16" else dtype
+        process = common.start_process(SimpleNamespace(device="cuda", dtype=wanted))
         assert torch.backends.cuda.matmul.fp32_precision == tf32
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
@@ -157,7 +159,7 @@ def test_what_is_set_on_cuda(dtype, tf32, monkeypatch):
 
 
 @pytest.mark.parametrize("harm", [float("nan"), float("inf"), 3e38])
-@pytest.mark.parametrize("place", ["backbone.blocks.0.mixer.qkv.weight", "embedding.cls"])  # of Muon, of AdamW
+@pytest.mark.parametrize("place", ["backbone.blocks.0.mixer.qkv.weight", "embedding.cls"])  # Muon, AdamW
 def test_a_bad_gradient_in_float16_moves_nothing(place, harm):
     config = train.TrainConfig(optimizer="muon", learning_rate=0.01)
     process = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float16)
@@ -175,7 +177,8 @@ def test_a_bad_gradient_in_float16_moves_nothing(place, harm):
 
     first = step(spoil=False)
     second = step(spoil=True)
-    assert all(torch.equal(a, b) for a, b in zip(first, second)) and optimizer.n_bad == optimizer.bad_in_a_row == 1
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    assert optimizer.n_bad == optimizer.bad_in_a_row == 1
     third = step(spoil=False)
     assert all(not torch.equal(a, b) and b.isfinite().all() for a, b in zip(second, third))
     assert optimizer.n_bad == 1 and optimizer.bad_in_a_row == 0
@@ -185,7 +188,8 @@ def test_a_bad_gradient_in_float16_moves_nothing(place, harm):
 # compile
 # ------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("knobs", [{}, {"backbone": "mamba"}, {"cls_target": "charge+center", "qk_norm": True}], ids=str)
+@pytest.mark.parametrize("knobs", [{}, {"backbone": "mamba"},
+                                   {"cls_target": "charge+center", "qk_norm": True}], ids=str)
 def test_one_graph_for_thirty_micro_batches(knobs):
     from torch._dynamo.testing import CompileCounter
     torch._dynamo.reset()
@@ -261,7 +265,8 @@ def test_the_hot_loop_does_not_wait_on_cuda():
     process = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
     optimizer = train.GuardedOptimizer(net, train.make_optimizers(net, config), config, process)
     for step in range(3):
-        torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first makes the optimizer's state
+        # the first step makes the optimizer's state
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
         try:
             for batch in batches:
                 with torch.autocast("cuda", torch.bfloat16):
@@ -272,18 +277,21 @@ def test_the_hot_loop_does_not_wait_on_cuda():
             torch.cuda.set_sync_debug_mode("default")
 
 
-CUDA_RUN = [argument for argument in TINY_RUN if not argument.startswith(("--device", "--dtype"))] + ["--device=cuda"]
+CUDA_RUN = [argument for argument in TINY_RUN if not argument.startswith(("--device", "--dtype"))]
+CUDA_RUN.append("--device=cuda")
 
 
 @needs_cuda
-@pytest.mark.parametrize("more", [["--dtype=float32"], ["--dtype=bfloat16"], ["--dtype=float16", "--optimizer=muon"],
-                                  ["--compile=True"], ["--backbone=gru"], ["--backbone=mamba"]], ids=str)
+@pytest.mark.parametrize("more", [["--dtype=float32"], ["--dtype=bfloat16"],
+                                  ["--dtype=float16", "--optimizer=muon"], ["--compile=True"],
+                                  ["--backbone=gru"], ["--backbone=mamba"]], ids=str)
 def test_train_and_finetune_on_cuda(pretrained, demo_data, tmp_path, more):
     run_ok("train.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}/run", *CUDA_RUN, *more)
     if not {"--backbone=gru", "--backbone=mamba", "--optimizer=muon"} & set(more):
         assert column(tmp_path / "run", "loss") == pytest.approx(column(pretrained[0], "loss"), rel=0.05)
     run_ok("finetune.py", f"--data_dir={demo_data}", f"--pretrained={tmp_path}/run/ckpt.pt", "--device=cuda",
-           f"--out_dir={tmp_path}/tuned", "--batch_size=16", "--max_steps=4", "--warmup_steps=1", "--val_events=50")
+           f"--out_dir={tmp_path}/tuned", "--batch_size=16", "--max_steps=4", "--warmup_steps=1",
+           "--val_events=50")
     assert np.isfinite(column(tmp_path / "tuned", "val_loss")).all()
 
 

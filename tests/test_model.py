@@ -253,8 +253,8 @@ def test_same_seed_same_weights_and_no_randomness_in_forward():
 # ------------------------------------------------------------------------------------------------------------
 
 def test_mambas_heads_remember_what_events_have():
-    """Memory of a head in pulses, 1 / (time step * decay rate), and the weight of what it reads,
-    its time step.
+    """Memory of a head in pulses, 1 / (time step * decay rate), and the weight of what it reads, its time
+    step.
     """
     mixer = make(backbone="mamba").encoder.backbone.blocks[0].mixer.forwards
     step = F.softplus(mixer.dt_bias)
@@ -439,8 +439,8 @@ def coordinates(width, heads, steps=20, **knobs):
 @pytest.mark.parametrize("heads", [lambda width: width // 32, lambda width: 1],
                          ids=["more heads", "wider heads"])
 def test_mup_keeps_the_size_of_an_update_over_width(heads):
-    """The coordinate check (Yang et al. 2022, appendix D.1):
-    of one size over widths 32 to 256, whichever way they widen.
+    """The coordinate check (Yang et al. 2022, appendix D.1): of one size over widths 32 to 256, whichever way
+    they widen.
     """
     mup = [coordinates(width, heads(width), mup_base_width=32, mup_base_heads=1)
            for width in (32, 64, 128, 256)]
@@ -460,8 +460,8 @@ def test_completep_keeps_the_size_of_an_update_over_depth():
 # ------------------------------------------------------------------------------------------------------------
 
 def published_state(rng, variant="table", D=32, E=16, width=64, n_layers=2):
-    """A state dict with the names and shapes of timinar/PolarBERT's flash variant,
-    in its three forms of DOM embedding.
+    """A state dict with the names and shapes of timinar/PolarBERT's flash variant, in its three forms of DOM
+    embedding.
     """
     shapes = {"table": {"embedding.dom_embedding.weight": (5162, E)},
               "table, own mask": {"embedding.dom_embedding.weight": (5161, E),

@@ -1,5 +1,5 @@
-"""plot.py draws from what real runs left behind.
-How a figure looks is for people to judge, what stands in it is not.
+"""plot.py draws from what real runs left behind. How a figure looks is for people to judge, what stands in it
+is not.
 """
 import json
 import shutil

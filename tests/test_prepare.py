@@ -108,8 +108,8 @@ def reference(events, max_pulses=127, seed=0):
 
 
 def assert_equal_records(found, expected):
-    """Equal to the last bit, but for sums: they depend on the order of their terms in float64,
-    seen in the last bit.
+    """Equal to the last bit, but for sums: they depend on the order of their terms in float64, seen in the
+    last bit.
     """
     for name in expected.dtype.names:
         if name in ("total_charge", "center"):

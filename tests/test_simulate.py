@@ -1,5 +1,5 @@
-"""simulate.py: the files are Kaggle's, the bytes are a function of the settings,
-the pulses look and point right.
+"""simulate.py: the files are Kaggle's, the bytes are a function of the settings, the pulses look and point
+right.
 """
 import json
 import os
@@ -33,8 +33,8 @@ def demo(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def events(demo):
-    """All labelled events: event (number), dom, position, time, charge, aux of the pulses;
-    the meta table's columns.
+    """All labelled events: event (number), dom, position, time, charge, aux of the pulses; the meta table's
+    columns.
     """
     pulses = pa.concat_tables([pq.read_table(demo / f"train/batch_{batch}.parquet") for batch in range(1, 8)])
     pulses = {name: pulses[name].to_numpy() for name in pulses.column_names}
@@ -131,8 +131,8 @@ def processes_of_group(group):
 
 
 def start_and_signal(out_dir, send):
-    """Start the demo with one worker in a process group of its own,
-    call send(process) when the first batch is done.
+    """Start the demo with one worker in a process group of its own, call send(process) when the first batch
+    is done.
     """
     command = [sys.executable, "simulate.py", f"--out_dir={out_dir}", "--workers=1", *SETTINGS]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

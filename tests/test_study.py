@@ -17,8 +17,8 @@ from tools import study
 
 @contextmanager
 def forked_starts():
-    """study.py starts each run as a new interpreter;
-    here it is a fork of this one, which has loaded torch already.
+    """study.py starts each run as a new interpreter; here it is a fork of this one, which has loaded torch
+    already.
     """
     def start(command, stdout, n_threads):
         def child():

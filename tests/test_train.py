@@ -57,8 +57,8 @@ def test_a_run_leaves_what_the_readme_says(pretrained, demo_data):
 
 
 def test_ten_steps_give_the_known_losses(tmp_path):
-    """Any change of the masks, the model, its initial weights or the update moves these:
-    change them only on purpose.
+    """Any change of the masks, the model, its initial weights or the update moves these: change them only on
+    purpose.
     """
     rng = np.random.default_rng(7)
     folder = write_folder(tmp_path / "data", pretrain=random_events(rng, rng.integers(1, 127, 200),

@@ -64,9 +64,7 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}
 
 
 def print_rates(rates, more=lambda name, rate: ""):
-    """rates: name -> events/s of each round; the first arm is the baseline.
-    Ratios are taken within a round.
-    """
+    """rates: name -> events/s of each round; the first arm is the baseline; ratios are within a round."""
     baseline = np.array(next(iter(rates.values())))
     for name, rate in rates.items():
         print(f"{name:<48} {np.median(rate):10,.1f} events/s ({min(rate):,.1f} to {max(rate):,.1f}) "
@@ -118,8 +116,8 @@ def plain_losses(model, batch):
 
 
 def count_flops(config, batch):
-    """Floating-point operations of the matrix products of a micro-batch, forward and backward,
-    from the shapes (transformer).
+    """Floating-point operations of the matrix products of a micro-batch, forward and backward, from the
+    shapes (transformer).
     """
     D, lengths = config.embedding_dim, batch["starts"].diff().double()
     n_tokens, is_plain = lengths.sum().item(), "is_hidden" in batch
@@ -245,7 +243,7 @@ def bench_train(config):
     arm = list(arms.values())[-1]
     arm.config = replace(arm.config, batch_size=4096, micro_batch_size=512)
     seconds = seconds_of(lambda: [arm.load(step) for step in range(5)])
-    print(f"loader, one thread: {5 * 4096 / seconds:,.0f} masked and packed events/s, 4096 a step in pieces of 512")
+    print(f"loader, one thread: {5 * 4096 / seconds:,.0f} masked and packed events/s, 512 of 4096 at once")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -296,8 +294,8 @@ def seconds_of(function, *args):
 
 
 def bench_prepare(config, folder):
-    """The rule for events in memory, and whole runs of prepare.py over full-size batches,
-    against a plain loop over events.
+    """The rule for events in memory, and whole runs of prepare.py over full-size batches, against a plain
+    loop over events.
 
     The floor of a whole run is the decoding of the four columns, which the plain loop with reading is charged
     with as well.

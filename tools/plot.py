@@ -1,5 +1,5 @@
-"""Pictures of runs and of single events. Needs matplotlib (pip install matplotlib),
-which nothing else here does.
+"""Pictures of runs and of single events. Needs matplotlib (pip install matplotlib), which nothing else here
+does.
 
     python -m tools.plot --what=curves --runs=out/demo,out/demo+gru         loss and learning rate over steps
     python -m tools.plot --what=errors --runs=out/demo_finetune          histogram, against energy and pulses
@@ -126,8 +126,8 @@ def plain_log(axis, ticks=()):
 # ------------------------------------------------------------------------------------------------------------
 
 def curves(config, runs, plt):
-    """Training as a line, evaluations as dots: the DOM loss of pretraining runs,
-    or the loss of fine-tuning runs.
+    """Training as a line, evaluations as dots: the DOM loss of pretraining runs, or the loss of fine-tuning
+    runs.
     """
     logs = [read_log(run) for run in runs]
     is_pretraining = ["dom_loss" in log for log in logs]
@@ -156,8 +156,8 @@ def curves(config, runs, plt):
 
 
 def errors(config, runs, plt):
-    """Histogram of the errors, and their size in bins of energy and pulses;
-    beside directions those of the line fit.
+    """Histogram of the errors, and their size in bins of energy and pulses; beside directions those of the
+    line fit.
     """
     evaluations = read_evaluations(runs, config.split)
     task = evaluations[0]["task"]
@@ -219,8 +219,8 @@ def calibration(config, runs, plt):
 
 
 def labels(config, runs, plt):
-    """Runs together by how they began: pretrained, frozen, from scratch; several of one kind and size:
-    mean and spread.
+    """Runs together by how they began: pretrained, frozen, from scratch; several of one kind and size: mean
+    and spread.
 
     A single run has the error of the choice of its validation events.
     """
@@ -332,8 +332,8 @@ def is_numbered(arm):
 
 
 def study(config, runs, plt):
-    """Results of study.py, mean and standard deviation over seeds;
-    a run that diverged is left out, with a word.
+    """Results of study.py, mean and standard deviation over seeds; a run that diverged is left out, with a
+    word.
 
     Against the learning rate: one line per arm; of arms with a number (muP/64), colour tells the number and
     dashes the name. Against the number in an arm's name (pretrained/500) or parameters: the best learning
@@ -390,8 +390,8 @@ def study(config, runs, plt):
 # ------------------------------------------------------------------------------------------------------------
 
 def event(config, runs, plt):
-    """The detector in 3-D; pulses coloured by time and sized by charge; directions;
-    hidden DOMs and the model's best guesses.
+    """The detector in 3-D; pulses coloured by time and sized by charge; directions; hidden DOMs and the
+    model's best guesses.
     """
     import torch
     from evaluate import load_model

@@ -1,5 +1,5 @@
-"""Run a study: several arms, each with its own best learning rate, over several seeds.
-All results go into one .csv file.
+"""Run a study: several arms, each with its own best learning rate, over several seeds. All results go into
+one .csv file.
 
     python simulate.py sample_config/study/simulate.py                     the data of all studies, once
     python prepare.py sample_config/study/prepare.py
@@ -79,8 +79,8 @@ class StudyConfig:
 
 
 def check_arms(config):
-    """Read the arguments of every arm as its script would, and look for its files:
-    better now than hours later.
+    """Read the arguments of every arm as its script would, and look for its files: better now than hours
+    later.
     """
     script = importlib.import_module(Path(config.script).stem)
     cls = script.TrainConfig if config.script == "train.py" else script.FinetuneConfig
@@ -107,8 +107,8 @@ def arguments_of(config, arm, seed):
 
 
 def knobs_of(arguments):
-    """A checksum of the knobs that the arguments set:
-    it tells results of an older version of a config file apart.
+    """A checksum of the knobs that the arguments set: it tells results of an older version of a config file
+    apart.
 
     How a step is computed (COMPUTING) changes no result.
     """
@@ -165,8 +165,8 @@ def spread(values):
 
 
 def best_rate(final, arm):
-    """The learning rate with which seed 1 ended lowest in the study's metric;
-    a run that diverged counts as infinitely high.
+    """The learning rate with which seed 1 ended lowest in the study's metric; a run that diverged counts as
+    infinitely high.
     """
     ends = {rate: np.nan_to_num(number_in(row, row["metric"]), nan=np.inf) for (name, rate, seed),
             row in final.items()
@@ -179,8 +179,8 @@ def best_rate(final, arm):
 # ------------------------------------------------------------------------------------------------------------
 
 def missing_runs(config, final):
-    """The runs (arm, learning rate, seed) that can be started now:
-    first the tuning of all arms, then the other seeds.
+    """The runs (arm, learning rate, seed) that can be started now: first the tuning of all arms, then the
+    other seeds.
     """
     rates = learning_rates(config)
     tuning = [(arm, rate, 1) for arm in config.arms for rate in rates if (arm, rate, 1) not in final]
@@ -211,8 +211,8 @@ def start_script(command, stdout, n_threads):
 
 
 def run(config, arm, rate, seed):
-    """Call the script for one run -> its rows of results.
-    A run that diverges has one row, at step 0, without numbers.
+    """Call the script for one run -> its rows of results. A run that diverges has one row, at step 0, without
+    numbers.
     """
     folder, arguments = folder_of(config, arm, rate, seed), arguments_of(config, arm, seed)
     command = [sys.executable, config.script, *shlex.split(arguments), f"--learning_rate={rate}",
