@@ -44,7 +44,7 @@ class ModelConfig:
     dom_loss: str = "ce"  # cross-entropy; or "emd", mean distance of the predicted DOM in 100 m; or "ce+emd"
     emd_weight: float = 1.0  # of emd in "ce+emd"
     loss_weighting: str = "per_event"  # events count alike; or "per_pulse", hidden pulses do (paper v0.1)
-    cls_target: str = "charge"  # what [CLS] predicts: names of CLS_TARGETS, joined by +
+    cls_target: str = "charge"  # what [CLS] predicts: log10 of the "charge", its "center", or "charge+center"
     mup_base_width: int = 0  # muP: keep what was tuned at this embedding_dim for others; 0 = off
     mup_base_heads: int = 0  # num_heads of that base model; 0 = as many as here: wider heads
     mup_base_layers: int = 0  # CompleteP: the same for num_layers; 0 = off
