@@ -101,8 +101,8 @@ def describe_dtypes():
 
 
 def command_to_prepare(data_dir):
-    """The command that makes this data folder, if one of the sample configs does; else the demo's as an
-    example.
+    """The command that makes this data folder, if one of the sample configs does; else a template with
+    blanks.
     """
     samples = Path(__file__).parent / "sample_config"
     for path in sorted(samples.rglob("*prepare*.py")):
@@ -298,11 +298,12 @@ def micro_batches(events, pulses, size, labels=(), hidden=None):
 
     Each dict holds, in physical units, 0 at [CLS]:
       time [ns], charge [p.e.] float32, dom int64, aux bool, (T,) tensors,
-      starts int32 (B + 1,): event i is tokens starts[i] to starts[i + 1] - 1; longest: tokens of the longest
-      event, an int, the fields of EVENT that `labels` names, (B,) or (B, 3) tensors,
-      row and event_id: numpy arrays (B,), which stay on the CPU; row is the event's place in `events`,
-    and if hidden (one bool per pulse) is given, hidden, hidden_event int64 (M,): token and event of each
-    hidden pulse, and the ints n_scored and n_hidden: events with a hidden pulse, hidden pulses.
+      starts int32 (B + 1,): event i is tokens starts[i] to starts[i + 1] - 1; the int longest: tokens of the
+      longest event;
+      the fields of EVENT that `labels` names, (B,) or (B, 3) tensors;
+      row and event_id: numpy arrays (B,), which stay on the CPU; row is the event's place in `events`;
+    and if hidden (one bool per pulse) is given, hidden and hidden_event int64 (M,): token and event of each
+    hidden pulse; and the ints n_scored and n_hidden: events with a hidden pulse, hidden pulses.
     """
     import torch  # here, not above: prepare.py and its worker processes need no torch
     length = events["length"].astype(np.int64)

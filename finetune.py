@@ -1,5 +1,4 @@
-"""Stage 3: from few labels to the neutrino's direction or energy. Train a small head on [CLS], with or
-without the encoder.
+"""Stage 3: from few labels to the neutrino's direction or energy: a small head on [CLS], and the encoder.
 
     python finetune.py sample_config/demo_finetune.py                             from out/demo/ckpt.pt
     python finetune.py sample_config/demo_finetune.py sample_config/ablation/scratch.py     no pretraining
@@ -31,7 +30,7 @@ from train import (GuardedOptimizer, compiled_and_distributed, describe, learnin
 class FinetuneConfig(ModelConfig):
     data_dir: str = "data/icecube"  # folder made by prepare.py
     train_split: str = "finetune"  # split with labels to learn from
-    val_split: str = "val"  # split to evaluate on, or to predict
+    val_split: str = "val"  # split to evaluate on
     train_events: int = 0  # use the first N events of train_split, so that sets are nested; 0 = all
     val_events: int = 0  # evaluate on the first N events of val_split, or as many as there are; 0 = all
     out_dir: str = ""  # where the run is kept; "" = out/<stems of the config files joined by +>
@@ -58,7 +57,7 @@ class FinetuneConfig(ModelConfig):
     eval_interval: int = 1000  # steps between evaluations
     log_interval: int = 50  # steps between log lines
     save_interval: int = 1000  # steps between checkpoints
-    max_bad_steps: int = 20  # more steps in a row whose gradient is not finite end the run
+    max_bad_steps: int = 20  # a run ends after more gradients in a row than this that are not finite
     resume: bool = True  # go on from out_dir/ckpt.pt if there is one; False refuses a folder that holds a run
     seed: int = 0  # of the weights and the order of events
     device: str = "auto"  # or "cuda", "mps", "cpu"

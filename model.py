@@ -7,11 +7,11 @@ Reconstructor tells the neutrino's direction or energy from [CLS]. Both are pure
 random number is drawn after the weights are made.
 
 A batch is packed: the T tokens of its B events lie one after another without padding, and the first token of
-each event is its [CLS]. It is a dict of tensors that data.micro_batches makes: time [ns], charge [p.e.], dom,
-aux (T,), meaningless at [CLS]; starts int32 (B + 1,): event i is tokens starts[i] to starts[i + 1] - 1; the
-int longest, the tokens of the longest event; hidden and hidden_event (M,), token and event of each hidden
-pulse; and of each event (B,) what the heads learn: total_charge [p.e.], center [m], azimuth, zenith [rad],
-energy [GeV]. Other sizes: D embedding_dim, E dom_embed_dim, H heads, d = D / H, V = 5160 DOMs.
+each event is its [CLS]. It is a dict that data.micro_batches makes: time [ns], charge [p.e.], dom, aux (T,),
+meaningless at [CLS]; starts int32 (B + 1,): event i is tokens starts[i] to starts[i + 1] - 1; the int
+longest, the tokens of the longest event; hidden and hidden_event (M,), token and event of each hidden pulse;
+and what the heads learn, total_charge [p.e.], azimuth, zenith [rad], energy [GeV] (B,), center [m] (B, 3).
+Other sizes: D embedding_dim, E dom_embed_dim, H heads, d = D / H, V = 5160 DOMs.
 """
 import math
 from collections.abc import Callable
@@ -298,7 +298,7 @@ class TwoWays(nn.Module):
 class GRU(nn.Module):
     def __init__(self, config):
         super().__init__()
-        # one cuDNN call, no packing
+        # one call, on the rectangle
         self.gru = nn.GRU(config.embedding_dim, config.embedding_dim // 2, batch_first=True)
 
     def forward(self, x, valid):
@@ -589,7 +589,7 @@ def init_weights(model, config):
 
     Linear, Conv1d     normal, std 1/sqrt(3 fan_in)    the variance of torch's and upstream's default
     their biases       0                               # DIFF(upstream): uniform
-    features, time     10 times that                   # DIFF(upstream): light crosses the detector in 0.1 of
+    features, time     weights 10 times as large       # DIFF(upstream): light crosses the detector in 0.1 of
                                                        # the scaled time, but in 2 of the scaled positions;
                                                        # else it stays unseen long
     heads              1/sqrt(3 D); with muP 1/sqrt(3 mup_base_width), whatever the width

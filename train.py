@@ -57,7 +57,7 @@ class TrainConfig(ModelConfig):
     save_interval: int = 1000  # steps between checkpoints
     keep_every: int = 0  # steps between checkpoints that stay, ckpt_<step>.pt, to branch from; 0 = none
     branch_from: str = ""  # checkpoint of another run, from its schedule's flat part: only cool down
-    max_bad_steps: int = 20  # more steps in a row whose gradient is not finite end the run
+    max_bad_steps: int = 20  # a run ends after more gradients in a row than this that are not finite
     resume: bool = True  # go on from out_dir/ckpt.pt if there is one; False refuses a folder that holds a run
     seed: int = 0  # of the weights, the order of events and the masks
     device: str = "auto"  # or "cuda", "mps", "cpu"
@@ -98,7 +98,7 @@ MAY_CHANGE = {"data_dir", "out_dir", "micro_batch_size", "max_steps", "cooldown_
 # ------------------------------------------------------------------------------------------------------------
 
 def hide_pulses(events, pulses, epoch, mask_prob, seed):
-    """Which pulses are hidden, bool (P,): each good one (aux = False) with mask_prob, at least one per event.
+    """Which pulses are hidden, bool (P,): each good one (aux = False) with mask_prob, but at least one of them.
 
     events (B,), their pulses (P,) one after another, epoch (B,). The draw hashes (seed, epoch, place of the
     pulse on disk).
@@ -241,7 +241,7 @@ class GuardedOptimizer:
             self.scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
         is_bad = ~grad_norm.isfinite()
-        # not scaler.step, which asks for each optimizer alone: by clipping, one NaN is in all gradients
+        # not scaler.step, which looks at each optimizer alone: here one bad gradient makes all of them skip
         for optimizer in self.optimizers:
             if isinstance(optimizer, torch.optim.AdamW):
                 optimizer.found_inf = is_bad.float()  # the fused kernel then changes nothing
