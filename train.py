@@ -98,7 +98,7 @@ MAY_CHANGE = {"data_dir", "out_dir", "micro_batch_size", "max_steps", "cooldown_
 # ------------------------------------------------------------------------------------------------------------
 
 def hide_pulses(events, pulses, epoch, mask_prob, seed):
-    """Which pulses are hidden, bool (P,): each good one (aux = False) with mask_prob, but at least one of them.
+    """Which pulses are hidden, bool (P,): each good one (aux = False) with mask_prob, at least one of them.
 
     events (B,), their pulses (P,) one after another, epoch (B,). The draw hashes (seed, epoch, place of the
     pulse on disk).
