@@ -1,7 +1,7 @@
 """The .bin format on disk, which events make up training step k, and the batches they are packed into.
 
-    data/<name>/meta.json           format version, source, seed, max_pulses, splits, counts; written last
-                geometry.bin        float32 (5160, 3), DOM positions in m, row = sensor_id
+    data/<name>/meta.json           format version, source, seed, max_pulses, n_doms, splits; written last
+                geometry.bin        GEOMETRY records, row = sensor_id
                 <split>_pulses.bin  PULSE records of all events, one event after another, no padding
                 <split>_events.bin  EVENT records
 
@@ -21,14 +21,17 @@ import numpy as np
 
 from common import fail
 
-FORMAT_VERSION = 1
-N_DOMS = 5160  # IceCube-86: 86 strings of 60 DOMs, sensor_geometry.csv
-DOMS_PER_STRING = 60  # sensor_id // 60 is the string, counted from 0
+FORMAT_VERSION = 2
+
+GEOMETRY = np.dtype([
+    ("position", "<f4", (3,)),  # [m] from the middle of the detector
+    ("string", "<u2"),  # counted from 0; IceCube: sensor_id // 60
+])  # 14 bytes, packed; one record per DOM, n_doms in all: 5160 in IceCube, 65,535 at most
 
 PULSE = np.dtype([
     ("time", "<f4"),  # [ns] in the readout window, trigger near 10,000
     ("charge", "<f4"),  # [p.e.]
-    # sensor_id 0..5159; an integer all the way  # DIFF(upstream): float16 ids merge 5160 DOMs into 3338
+    # sensor_id, 0..n_doms - 1; an integer all the way  # DIFF(upstream): float16 ids merge 5160 into 3338
     ("dom", "<u2"),
     ("aux", "?"),  # True = not in local coincidence
 ])  # 11 bytes, packed
@@ -40,11 +43,14 @@ EVENT = np.dtype([
     ("n_pulses", "<u4"),  # pulses of the full event
     ("total_charge", "<f4"),  # [p.e.] of the full event
     ("center", "<f4", (3,)),  # [m] charge-weighted centre of the full event
+    # unit vector against the light's motion: a first guess, by a line fit to the full event, of where the
+    # neutrino came from; no label enters. Zeros where no fit is possible
+    ("motion", "<f4", (3,)),
     ("azimuth", "<f4"),  # [rad] of the direction the neutrino came from; NaN where unknown
     ("zenith", "<f4"),  # [rad]
     ("energy", "<f4"),  # [GeV]; NaN where unknown
     ("event_class", "u1"),  # 0 unknown, 1 track, 2 cascade
-])  # 51 bytes, packed
+])  # 63 bytes, packed
 
 # what prepare.py keeps in a data folder until it is done: its settings, the finished batches
 UNFINISHED = "unfinished"
@@ -97,7 +103,7 @@ def read_meta(data_dir):
 
 def describe_dtypes():
     """The record layouts in the form that meta.json holds: lists of [name, type] and [name, type, shape]."""
-    return json.loads(json.dumps({"pulse": PULSE.descr, "event": EVENT.descr}))
+    return json.loads(json.dumps({"geometry": GEOMETRY.descr, "pulse": PULSE.descr, "event": EVENT.descr}))
 
 
 def command_to_prepare(data_dir):
@@ -158,23 +164,25 @@ def open_first_events(data_dir, name, n_events, at_most=False):
 
 
 def read_geometry(data_dir):
-    """DOM positions, float32 (5160, 3) [m], row = sensor_id."""
-    read_meta(data_dir)  # is it a finished data folder?
-    path = Path(data_dir) / "geometry.bin"
-    geometry = np.fromfile(path, "<f4") if path.is_file() else np.empty(0)
-    if geometry.size != N_DOMS * 3:
-        fail(f"{path}: {geometry.size} numbers, need {N_DOMS} x 3; remove the folder "
-             f"(rm -r '{data_dir}') and run prepare.py again")
-    return geometry.reshape(N_DOMS, 3)
+    """The detector's GEOMETRY records (V,), row = sensor_id."""
+    path, n_bytes = Path(data_dir) / "geometry.bin", read_meta(data_dir)["n_doms"] * GEOMETRY.itemsize
+    size = path.stat().st_size if path.is_file() else 0
+    if size != n_bytes:
+        fail(f"{path}: {size} bytes, meta.json says {n_bytes}; remove the folder (rm -r '{data_dir}') and "
+             "run prepare.py again")
+    return np.fromfile(path, GEOMETRY)
 
 
 def check_geometry(saved, geometry, path, data_dir):
     """A model of one detector on the events of another would give numbers, but no meaning. saved: a
     checkpoint.
     """
-    known = saved["model"]["encoder.embedding.geometry"].numpy()  # (V, 3) [m]
-    if not np.array_equal(known, geometry):
-        apart = np.linalg.norm(known - geometry, axis=1)
+    known, position = saved["model"]["encoder.embedding.geometry"].numpy(), geometry["position"]  # (V, 3) [m]
+    if len(known) != len(position):
+        fail(f"{path} was trained on a detector of {len(known):,} DOMs, {data_dir} has {len(position):,}; "
+             "choose the data_dir it belongs to")
+    if not np.array_equal(known, position):
+        apart = np.linalg.norm(known - position, axis=1)
         fail(f"{path} was trained on another detector than {data_dir}: {np.count_nonzero(apart):,} DOMs lie "
              f"elsewhere, by {np.median(apart):.1f} m (median) to {apart.max():.1f} m; choose the data_dir "
              "it belongs to, or simulate its detector: simulate.py --geometry=sensor_geometry.csv")

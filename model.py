@@ -10,8 +10,10 @@ A batch is packed: the T tokens of its B events lie one after another without pa
 each event is its [CLS]. It is a dict that data.micro_batches makes: time [ns], charge [p.e.], dom, aux (T,),
 meaningless at [CLS]; starts int32 (B + 1,): event i is tokens starts[i] to starts[i + 1] - 1; the int
 longest, the tokens of the longest event; hidden and hidden_event (M,), token and event of each hidden pulse;
-and what the heads learn, total_charge [p.e.], azimuth, zenith [rad], energy [GeV] (B,), center [m] (B, 3).
-Other sizes: D embedding_dim, E dom_embed_dim, H heads, d = D / H, V = 5160 DOMs.
+and what the heads learn, total_charge [p.e.], azimuth, zenith [rad], energy [GeV] (B,), center [m] and motion
+(B, 3).
+Other sizes: D embedding_dim, E dom_embed_dim, H heads, d = D / H, V DOMs, 5160 in IceCube. geometry: a
+detector's data.GEOMETRY records (V,).
 """
 import math
 from collections.abc import Callable
@@ -22,9 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 
-N_DOMS, DOMS_PER_STRING = 5160, 60  # IceCube-86, row = sensor_id
-MASK = N_DOMS  # the extra row of the DOM table
-POSITION_SCALE = 500.0  # [m] half the detector's height: scaled positions lie in about -1..1
+POSITION_SCALE = 500.0  # [m] half of IceCube's height: its scaled positions lie in about -1..1
 
 
 @dataclass
@@ -34,31 +34,35 @@ class ModelConfig:
     num_heads: int = 8  # H, of D / H = 32 dimensions each
     hidden_size: int = 1024  # width of the MLP, 4 D
     num_layers: int = 8  # blocks
-    use_dom_positions: bool = True  # DOM part from x, y, z; False: a learned table of the 5160 DOMs
+    use_dom_positions: bool = True  # DOM part from x, y, z; False: a learned table of all DOMs
     use_dom_table: bool = False  # with positions: add the learned table to them
+    fourier_features: bool = False  # beside time, charge and position also their sines and cosines
     backbone: str = "transformer"  # what mixes the pulses; or "gru", "mamba": two directions, equal size
     mlp: str = "relu"  # or "gelu", "swiglu"; of equal parameter count
     norm: str = "layernorm"  # or "rmsnorm"
     qk_norm: bool = False  # transformer: normalise queries and keys, which bounds the attention logits
     final_norm: bool = True  # norm before the heads; upstream has none up to v0.2
-    dom_loss: str = "ce"  # cross-entropy; or "emd", mean distance of the predicted DOM in 100 m; or "ce+emd"
-    emd_weight: float = 1.0  # of emd in "ce+emd"
+    dom_head: str = "linear"  # a weight vector per DOM; or "position": it follows from where the DOM is
+    dom_loss: str = "ce"  # cross-entropy; or "emd", "chamfer", distances of the guesses; or some joined by +
+    distance_weight: float = 1.0  # of emd and chamfer, which count in 100 m
     loss_weighting: str = "per_event"  # events count alike; or "per_pulse", hidden pulses do (paper v0.1)
-    cls_target: str = "charge"  # what [CLS] predicts: log10 of the "charge", its "center", or "charge+center"
+    cls_target: str = "charge"  # what [CLS] predicts: "charge", "center", "motion", or some joined by +
     mup_base_width: int = 0  # muP: keep what was tuned at this embedding_dim for others; 0 = off
     mup_base_heads: int = 0  # num_heads of that base model; 0 = as many as here: wider heads
     mup_base_layers: int = 0  # CompleteP: the same for num_layers; 0 = off
 
     def check(self):
         """Yield one line for each value that makes no sense."""
-        for key in ("embedding_dim", "dom_embed_dim", "num_heads", "hidden_size", "num_layers", "emd_weight"):
+        for key in ("embedding_dim", "dom_embed_dim", "num_heads", "hidden_size", "num_layers",
+                    "distance_weight"):
             if getattr(self, key) <= 0:
                 yield f"{key} = {getattr(self, key)}: must be greater than 0"
         for key, choices in CHOICES.items():
             if getattr(self, key) not in choices:
                 yield f"{key} = {getattr(self, key)!r}: choose one of {', '.join(map(repr, choices))}"
-        if not set(self.cls_target.split("+")) <= CLS_TARGETS.keys():
-            yield f"cls_target = {self.cls_target!r}: choose among {', '.join(CLS_TARGETS)}, joined by +"
+        for key, choices in (("cls_target", CLS_TARGETS), ("dom_loss", DOM_LOSSES)):
+            if not set(getattr(self, key).split("+")) <= choices.keys():
+                yield f"{key} = {getattr(self, key)!r}: choose among {', '.join(choices)}, joined by +"
         if self.embedding_dim % max(self.num_heads, 1):
             yield f"embedding_dim = {self.embedding_dim} cannot be shared among num_heads = {self.num_heads}"
         if self.dom_embed_dim >= self.embedding_dim:
@@ -95,22 +99,29 @@ class PulseEmbedding(nn.Module):
         super().__init__()
         D, E = config.embedding_dim, config.dom_embed_dim
         # kept in the checkpoint: a model of one detector must not be used on another
-        self.register_buffer("geometry", torch.as_tensor(geometry).float().clone())  # (V, 3) [m]
-        self.position = nn.Linear(3, E) if config.use_dom_positions else None
+        self.register_buffer("geometry", torch.from_numpy(geometry["position"].copy()))  # (V, 3) [m]
+        self.waves = config.fourier_features
+        n_position, n_features = (3 + 6 * POSITION_WAVES, 3 + 2 * (TIME_WAVES + CHARGE_WAVES)) if self.waves \
+            else (3, 3)
+        self.position = nn.Linear(n_position, E) if config.use_dom_positions else None
         if config.use_dom_positions:
             self.mask = nn.Parameter(torch.empty(1, E))  # a hidden DOM has no position
         has_table = config.use_dom_table or not config.use_dom_positions
-        self.dom_table = nn.Embedding(N_DOMS + 1, E) if has_table else None
-        self.features = nn.Linear(3, D - E)
+        self.dom_table = nn.Embedding(len(geometry) + 1, E) if has_table else None  # the last row is MASK
+        self.features = nn.Linear(n_features, D - E)
         self.cls = nn.Parameter(torch.empty(D))
 
     def forward(self, batch):
         dom = batch["dom"]  # (T,)
         if "hidden" in batch:  # only the id is hidden: when and how bright the pulse was stays visible
-            dom = dom.index_fill(0, batch["hidden"], MASK)
+            dom = dom.index_fill(0, batch["hidden"], len(self.geometry))  # MASK
         with torch.autocast(dom.device.type, enabled=False):  # bfloat16 would round 12,000 ns by up to 7 ns
             dom_part = F.embedding(dom, self.dom_vectors())  # (T, E)
-            x = torch.cat([dom_part, self.features(scale_pulses(batch))], dim=-1)  # (T, D)
+            features = scale_pulses(batch)  # (T, 3)
+            if self.waves:  # 30 us to 30 ns, 4 to 0.5 decades
+                time = waves(features[:, :1], 1.0, TIME_WAVES)
+                features = torch.cat([features, time, waves(features[:, 1:2], 4 / 3, CHARGE_WAVES)], dim=-1)
+            x = torch.cat([dom_part, self.features(features)], dim=-1)  # (T, D)
         first = batch["starts"][:-1].long()
         return x.index_copy(0, first, self.cls.expand(first.shape[0], -1))
 
@@ -118,7 +129,8 @@ class PulseEmbedding(nn.Module):
         """One vector for each DOM and for MASK, (V + 1, E)."""
         if self.position is None:
             return self.dom_table.weight
-        vectors = torch.cat([self.position(self.geometry / POSITION_SCALE), self.mask])
+        position = position_features(self.geometry) if self.waves else self.geometry / POSITION_SCALE
+        vectors = torch.cat([self.position(position), self.mask])
         return vectors if self.dom_table is None else vectors + self.dom_table.weight
 
 
@@ -127,6 +139,21 @@ def scale_pulses(batch):
     time = (batch["time"] - 1e4) / 3e4  # the trigger is near 10,000 ns
     charge = torch.log10(batch["charge"].clamp(min=1e-3)) / 3  # the smallest real charge is 0.025 p.e.
     return torch.stack([time, charge, batch["aux"].to(time.dtype) - 0.5], dim=-1)
+
+
+TIME_WAVES, CHARGE_WAVES, POSITION_WAVES = 11, 4, 8  # octaves of fourier_features
+
+
+def waves(x, longest, n):
+    """Sines and cosines of x (..., C) with wavelengths longest / 1, 2, 4, ... -> (..., 2 n C)."""
+    octaves = 2.0 ** torch.arange(n, device=x.device)
+    phase = (2 * math.pi / longest * x[..., None] * octaves).flatten(-2)
+    return torch.cat([phase.sin(), phase.cos()], dim=-1)
+
+
+def position_features(geometry):
+    """x, y, z [m] (V, 3) scaled, and their waves of 2000 m to 16 m, a DOM's distance to the next -> (V, 51)."""
+    return torch.cat([geometry / POSITION_SCALE, waves(geometry, 2000.0, POSITION_WAVES)], dim=-1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -359,8 +386,6 @@ def state_space(x, log_decay, b, c, chunk=256):
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
 MIXERS = {"transformer": Attention, "gru": lambda config: TwoWays(config, GRU),
           "mamba": lambda config: TwoWays(config, Mamba)}
-CHOICES = {"backbone": MIXERS, "mlp": ("relu", "gelu", "swiglu"), "norm": NORMS,
-           "dom_loss": ("ce", "emd", "ce+emd"), "loss_weighting": ("per_event", "per_pulse")}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -383,15 +408,45 @@ class Encoder(nn.Module):
         return x.index_select(0, batch["starts"][:-1].long()), x
 
 
+class PositionHead(nn.Module):
+    """DOM logits from where the DOMs are: query(x) . key(position of j) / sqrt(64) + bias_j, (M, D) -> (M, V).
+
+    The key is a small network of the position's Fourier features, evaluated once per micro-batch. Neighbours
+    get similar keys before they are ever hit. A fraction of the linear head's parameters (base: 0.05 M instead of
+    1.3 M), and only the bias knows how many DOMs there are.
+    """
+    SIZE, HIDDEN = 64, 256  # of the key, of its network
+
+    def __init__(self, config, geometry):
+        super().__init__()
+        self.query = nn.Linear(config.embedding_dim, self.SIZE)
+        position = torch.from_numpy(geometry["position"].copy())
+        self.register_buffer("features", position_features(position), persistent=False)  # (V, 51)
+        self.key = nn.Sequential(nn.Linear(self.features.shape[1], self.HIDDEN), nn.GELU(),
+                                 nn.Linear(self.HIDDEN, self.SIZE))
+        self.bias = nn.Parameter(torch.zeros(len(geometry)))
+
+    def forward(self, x):
+        return self.query(x) @ self.key(self.features).T * self.SIZE ** -0.5 + self.bias
+
+
+# DIFF(upstream): no logit for padding
+DOM_HEADS = {"linear": lambda config, geometry: nn.Linear(config.embedding_dim, len(geometry)),
+             "position": PositionHead}
+
+
 @dataclass(frozen=True)
 class ClsTarget:
-    """Something about the whole event that [CLS] learns to tell; the loss is mean (prediction - truth)^2."""
+    """Something about the whole event that [CLS] learns to tell, from the data alone."""
     width: int  # numbers that tell it
     label: str  # field of data.EVENT that it comes from
     truth: Callable  # that field of a batch -> (B, width), numbers of order one
     metric: str  # column of log.csv that tells in units how good it is: val_<metric>
     measure: Callable  # prediction, truth (B, width) -> (B,)
     of_mean: Callable = math.sqrt  # mean of that over the events -> the number in the column
+    loss: Callable = lambda x, truth: (x - truth).square().mean(-1)  # prediction, truth (B, width) -> (B,)
+    # truth (B, width) -> bool (B,); events of which it is not known do not enter the loss
+    is_known: Callable = lambda truth: truth[:, 0].isfinite()
 
 
 # to add one: an entry here, its weight lambda_<name> in train.py
@@ -402,6 +457,10 @@ CLS_TARGETS = {
     "center": ClsTarget(  # charge-weighted centre; its metric in m
         width=3, label="center", truth=lambda center: center / POSITION_SCALE,
         metric="center_rms", measure=lambda x, truth: ((x - truth) * POSITION_SCALE).square().sum(-1)),
+    "motion": ClsTarget(  # a first guess of the source's direction; its metric is the mean angle in rad
+        width=3, label="motion", truth=lambda motion: motion, metric="motion_angle",
+        measure=lambda x, truth: angular_error(F.normalize(x, dim=-1), truth), of_mean=float,
+        is_known=lambda truth: truth.any(-1)),  # zeros where no fit is possible
 }
 
 
@@ -413,7 +472,9 @@ class Pretrainer(nn.Module):
         self.config = config
         self.targets = {name: CLS_TARGETS[name] for name in config.cls_target.split("+")}
         self.encoder = Encoder(config, geometry)
-        self.dom_head = nn.Linear(config.embedding_dim, N_DOMS)  # DIFF(upstream): no logit for padding
+        self.dom_head = DOM_HEADS[config.dom_head](config, geometry)
+        strings = torch.from_numpy(geometry["string"].astype("int64"))
+        self.register_buffer("string", strings, persistent=False)  # (V,), for metrics alone
         self.cls_heads = nn.ModuleDict({name: nn.Linear(config.embedding_dim, target.width)
                                         for name, target in self.targets.items()})
         init_weights(self, config)
@@ -428,7 +489,7 @@ class Pretrainer(nn.Module):
         cls, x = self.encoder(batch)
         # DIFF(upstream): logits at the hidden pulses only, 8 % of the positions that upstream computes
         logits = self.dom_head(x.index_select(0, batch["hidden"]))
-        dtype = self.dom_head.weight.dtype  # that of the weights, whatever autocast has chosen
+        dtype = self.dom_head.bias.dtype  # that of the weights, whatever autocast has chosen
         return logits.to(dtype), {name: head(cls).to(dtype) for name, head in self.cls_heads.items()}
 
     def dom_losses(self, logits, batch):
@@ -437,12 +498,10 @@ class Pretrainer(nn.Module):
         Mean per event first: otherwise bright events dominate (upstream since v0.2).
         """
         dom, event = batch["dom"].index_select(0, batch["hidden"]), batch["hidden_event"]  # (M,)
-        loss = 0.0
-        if "ce" in self.config.dom_loss:
-            loss = F.cross_entropy(logits, dom, reduction="none")  # (M,)
-        if "emd" in self.config.dom_loss:
-            emd = earth_movers_distance(logits, dom, self.encoder.embedding.geometry)
-            loss = emd if self.config.dom_loss == "emd" else loss + self.config.emd_weight * emd
+        geometry, loss = self.encoder.embedding.geometry, 0.0
+        for name in self.config.dom_loss.split("+"):
+            weight = 1.0 if name == "ce" else self.config.distance_weight
+            loss = loss + weight * DOM_LOSSES[name](logits, dom, event, geometry)  # (M,)
         zeros = loss.new_zeros(len(batch["starts"]) - 1)
         total = zeros.index_add(0, event, loss)
         if self.config.loss_weighting == "per_pulse":
@@ -450,12 +509,16 @@ class Pretrainer(nn.Module):
         return total / zeros.index_add(0, event, torch.ones_like(loss)).clamp(min=1)
 
     def cls_losses(self, answers, batch):
-        return {name: (answers[name] - target.truth(batch[target.label])).square().mean(-1)
-                for name, target in self.targets.items()}
+        """Dict name of a ClsTarget to the loss of each event (B,), 0 where the truth is not known."""
+        losses = {}
+        for name, target in self.targets.items():
+            truth = target.truth(batch[target.label])
+            losses[name] = target.loss(answers[name], truth) * target.is_known(truth)
+        return losses
 
     @property
     def metric_names(self):
-        of_targets = [name for target in self.targets for name in (f"{target}_loss", f"{target}_metric")]
+        of_targets = [f"{target}_{what}" for target in self.targets for what in ("loss", "metric", "known")]
         return ["dom_loss", "top1", "top5", "string", "distance", "cross_entropy", *of_targets]
 
     def metrics(self, batch):
@@ -465,17 +528,18 @@ class Pretrainer(nn.Module):
         best = logits.topk(5, dim=-1).indices  # (M, 5)
         sums = [self.dom_losses(logits, batch).sum(),
                 (best[:, 0] == dom).float().sum(), (best == dom[:, None]).float().sum(),
-                (best[:, 0] // DOMS_PER_STRING == dom // DOMS_PER_STRING).float().sum(),
+                (self.string[best[:, 0]] == self.string[dom]).float().sum(),
                 (geometry[best[:, 0]] - geometry[dom]).norm(dim=-1).sum(),  # [m]
                 F.cross_entropy(logits, dom, reduction="sum")]
         losses = self.cls_losses(answers, batch)
         for name, target in self.targets.items():
-            sums += [losses[name].sum(),
-                     target.measure(answers[name], target.truth(batch[target.label])).sum()]
+            truth = target.truth(batch[target.label])
+            is_known = target.is_known(truth)
+            sums += [losses[name].sum(), (target.measure(answers[name], truth) * is_known).sum(), is_known.sum()]
         return torch.stack(sums)
 
 
-def earth_movers_distance(logits, dom, geometry):
+def earth_movers_distance(logits, dom, event, geometry):
     """How far the predicted distribution has to be carried to the true DOM: sum_j p_j |x_j - x_true| [100 m],
     (M,).
 
@@ -484,6 +548,26 @@ def earth_movers_distance(logits, dom, geometry):
     # (M, V)
     distance = torch.cdist(geometry[dom], geometry, compute_mode="donot_use_mm_for_euclid_dist") / 100
     return (logits.softmax(-1) * distance).sum(-1)
+
+
+def chamfer_distance(logits, dom, event, geometry):
+    """From each hidden DOM to the nearest of its event's expected positions, and back [100 m], (M,).
+
+    Expected position of a hidden pulse: sum_j p_j x_j. Which guess belongs to which pulse does not count: the
+    mean over an event is the Chamfer distance of two sets of points.
+    """
+    expected, true = logits.softmax(-1) @ geometry, geometry[dom]  # (M, 3)
+    distance = torch.cdist(true, expected, compute_mode="donot_use_mm_for_euclid_dist") / 100  # (M, M)
+    distance = distance.masked_fill(event[:, None] != event, float("inf"))
+    return distance.amin(1) + distance.amin(0)
+
+
+# to add one: an entry here; of logits (M, V), true DOM and event of the hidden pulses (M,), positions (V, 3) [m]
+# -> (M,)
+DOM_LOSSES = {"ce": lambda logits, dom, event, geometry: F.cross_entropy(logits, dom, reduction="none"),
+              "emd": earth_movers_distance, "chamfer": chamfer_distance}
+CHOICES = {"backbone": MIXERS, "mlp": ("relu", "gelu", "swiglu"), "norm": NORMS, "dom_head": DOM_HEADS,
+           "loss_weighting": ("per_event", "per_pulse")}
 
 
 class Reconstructor(nn.Module):
@@ -624,7 +708,9 @@ def init_weights(model, config):
 
 def heads_of(model):
     """The linear layers that read what the encoder gives."""
-    return [model.dom_head, *model.cls_heads.values()] if isinstance(model, Pretrainer) else [model.head[0]]
+    if not isinstance(model, Pretrainer):
+        return [model.head[0]]
+    return [getattr(model.dom_head, "query", model.dom_head), *model.cls_heads.values()]
 
 
 def parameter_groups(model, weight_decay):

@@ -14,7 +14,7 @@ each worker writes its own slice, and nothing is merged at the end.
 
 The rule (upstream's): an event keeps all its pulses if they are at most max_pulses. Else all its good ones
 (aux = False, in local coincidence) and random others; or, if the good ones alone are too many, a random
-max_pulses of those. The time order stays. Total charge and charge centre are those of the full event.
+max_pulses of those. The time order stays. Total charge, centre and motion are those of the full event.
 """
 import math
 import os
@@ -34,12 +34,14 @@ import pyarrow.parquet as pq
 
 from common import (count_cores, count_events, fail, first_line, hold_lock, progress_bar, read_json,
                     run_in_workers, run_stage, write_atomic, write_json)
-from data import (EVENT, FORMAT_VERSION, N_DOMS, PULSE, UNFINISHED, describe_dtypes, open_split, read_meta,
+from data import (EVENT, FORMAT_VERSION, GEOMETRY, PULSE, UNFINISHED, describe_dtypes, open_split, read_meta,
                   uniform_runs)
 from knobs import check_not_negative, load_config, print_knobs
 
 CHUNK = 2**18  # pulses at a time, some 1,600 events: arrays of 2 MB stay in the cache
 MAX_FLOAT = float(np.finfo(np.float32).max)
+MAX_DOMS = 65_535  # ids are uint16, and one number is left for MASK
+ICECUBE_DOMS, ICECUBE_DOMS_PER_STRING = 5160, 60  # IceCube-86, sensor_id // 60 is the string
 
 
 @dataclass
@@ -208,8 +210,20 @@ def to_numpy(array, path, row, name):
     return array.to_numpy(zero_copy_only=False)
 
 
-def read_geometry_csv(path):
-    """sensor_geometry.csv (columns sensor_id, x, y, z [m]) -> positions (3, 5160) float64."""
+@dataclass(frozen=True)
+class Detector:
+    position: np.ndarray  # (3, V) float64 [m], one row per coordinate, for speed; column = sensor_id
+    string: np.ndarray  # (V,) number of the string, counted from 0
+
+    def __len__(self):
+        return len(self.string)
+
+
+def read_detector(path):
+    """sensor_geometry.csv (columns sensor_id, x, y, z [m] and perhaps string) -> Detector.
+
+    Without strings, 5160 rows are IceCube-86; in any other table DOMs of equal x, y are a string.
+    """
     if not path.is_file():
         fail(f"{path}: no such file; the event files need it beside them (simulate.py writes such a folder)")
     try:
@@ -217,19 +231,31 @@ def read_geometry_csv(path):
     except (pa.ArrowException, OSError) as error:
         fail(f"{path}: not a readable table ({first_line(error)}); it needs the columns sensor_id,x,y,z")
     columns = []
-    for name, wanted in (("sensor_id", "integer"), ("x", "number"), ("y", "number"), ("z", "number")):
-        if name not in table.column_names or not KINDS[wanted](table[name].type):
-            fail(f"{path}: no column {name} of type {wanted}; it must begin with the line sensor_id,x,y,z")
+    wanted = {"sensor_id": "integer", "x": "number", "y": "number", "z": "number"}
+    for name, kind in (wanted | ({"string": "integer"} if "string" in table.column_names else {})).items():
+        if name not in table.column_names or not KINDS[kind](table[name].type):
+            fail(f"{path}: no column {name} of type {kind}; it must begin with the line sensor_id,x,y,z")
         columns.append(to_numpy(table[name].combine_chunks(), path, 0, name))
-    dom, *position = columns
-    refuse_outside(dom, 0, N_DOMS - 1, path, 0, "sensor_id")
+    dom, position, string = columns[0], np.array(columns[1:4], np.float64), columns[4:]
+    if not 1 <= len(dom) <= MAX_DOMS:
+        fail(f"{path}: {len(dom):,} rows, need 1 to {MAX_DOMS:,}, one per DOM")
     refuse(~np.isfinite(position).all(axis=0), path, 0,
            lambda i: f"sensor_id {dom[i]} has no finite position; get it anew")
-    count = np.bincount(dom, minlength=N_DOMS)
+    refuse_outside(dom, 0, MAX_DOMS - 1, path, 0, "sensor_id")
+    count = np.bincount(dom)
     if (count != 1).any():
         bad = int(np.argmax(count != 1))
         fail(f"{path}: sensor_id {bad} is {'missing' if count[bad] == 0 else 'there twice'}; get it anew")
-    return np.array(position, np.float64)[:, np.argsort(dom)]
+    order = np.argsort(dom)
+    position = position[:, order]
+    if string:
+        refuse_outside(string[0], 0, MAX_DOMS, path, 0, "string")
+        string = string[0][order]
+    elif len(dom) == ICECUBE_DOMS:
+        string = np.arange(len(dom)) // ICECUBE_DOMS_PER_STRING
+    else:
+        string = np.unique(position[:2], axis=1, return_inverse=True)[1].ravel()
+    return Detector(position, string.astype(np.int64))
 
 
 def kaggle_meta(path, wanted):
@@ -283,7 +309,7 @@ def kaggle_events(path, row, pieces):
     return events
 
 
-def kaggle_chunks(path, events):
+def kaggle_chunks(path, events, n_doms):
     """Yield some thousand events at a time with all their pulses: events, time, charge, dom, aux."""
     file, columns = open_parquet(path, KAGGLE_PULSES)
     first, end = events["start"].copy(), events["start"] + events["n_pulses"]
@@ -305,7 +331,7 @@ def kaggle_chunks(path, events):
     done, broken = 0, None  # events given out; the pulses so far of the event that goes on in the next table
     for row, table in read_batches(file, path, columns, CHUNK):
         table = {name: to_numpy(table.column(name), path, row, name) for name in columns}
-        for name, high in (("time", MAX_FLOAT), ("charge", MAX_FLOAT), ("sensor_id", N_DOMS - 1)):
+        for name, high in (("time", MAX_FLOAT), ("charge", MAX_FLOAT), ("sensor_id", n_doms - 1)):
             refuse_outside(table[name], 0, high, path, row, name)
         n_read = row + len(table["time"])
         if broken:
@@ -327,11 +353,10 @@ def kaggle_chunks(path, events):
 # rule: which pulses an event keeps
 # ------------------------------------------------------------------------------
 
-def pack(events, time, charge, dom, aux, geometry, config):
+def pack(events, time, charge, dom, aux, detector, config):
     """Whole events -> the PULSE records they keep, one event after another; completes `events` in place.
 
-    events: EVENT records with n_pulses set; time, charge, dom, aux: all their pulses, event after event;
-    geometry: DOM positions (3, 5160) [m].
+    events: EVENT records with n_pulses set; time, charge, dom, aux: all their pulses, event after event.
     """
     n = events["n_pulses"].astype(np.int64)
     offset = np.cumsum(n) - n
@@ -345,9 +370,10 @@ def pack(events, time, charge, dom, aux, geometry, config):
     total = np.add.reduceat(charge, offset)
     place = dom.astype(np.intp)  # as take wants it, converted once for the three; "clip" spares a check
     for axis in range(3):
-        moment = np.add.reduceat(charge * geometry[axis].take(place, mode="clip"), offset)
+        moment = np.add.reduceat(charge * detector.position[axis].take(place, mode="clip"), offset)
         events["center"][:, axis] = moment / np.where(total > 0, total, 1)
     events["total_charge"] = total
+    events["motion"] = motion_of_light(offset, time, charge, place, ~aux, detector)
     events["length"] = np.minimum(n, config.max_pulses)
 
     keep = slice(None)
@@ -370,6 +396,31 @@ def pack(events, time, charge, dom, aux, geometry, config):
     for name, values in (("time", time), ("charge", charge), ("dom", dom), ("aux", aux)):
         pulses[name] = values[keep]
     return pulses
+
+
+def motion_of_light(offset, time, charge, dom, good, detector):
+    """Fit position = r + v time to each event's good pulses, weighted by charge -> unit vectors (n, 3) along -v.
+
+    IceCube's first guess of where the neutrino came from (astro-ph/0407044, section 3.1.3). Zeros where no fit
+    is possible: fewer than two times or two DOMs. offset: first pulse of each event.
+    """
+    found, count = np.zeros((len(offset), 3)), np.add.reduceat(good, offset, dtype=np.int64)
+    lit, kept = np.flatnonzero(count), np.flatnonzero(good)
+    if len(lit) == 0:
+        return found
+    count, time, charge, dom = count[lit], time[kept].astype(np.float64), charge[kept], dom[kept]
+    first = np.cumsum(count) - count  # all of them have good pulses, as reduceat needs it
+    total = np.add.reduceat(charge, first)
+    mean = np.add.reduceat(charge * time, first) / np.where(total > 0, total, 1)
+    lever = charge * (time - np.repeat(mean, count))
+    # v but for a positive factor
+    v = np.stack([np.add.reduceat(lever * x.take(dom, mode="clip"), first) for x in detector.position], axis=1)
+    can_fit = np.maximum.reduceat(time, first) > np.minimum.reduceat(time, first)
+    can_fit &= np.maximum.reduceat(dom, first) > np.minimum.reduceat(dom, first)
+    length = np.linalg.norm(v, axis=1)
+    can_fit &= length > 0
+    found[lit[can_fit]] = -v[can_fit] / length[can_fit, None]
+    return found
 
 
 # ------------------------------------------------------------------------------
@@ -403,14 +454,14 @@ def writing(path):
              "command goes on")
 
 
-def write_batch(config, geometry, batch, events):
+def write_batch(config, detector, batch, events):
     """Write the slice of one batch -> what meta.json and the table at the end need to know of it."""
     pa.set_cpu_count(1)
     events_path, pulses_path = split_paths(config, batch.split)
     place, n_aux, time, charge = batch.first_pulse, 0, [math.inf, 0.0], [math.inf, 0.0]
     with writing(pulses_path):
-        for part, *columns in kaggle_chunks(batch.path, events):  # part: a view of some of the events
-            pulses = pack(part, *columns, geometry, config)
+        for part, *columns in kaggle_chunks(batch.path, events, len(detector)):  # part: a view of some of the events
+            pulses = pack(part, *columns, detector, config)
             total = part["total_charge"]  # a pulse without charge does no harm, but here log10 is asked for
             if total.min() <= 0:
                 fail(f"{batch.path}: event {part['event_id'][np.argmin(total)]} has no charge; get it anew")
@@ -512,7 +563,7 @@ def main():
         fail(f"{data_dir} holds files that prepare.py did not write; choose another data_dir")
 
     # plan: all that can be known before the first pulse is read is checked here
-    geometry = read_geometry_csv(Path(config.input_dir) / "sensor_geometry.csv")
+    detector = read_detector(Path(config.input_dir) / "sensor_geometry.csv")
     batches = plan_kaggle(config)
     sizes = Counter()
     for batch in batches:
@@ -527,7 +578,9 @@ def main():
         check_settings(data_dir, read_json(unfinished / "settings.json"), settings)
     is_new = make_room(data_dir, sizes)
     write_json(unfinished / "settings.json", {"command": shlex.join(["python", *sys.argv]), **settings})
-    write_atomic(data_dir / "geometry.bin", lambda part: geometry.T.astype("<f4").tofile(part))
+    geometry = np.zeros(len(detector), GEOMETRY)
+    geometry["position"], geometry["string"] = detector.position.T, detector.string
+    write_atomic(data_dir / "geometry.bin", geometry.tofile)
 
     # read, rule, write: the batches that are not done yet
     records = [unfinished / f"{batch.split}_{batch.number}.json" for batch in batches]
@@ -537,7 +590,7 @@ def main():
     todo = {batch.path: record for batch, record in zip(batches, records) if not record.exists()}
     left = [batch for batch in batches if batch.path in todo]
     n_events, n_left = sum(batch.n_events for batch in batches), sum(batch.n_events for batch in left)
-    jobs = ((config, geometry, *job) for job in kaggle_jobs(config, left))
+    jobs = ((config, detector, *job) for job in kaggle_jobs(config, left))
     workers = max(1, min(config.workers or count_cores(), len(left)))
     with progress_bar(n_events, "prepare", "event", initial=n_events - n_left) as bar:
         run_in_workers(write_batch, jobs, workers, bar,
@@ -548,7 +601,7 @@ def main():
     for name in config.splits:
         results = [read_json(record) for batch, record in zip(batches, records) if batch.split == name]
         splits[name] = summarize(config, name, results)
-    meta = {"format": FORMAT_VERSION, **settings, "n_doms": N_DOMS, "dtypes": describe_dtypes()}
+    meta = {"format": FORMAT_VERSION, **settings, "n_doms": len(detector), "dtypes": describe_dtypes()}
     meta["splits"] = splits
     write_json(data_dir / "meta.json", meta)
     shutil.rmtree(unfinished)

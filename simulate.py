@@ -3,7 +3,7 @@ download.
 
     python simulate.py                                               # 200,000 events into data/demo_raw
     python simulate.py --n_events=2000 --events_per_batch=500 --out_dir=data/tiny_raw
-    python simulate.py --geometry=sensor_geometry.csv --out_dir=data/true_raw    # DOM positions of a file
+    python simulate.py --geometry=sensor_geometry.csv --out_dir=data/true_raw    # any detector, from a file
 
 Prints a bar and what was written; about 2,000 events a second and core. The bytes are the same for any number
 of workers. A run that was stopped goes on from its finished batches; a complete folder is left as it is.
@@ -27,9 +27,8 @@ import pyarrow.parquet as pq
 
 from common import (count_cores, count_events, fail, hold_lock, progress_bar, read_json, run_in_workers,
                     run_stage, write_atomic, write_json)
-from data import DOMS_PER_STRING, N_DOMS
 from knobs import check_not_negative, check_positive, load_config, print_knobs
-from prepare import read_geometry_csv
+from prepare import ICECUBE_DOMS, ICECUBE_DOMS_PER_STRING, Detector, read_detector
 
 # Sources: [D] the detector, arXiv:1612.05093; [DC] DeepCore, arXiv:1109.6096; [A] AMANDA's track
 # reconstruction, astro-ph/0407044; [I] the ice, arXiv:1301.5361; [PMT] arXiv:1002.2442; [SPE]
@@ -101,7 +100,7 @@ class SimulateConfig:
     events_per_batch: int = 10_000  # per file; Kaggle has 200,000
     n_test_events: int = 1000  # unlabelled events in test/, 0 for none
     seed: int = 1  # batch b depends on seed and b alone
-    geometry: str = ""  # path of a sensor_geometry.csv with sensor_id,x,y,z; "" = built in
+    geometry: str = ""  # a sensor_geometry.csv: sensor_id,x,y,z and perhaps string; "" = IceCube, built in
     workers: int = 0  # processes; 0 = one per core
 
     def check(self):
@@ -113,9 +112,9 @@ class SimulateConfig:
 # geometry
 # ------------------------------------------------------------------------------------------------------------
 
-def build_geometry() -> np.ndarray:
-    """DOM positions (N_DOMS, 3) [m] by design numbers; row = sensor_id = (string - 1) * 60 + DOM - 1, top DOM
-    first.
+def build_geometry():
+    """IceCube-86 by design numbers -> DOM positions (5160, 3) [m]; row = sensor_id = 60 string + DOM, both
+    counted from 0, top DOM first.
     """
     a, b = np.deg2rad(GRID_ANGLE), np.deg2rad(GRID_ANGLE + 60)  # directions along a row and to the next row
     row = np.repeat(np.arange(len(ROW_LENGTHS)), ROW_LENGTHS)
@@ -130,20 +129,35 @@ def build_geometry() -> np.ndarray:
     # (8, 2)
     deepcore = strings[CENTRAL_STRING - 1] + np.stack([distance * np.cos(angle), distance * np.sin(angle)], 1)
 
-    dom = np.arange(DOMS_PER_STRING)
+    dom = np.arange(ICECUBE_DOMS_PER_STRING)
     cap_z = DEEPCORE_TOP_Z - DEEPCORE_CAP_SPACING * dom[:DEEPCORE_CAP]
-    deep_z = cap_z[-1] - DEEPCORE_GAP - DEEPCORE_SPACING * dom[:DOMS_PER_STRING - DEEPCORE_CAP]
+    deep_z = cap_z[-1] - DEEPCORE_GAP - DEEPCORE_SPACING * dom[:len(dom) - DEEPCORE_CAP]
     z = [TOP_Z - DOM_SPACING * dom] * len(strings) + [np.append(cap_z, deep_z)] * len(deepcore)  # 86 x (60,)
-    xy = np.repeat(np.concatenate([strings, deepcore]), DOMS_PER_STRING, axis=0)
+    xy = np.repeat(np.concatenate([strings, deepcore]), len(dom), axis=0)
     return np.round(np.column_stack([xy, np.concatenate(z)]), 2)
 
 
-def read_geometry(path: str) -> np.ndarray:
-    """DOM positions (N_DOMS, 3) [m] from a sensor_geometry.csv, whose rows may be in any order."""
-    doms = read_geometry_csv(Path(path)).T
-    if not 100 < np.abs(doms).max() < 1500:
+def choose_detector(path):
+    """The Detector of a sensor_geometry.csv, whose rows may be in any order; "": the built-in one."""
+    if not path:
+        return Detector(np.ascontiguousarray(build_geometry().T),
+                        np.arange(ICECUBE_DOMS) // ICECUBE_DOMS_PER_STRING)
+    detector = read_detector(Path(path))
+    if not 10 < np.abs(detector.position).max() < 1500:
         fail(f"{path}: need x,y,z in m from the middle of the detector, as in Kaggle's sensor_geometry.csv")
-    return doms
+    check_sensor_ids(detector, path)
+    return detector
+
+
+def check_sensor_ids(detector, path):
+    if len(detector) > np.iinfo(np.int16).max:
+        fail(f"{path}: {len(detector):,} DOMs; in Kaggle's layout sensor_id is an int16, so 32,767 at most")
+
+
+def efficiency_of(detector):
+    """Of each DOM against IceCube's usual one, (V,). DeepCore's is known by the detector's size."""
+    is_deepcore = (len(detector) == ICECUBE_DOMS) & (detector.string >= 78)
+    return np.where(is_deepcore, DEEPCORE_EFFICIENCY, 1.0)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -224,9 +238,8 @@ def line_light(distance, dirt):
     return np.exp(-distance * dirt / DECAY_LENGTH) * r / np.tanh(r) / (2 * np.pi * np.sin(CONE) * distance)
 
 
-def response(dom, upward):
-    efficiency = np.where(dom >= N_DOMS - 8 * DOMS_PER_STRING, DEEPCORE_EFFICIENCY, 1.0)
-    return DOM_AREA * efficiency * (1 + UPWARD_RESPONSE * upward)
+def response(upward):
+    return DOM_AREA * (1 + UPWARD_RESPONSE * upward)
 
 
 def pairs_in_reach(vertex, axis, light, strength, doms):
@@ -237,13 +250,18 @@ def pairs_in_reach(vertex, axis, light, strength, doms):
     """
     grid = np.geomspace(1, 2000, 400)  # [m]
     reach = np.interp(np.log(strength / MIN_EXPECTED), -np.log(DOM_AREA * light(grid, DEEP_DIRT)), grid)
-    blocks = doms.reshape(3, -1, BLOCK)
+    n_doms = doms.shape[1]
+    full = np.minimum(np.arange(-(-n_doms // BLOCK) * BLOCK), n_doms - 1)  # the last DOM fills the last block
+    blocks = pick(doms, full).reshape(3, -1, BLOCK)
     center = blocks.mean(2)  # (3, n_blocks)
     radius = np.sqrt(((blocks - center[:, :, None]) ** 2).sum(0).max(1))
     to_block = center[:, None] - vertex[:, :, None]  # (3, n_events, n_blocks)
     near = dot(to_block, to_block) - dot(to_block, axis[:, :, None]) ** 2 < (reach[:, None] + radius) ** 2
     event, block = np.divmod(np.flatnonzero(near), len(radius))
-    return np.repeat(event, BLOCK), (block[:, None] * BLOCK + np.arange(BLOCK)).ravel()
+    event, dom = np.repeat(event, BLOCK), (block[:, None] * BLOCK + np.arange(BLOCK)).ravel()
+    if len(full) > n_doms:
+        event, dom = event[dom < n_doms], dom[dom < n_doms]
+    return event, dom
 
 
 def cascade_light(vertex, flight, energy, doms):
@@ -255,7 +273,7 @@ def cascade_light(vertex, flight, energy, doms):
     # scattering blurs it
     forward = 1 + CASCADE_FORWARD * np.exp(-distance * dirt / (4 * SCATTERING_LENGTH)) * cosine
     photons = PHOTONS_PER_GEV * energy[event] * forward
-    expected = photons * point_light(distance, dirt) * response(dom, to_dom[2] / distance)
+    expected = photons * point_light(distance, dirt) * response(to_dom[2] / distance)
     time = distance * REFRACTIVE_INDEX / LIGHT_SPEED
     return event, dom, expected, time, distance * (1 + CASCADE_TURN * (1 - cosine)), dirt
 
@@ -280,7 +298,7 @@ def track_light(vertex, flight, energy, doms):
     dirt = mean_dirt(z_emitted, z_dom)
     # [1/m]; radiative losses as if they were smooth
     photons = PHOTONS_PER_METRE + PHOTONS_PER_GEV * RADIATION * left
-    expected = photons * line_light(distance, dirt) * response(dom, (z_dom - z_emitted) / path)
+    expected = photons * line_light(distance, dirt) * response((z_dom - z_emitted) / path)
     time = (along + distance * np.tan(CONE)) / LIGHT_SPEED  # 0 is the muon at the vertex
     return event, dom, expected, time, path, dirt
 
@@ -301,7 +319,7 @@ def draw_photons(event, dom, expected, time, path, dirt, rng):
     return event[pair], dom[pair], time[pair] + delay, np.repeat(n[hit] / drawn, drawn)
 
 
-def draw_noise(event, time, rng):
+def draw_noise(event, time, n_doms, rng):
     """Dark pulses from well before the first to well after the last photon of each event
     -> event, dom, time [ns].
     """
@@ -309,18 +327,18 @@ def draw_noise(event, time, rng):
     np.minimum.at(first, event, time)
     np.maximum.at(last, event, time)
     span = np.maximum(last - first + READOUT_BEFORE + READOUT_AFTER, 0)  # events without photons: -inf, so 0
-    noise = np.repeat(np.arange(CHUNK), rng.poisson(NOISE_RATE * N_DOMS * span))
+    noise = np.repeat(np.arange(CHUNK), rng.poisson(NOISE_RATE * n_doms * span))
     time = first[noise] - READOUT_BEFORE + span[noise] * rng.random(len(noise))
-    return noise, rng.integers(N_DOMS, size=len(noise)), time
+    return noise, rng.integers(n_doms, size=len(noise)), time
 
 
-def make_pulses(event, dom, time, weight, rng):
+def make_pulses(event, dom, time, weight, n_doms, rng):
     """Photons -> pulses: event, dom, time [ns, integer], charge [p.e.]."""
     time = np.floor(time + TIME_JITTER * rng.standard_normal(len(time))).astype(np.int64)
     origin = time.min() // MERGE_TIME * MERGE_TIME
     # so that key // MERGE_TIME numbers bins
     span = (time.max() - origin) // MERGE_TIME * MERGE_TIME + MERGE_TIME
-    key = (event * N_DOMS + dom) * span + time - origin
+    key = (event * n_doms + dom) * span + time - origin
     order = np.argsort(key, kind="stable")
     key = key[order]
     first = np.flatnonzero(np.diff(key // MERGE_TIME, prepend=-1))  # of each pulse
@@ -330,7 +348,7 @@ def make_pulses(event, dom, time, weight, rng):
     charge = np.add.reduceat(charge * weight[order], first)
     charge = np.round(CHARGE_MIN + CHARGE_STEP * np.floor(charge / CHARGE_STEP), 3)
     channel, time = np.divmod(key[first], span)
-    return channel // N_DOMS, channel % N_DOMS, time + origin, charge
+    return channel // n_doms, channel % n_doms, time + origin, charge
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -341,12 +359,23 @@ COINCIDENCE_TIME = 1000  # [ns] local coincidence: a hit on a neighbour within 1
 COINCIDENCE_REACH = 2  # the two DOMs above and the two below on the string
 
 
-def local_coincidence(event, dom, time):
+def number_along_strings(detector):
+    """Numbers for the DOMs, (V,): neighbours on a string, by depth, differ by 1, strings by more than the reach
+    of the coincidence.
+    """
+    order = np.lexsort((-detector.position[2], detector.string))
+    rung = np.empty(len(detector), np.int64)
+    rung[order] = np.arange(len(detector)) + COINCIDENCE_REACH * np.cumsum(
+        np.diff(detector.string[order], prepend=detector.string[order[0]]) != 0)
+    return rung
+
+
+def local_coincidence(event, rung, time):
     """True where a neighbour on the string, one or two DOMs up or down, has a pulse of the same event within
     1 us.
 
-    event (integers), dom (0..5159), time [ns] hold the pulses of many events in any order -> bool of the same
-    length.
+    event (integers), rung (number_along_strings of the DOM), time [ns] hold the pulses of many events in any
+    order -> bool of the same length.
     """
     if len(time) == 0:
         return np.zeros(0, bool)
@@ -356,17 +385,15 @@ def local_coincidence(event, dom, time):
     time = time - time.min()
     step = time.max() + window + 1  # from a DOM to the next: keys that are within the window are of one DOM
     event = np.asarray(event, np.int64)
-    key = ((event - event.min()) * N_DOMS + np.asarray(dom, np.int64)) * step + time
+    key = ((event - event.min()) * (rung.max() + 1 + COINCIDENCE_REACH) + rung) * step + time
     order = np.argsort(key)
-    key, height = key[order], np.asarray(dom, np.int64)[order] % DOMS_PER_STRING
-    found = np.zeros(len(key), bool)
+    key, found = key[order], np.zeros(len(key), bool)
     for offset in range(-COINCIDENCE_REACH, COINCIDENCE_REACH + 1):
         if offset != 0:
             # the first pulse of that neighbour that is not too early counts, if it is not too late either
             earliest = key + offset * step - window
             candidate = key[np.minimum(np.searchsorted(key, earliest), len(key) - 1)]
-            on_string = (height + offset >= 0) & (height + offset < DOMS_PER_STRING)
-            found |= on_string & (candidate >= earliest) & (candidate <= earliest + 2 * window)
+            found |= (candidate >= earliest) & (candidate <= earliest + 2 * window)
     result = np.empty_like(found)
     result[order] = found
     return result
@@ -375,7 +402,7 @@ def local_coincidence(event, dom, time):
 def trigger(event, dom, time, charge, aux, rng):
     """Keep the readout of the events that trigger -> the same columns, sorted by event and time."""
     origin, span = time.min(), np.ptp(time) + 1
-    order = np.argsort((event * span + time - origin) * N_DOMS + dom)  # dom: no two keys are equal
+    order = np.argsort((event * span + time - origin) * (dom.max() + 1) + dom)  # dom: no two keys are equal
     event, dom, time, charge, aux = (values[order] for values in (event, dom, time, charge, aux))
 
     good = np.flatnonzero(~aux)
@@ -392,36 +419,38 @@ def trigger(event, dom, time, charge, aux, rng):
     return event[keep], dom[keep], (time + shift[event])[keep], charge[keep], aux[keep]
 
 
-def simulate_chunk(doms, rng):
+def simulate_chunk(detector, rng):
     """CHUNK interactions -> pulse columns of those that triggered, as from trigger(), numbered from 0; their
     truth.
     """
-    events = draw_events(CHUNK, rng)
+    events, doms = draw_events(CHUNK, rng), detector.position
     vertex, flight = events["vertex"], events["flight"]
     sources = (cascade_light(vertex, flight, events["cascade_energy"], doms),
                track_light(vertex, flight, events["muon_energy"], doms))
-    event, dom, time, weight = draw_photons(*map(np.concatenate, zip(*sources)), rng)
+    event, dom, expected, *rest = map(np.concatenate, zip(*sources))
+    expected = expected * efficiency_of(detector)[dom]
+    event, dom, time, weight = draw_photons(event, dom, expected, *rest, rng)
     bright = (np.bincount(event, minlength=CHUNK) >= TRIGGER_PULSES)[event]  # the others can hardly trigger
     if not bright.any():
-        return simulate_chunk(doms, rng)  # only where a given geometry is much thinner than IceCube's
+        return simulate_chunk(detector, rng)  # only where a given geometry is much thinner than IceCube's
     event, dom, time, weight = event[bright], dom[bright], time[bright], weight[bright]
-    noise = draw_noise(event, time, rng)
+    noise = draw_noise(event, time, len(detector), rng)
     event, dom, time = (np.concatenate(pair) for pair in zip((event, dom, time), noise))
     weight = np.append(weight, np.ones(len(time) - len(weight)))
-    event, dom, time, charge = make_pulses(event, dom, time, weight, rng)
-    event, *columns = trigger(event, dom, time, charge, ~local_coincidence(event, dom, time), rng)
+    event, dom, time, charge = make_pulses(event, dom, time, weight, len(detector), rng)
+    aux = ~local_coincidence(event, number_along_strings(detector)[dom], time)
+    event, *columns = trigger(event, dom, time, charge, aux, rng)
     triggered, event = np.unique(event, return_inverse=True)
     return (event, *columns), {name: values[..., triggered] for name, values in events.items()}
 
 
-def simulate_events(n, doms, rng):
+def simulate_events(n, detector, rng):
     """Exactly n triggered events: pulse columns event (0..n-1), dom, time, charge, aux; a dict of their
     truth.
     """
-    doms = np.ascontiguousarray(doms.T)
     chunks, n_found = [], 0
     while n_found < n:
-        (event, *columns), truth = simulate_chunk(doms, rng)
+        (event, *columns), truth = simulate_chunk(detector, rng)
         chunks.append(((event + n_found, *columns), truth))
         n_found += len(truth["energy"])
     pulses, truths = zip(*chunks)
@@ -457,7 +486,7 @@ def batch_paths(out_dir, split, batch):
     return out_dir / split / f"batch_{batch}.parquet", out_dir / ".parts" / f"meta_{batch}.parquet"
 
 
-def simulate_batch(out_dir, split, batch, first_event, n_events, seed, doms):
+def simulate_batch(out_dir, split, batch, first_event, n_events, seed, detector):
     """Write a batch file and its rows of the meta table. Runs in a worker process."""
     rng = np.random.default_rng(np.random.SeedSequence([seed, batch]))
     meta = []
@@ -468,7 +497,7 @@ def simulate_batch(out_dir, split, batch, first_event, n_events, seed, doms):
         with pq.ParquetWriter(path, PULSE_SCHEMA, use_dictionary=dictionaries) as writer:
             while n_done < n_events:
                 n = min(EVENTS_PER_GROUP, n_events - n_done)
-                (event, dom, time, charge, aux), truth = simulate_events(n, doms, rng)
+                (event, dom, time, charge, aux), truth = simulate_events(n, detector, rng)
                 event_id = (first_event + n_done
                             + np.arange(n)) * EVENT_ID_STEP + rng.integers(EVENT_ID_STEP, size=n)
                 columns = [dom.astype(np.int16), time, charge, aux, event_id[event]]
@@ -506,12 +535,12 @@ def join_meta(path, schema, parts):
 def main():
     config = load_config(SimulateConfig, __doc__)
     out_dir = Path(config.out_dir)
-    doms = read_geometry(config.geometry) if config.geometry else build_geometry()
+    detector = choose_detector(config.geometry)
     tasks = []  # the test batches go on counting where train ends, as Kaggle's do
     for split, first, n in (("train", 0, config.n_events), ("test", config.n_events, config.n_test_events)):
         for start in range(0, n, config.events_per_batch):
             n_batch = min(config.events_per_batch, n - start)
-            tasks.append((out_dir, split, len(tasks) + 1, first + start, n_batch, config.seed, doms))
+            tasks.append((out_dir, split, len(tasks) + 1, first + start, n_batch, config.seed, detector))
     splits = {"train": META_SCHEMA,
               "test": TEST_META_SCHEMA} if config.n_test_events else {"train": META_SCHEMA}
     outputs = [out_dir / "sensor_geometry.csv"] + [out_dir / f"{split}_meta.parquet" for split in splits]
@@ -520,7 +549,8 @@ def main():
     # will change
     settings = {key: value for key, value in asdict(config).items()
                 if key not in ("out_dir", "workers", "geometry")}
-    settings["geometry"] = f"positions with crc32 {zlib.crc32(doms.astype('<f8').tobytes()):08x}"
+    doms = np.column_stack([*detector.position, detector.string])
+    settings["geometry"] = f"DOMs with crc32 {zlib.crc32(doms.astype('<f8').tobytes()):08x}"
     settings |= {key: value for key, value in globals().items() if key.isupper()
                  and type(value) in (int, float, tuple)}
     settings = json.loads(json.dumps(settings))  # as they will be read back
@@ -541,8 +571,8 @@ def main():
     lock = hold_lock(out_dir / ".parts")  # held until main() ends
     print_knobs(config)
     write_json(record, {"complete": False} | settings)
-    rows = "".join(f"{dom},{x},{y},{z}\n" for dom, (x, y, z) in enumerate(doms.tolist()))
-    write_atomic(outputs[0], lambda path: path.write_text("sensor_id,x,y,z\n" + rows))
+    rows = "".join(f"{dom},{x},{y},{z},{string:.0f}\n" for dom, (x, y, z, string) in enumerate(doms.tolist()))
+    write_atomic(outputs[0], lambda path: path.write_text("sensor_id,x,y,z,string\n" + rows))
     todo = [task for task in tasks if not all(map(os.path.exists, batch_paths(*task[:3])))]
     n_all, n_todo = (sum(task[4] for task in some) for some in (tasks, todo))
     with progress_bar(n_all, "simulate", "event", initial=n_all - n_todo) as bar:

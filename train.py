@@ -52,6 +52,7 @@ class TrainConfig(ModelConfig):
     mask_prob: float = 0.25  # share of good pulses (aux = False) whose DOM id is hidden
     lambda_charge: float = 1.0  # weight of the charge's loss, beside the DOM loss with weight 1
     lambda_center: float = 1.0  # weight of the centre's loss
+    lambda_motion: float = 1.0  # weight of the motion's loss
     eval_interval: int = 1000  # steps between evaluations
     log_interval: int = 50  # steps between log lines
     save_interval: int = 1000  # steps between checkpoints
@@ -151,13 +152,13 @@ def evaluate(model, split, n_events, config, process):
     sums, n_hidden = dict(zip(model.metric_names, sums)), max(n_hidden, 1)
     n_averaged = max(n_scored, 1) if config.loss_weighting == "per_event" else n_hidden
     losses = {"dom": sums["dom_loss"] / n_averaged}
-    losses |= {name: sums[f"{name}_loss"] / n_events for name in model.targets}
+    losses |= {name: sums[f"{name}_loss"] / max(sums[f"{name}_known"], 1) for name in model.targets}
     row = {"val_loss": sum(weight * losses[name] for name, weight in loss_weights(config).items())}
     row |= {f"val_{name}_loss": loss for name, loss in losses.items()}
     row |= {f"val_{name}": sums[name] / n_hidden for name in ("top1", "top5", "string", "distance")}
     row["val_perplexity"] = math.exp(min(sums["cross_entropy"] / n_hidden, 700))
     for name, target in model.targets.items():
-        row[f"val_{target.metric}"] = target.of_mean(sums[f"{name}_metric"] / n_events)
+        row[f"val_{target.metric}"] = target.of_mean(sums[f"{name}_metric"] / max(sums[f"{name}_known"], 1))
     return row
 
 

@@ -126,6 +126,8 @@ def random_events(rng, lengths, n_doms=5160):
     events["length"], events["n_pulses"], events["start"] = lengths, lengths, np.cumsum(lengths) - lengths
     events["event_id"] = np.arange(len(lengths)) * 3 + 1
     events["total_charge"] = rng.uniform(10, 1000, len(lengths))
+    motion = rng.standard_normal((len(lengths), 3))
+    events["motion"] = motion / np.linalg.norm(motion, axis=1, keepdims=True)
     events["azimuth"], events["zenith"] = rng.uniform(0, 6.28,
                                                       len(lengths)), rng.uniform(0, 3.14, len(lengths))
     pulses["time"], pulses["charge"] = rng.uniform(6e3, 2e4, len(pulses)), rng.uniform(0.1, 5, len(pulses))
@@ -133,12 +135,21 @@ def random_events(rng, lengths, n_doms=5160):
     return events, pulses
 
 
+def random_geometry(n_doms=5160):
+    """Made-up GEOMETRY records, strings of 60 DOMs."""
+    import data
+    geometry = np.zeros(n_doms, data.GEOMETRY)
+    geometry["position"] = np.random.default_rng(0).uniform(-500, 500, (n_doms, 3))
+    geometry["string"] = np.arange(n_doms) // 60
+    return geometry
+
+
 def write_folder(path, **splits):
     """A finished data folder from (events, pulses) of each split, and a made-up geometry."""
     import data
     import prepare
     path.mkdir(parents=True, exist_ok=True)
-    np.random.default_rng(0).uniform(-500, 500, (5160, 3)).astype("<f4").tofile(path / "geometry.bin")
+    random_geometry().tofile(path / "geometry.bin")
     for name, (events, pulses) in splits.items():
         for kind, records in (("events", events), ("pulses", pulses)):
             prepare.reserve(path / f"{name}_{kind}.bin", records.nbytes)
@@ -146,6 +157,6 @@ def write_folder(path, **splits):
     counts = {name: {"n_events": len(events), "n_pulses": len(pulses)} for name,
               (events, pulses) in splits.items()}
     (path / "meta.json").write_text(json.dumps({"format": data.FORMAT_VERSION,
-                                                "dtypes": data.describe_dtypes(), "max_pulses": 127,
+                                                "dtypes": data.describe_dtypes(), "max_pulses": 127, "n_doms": 5160,
                                                 "splits": counts}))
     return path

@@ -11,10 +11,10 @@ from conftest import random_events, write_folder
 
 
 def test_records_are_packed_as_designed():
-    assert data.PULSE.itemsize == 11 and data.EVENT.itemsize == 51
+    assert data.PULSE.itemsize == 11 and data.EVENT.itemsize == 63 and data.GEOMETRY.itemsize == 14
     assert data.PULSE.names == ("time", "charge", "dom", "aux")
     assert data.EVENT.names == ("event_id", "start", "length", "n_pulses", "total_charge", "center",
-                                "azimuth", "zenith", "energy", "event_class")
+                                "motion", "azimuth", "zenith", "energy", "event_class")
 
 
 @pytest.mark.parametrize("n_events, batch_size", [(1003, 128), (64, 7), (5, 16), (8, 8)])
@@ -149,7 +149,7 @@ def test_damaged_folders_are_refused(demo_data, tmp_path, harm, split, words):
 def test_damaged_geometry_is_refused(demo_data, tmp_path):
     shutil.copytree(demo_data, tmp_path / "copy")
     (tmp_path / "copy/geometry.bin").write_bytes(b"\0" * 8)
-    with pytest.raises(SystemExit, match="geometry.bin: 2 numbers"):
+    with pytest.raises(SystemExit, match="geometry.bin: 8 bytes, meta.json says 72240"):
         data.read_geometry(tmp_path / "copy")
 
 

@@ -142,7 +142,7 @@ def test_the_evaluation_table_by_hand(tuned, demo_data):
     content = common.read_json(out_dir / "evaluation_val.json")
     rows = {row["bin"]: row for row in content["rows"]}
     split = data.open_split(demo_data, "val")
-    events, geometry = split.events[:50], data.read_geometry(demo_data).astype(float)
+    events, geometry = split.events[:50], data.read_geometry(demo_data)["position"].astype(float)
     predicted = np.loadtxt(out_dir / "predictions.csv", delimiter=",", skiprows=1)
     unit = lambda a, z: np.stack([np.cos(a) * np.sin(z), np.sin(a) * np.sin(z), np.cos(z)], -1)
     truth = unit(events["azimuth"].astype(float), events["zenith"].astype(float))
@@ -322,7 +322,7 @@ def test_embeddings_are_what_cls_knows(tuned, demo_data, pretrained, tmp_path):
 def test_another_detector_is_refused(tuned, demo_data, pretrained, tmp_path):
     shutil.copytree(demo_data, tmp_path / "moved")
     geometry = data.read_geometry(demo_data)
-    geometry[77, 2] += 1
+    geometry["position"][77, 2] += 1
     geometry.tofile(tmp_path / "moved/geometry.bin")
     line = user_error("finetune.py", f"--data_dir={tmp_path}/moved", f"--out_dir={tmp_path}/run", *KNOBS,
                       f"--pretrained={pretrained[0]}/ckpt.pt")
@@ -373,7 +373,7 @@ def test_a_published_checkpoint_can_be_tuned(demo_data, tmp_path, name):
     has_positions = name == "lightning.ckpt"
     published = published_state(torch.Generator().manual_seed(0), "positions" if has_positions else "table")
     if has_positions:  # its file has them scaled, and rounded
-        published["embedding.dom_positions"][1:] = torch.from_numpy(data.read_geometry(demo_data) / 500)
+        published["embedding.dom_positions"][1:] = torch.from_numpy(data.read_geometry(demo_data)["position"] / 500)
     torch.save({"state_dict": published, "epoch": 3} if has_positions else published, tmp_path / name)
     arguments = [f"--data_dir={demo_data}", *KNOBS, f"--out_dir={tmp_path}/run", "--max_steps=1",
                  "--learning_rate=1e-12"]
@@ -401,7 +401,7 @@ def test_a_published_checkpoint_can_be_tuned(demo_data, tmp_path, name):
 def test_a_published_checkpoint_that_does_not_fit_is_refused(demo_data, tmp_path, spoil, words):
     from test_model import published_state
     published = published_state(torch.Generator().manual_seed(0), "positions")
-    published["embedding.dom_positions"][1:] = torch.from_numpy(data.read_geometry(demo_data) / 500)
+    published["embedding.dom_positions"][1:] = torch.from_numpy(data.read_geometry(demo_data)["position"] / 500)
     spoil(published)
     torch.save(published, tmp_path / "weights.pth")
     line = user_error("tools/import_published.py", f"--checkpoint={tmp_path}/weights.pth",

@@ -9,13 +9,14 @@ import torch.nn.functional as F
 import data
 import model as m
 from common import count_parameters
-from conftest import random_events
+from conftest import random_events, random_geometry
 from finetune import FinetuneConfig
 from tools.import_published import from_published
 from train import TrainConfig
 
 SMALL = {"embedding_dim": 32, "dom_embed_dim": 16, "num_heads": 4, "hidden_size": 64, "num_layers": 2}
-GEOMETRY = np.random.default_rng(0).uniform(-500, 500, (5160, 3)).astype(np.float32)
+GEOMETRY = random_geometry()
+POSITION = GEOMETRY["position"].copy()  # (V, 3)
 
 
 def make(kind=m.Pretrainer, seed=0, **knobs):
@@ -28,7 +29,7 @@ def one_batch(lengths, hidden_share=0.3, seed=0, n=1):
     """n micro-batches of as many events, as equal as can be."""
     rng = np.random.default_rng(seed)
     events, pulses = random_events(rng, lengths)
-    labels = ("total_charge", "center", "azimuth", "zenith", "energy")
+    labels = ("total_charge", "center", "motion", "azimuth", "zenith", "energy")
     return data.micro_batches(events, pulses, -(-len(lengths) // n), labels, rng.random(len(pulses))
                               < hidden_share)
 
@@ -58,7 +59,7 @@ def test_base_has_the_papers_size():
 
 
 VARIANTS = [{}, {"backbone": "gru"}, {"backbone": "mamba"}, {"use_dom_positions": False},
-            {"use_dom_table": True}, {"mlp": "swiglu", "norm": "rmsnorm", "qk_norm": True,
+            {"use_dom_table": True}, {"dom_head": "position", "fourier_features": True}, {"mlp": "swiglu", "norm": "rmsnorm", "qk_norm": True,
                                       "final_norm": False}, {"mup_base_width": 16, "mup_base_layers": 1}]
 BACKBONES = [{}, {"backbone": "gru"}, {"backbone": "mamba"}]
 
@@ -327,17 +328,17 @@ def test_it_compiles_in_one_piece_for_all_lengths(knobs):
 def test_other_losses_agree_with_the_plain_formulas():
     (batch,) = one_batch([3, 50, 17, 9], seed=4)
     batch["center"] = torch.randn(4, 3) * 200
-    ce, emd, both = (make(dom_loss=kind, emd_weight=0.5, loss_weighting="per_pulse",
+    ce, emd, both = (make(dom_loss=kind, distance_weight=0.5, loss_weighting="per_pulse",
                           cls_target="charge+center")
                      for kind in ("ce", "emd", "ce+emd"))
     with torch.no_grad():
         logits, answers = ce.predict(batch)
         dom, event = batch["dom"][batch["hidden"]], batch["hidden_event"]
         p = logits.double().softmax(1)
-        true = torch.tensor(GEOMETRY)[dom].double()
-        distance = (true[:, None] - torch.tensor(GEOMETRY).double()).norm(dim=-1) / 100
+        true = torch.tensor(POSITION)[dom].double()
+        distance = (true[:, None] - torch.tensor(POSITION).double()).norm(dim=-1) / 100
         plain_emd, plain_ce = (p * distance).sum(1), -p[torch.arange(len(dom)), dom].log()
-        for net, per_pulse in ((ce, plain_ce), (emd, plain_emd), (both, plain_ce + 0.5 * plain_emd)):
+        for net, per_pulse in ((ce, plain_ce), (emd, 0.5 * plain_emd), (both, plain_ce + 0.5 * plain_emd)):
             sums = torch.stack([per_pulse[event == i].sum() for i in range(4)])
             assert torch.allclose(net(batch)["dom"].double(), sums, rtol=1e-4)
         losses = ce(batch)
@@ -360,7 +361,7 @@ def test_metrics_by_hand():
         logits = net.dom_head.bias.expand(len(dom), -1)
     assert found["top1"] == (dom == 0).sum() and found["top5"] == (dom < 5).sum()
     assert found["string"] == (dom < 60).sum() > 0
-    assert found["distance"] == pytest.approx(np.linalg.norm(GEOMETRY[dom] - GEOMETRY[0], axis=1).sum(),
+    assert found["distance"] == pytest.approx(np.linalg.norm(POSITION[dom] - POSITION[0], axis=1).sum(),
                                               rel=1e-5)
     assert found["cross_entropy"] == pytest.approx(F.cross_entropy(logits, dom, reduction="sum").item(),
                                                    rel=1e-5)
@@ -368,6 +369,45 @@ def test_metrics_by_hand():
     assert found["charge_metric"] == pytest.approx((error ** 2).sum().item(), rel=1e-4)
     error = answers["center"] * 500 - batch["center"]  # [m]
     assert found["center_metric"] == pytest.approx((error ** 2).sum().item(), rel=1e-4)
+
+
+def test_an_event_without_a_known_motion_does_not_enter_its_loss():
+    (batch,) = one_batch([30, 50, 17], seed=4)
+    batch["motion"][1] = 0
+    net = make(cls_target="motion")
+    losses = net(batch)["motion"]
+    with torch.no_grad():
+        found = dict(zip(net.metric_names, net.metrics(batch).tolist(), strict=True))
+        guess = net.predict(batch)[1]["motion"]
+    expected = (guess - batch["motion"]).square().mean(1)
+    assert losses[1] == 0 and torch.allclose(losses[[0, 2]], expected[[0, 2]])
+    cosine = F.cosine_similarity(guess, batch["motion"])[[0, 2]]
+    assert found["motion_metric"] == pytest.approx(cosine.arccos().sum().item(), rel=1e-3)
+    assert found["motion_known"] == 2 and found["motion_loss"] == pytest.approx(losses.sum().item())
+
+
+def test_chamfer_distance_by_hand():
+    """Two hidden pulses of one event, one of another; the logits leave a single guess each."""
+    geometry = torch.tensor([[0.0, 0, 0], [300, 0, 0], [0, 400, 0], [0, 0, 700]])
+    dom, event, guess = torch.tensor([0, 1, 3]), torch.tensor([0, 0, 1]), torch.tensor([1, 2, 0])
+    logits = 100 * F.one_hot(guess, 4).float()
+    # event 0: 0 -> nearest guess 300, 1 -> 0 (guessed, though by the other pulse); back: guess 1 -> 0, guess 2
+    # -> 400. Event 1: 700 both ways
+    found = m.chamfer_distance(logits, dom, event, geometry)
+    assert torch.allclose(found, torch.tensor([3.0 + 0, 0 + 4.0, 14.0]))
+
+
+def test_the_position_head_is_the_plain_formula():
+    net, x = make(dom_head="position").dom_head, torch.randn(5, 32)
+    with torch.no_grad():
+        net.bias.normal_()
+        phase = 2 * np.pi * POSITION[:, :, None].astype(float) * 2.0 ** np.arange(8) / 2000
+        phase = phase.reshape(len(POSITION), -1)
+        features = np.concatenate([POSITION / 500, np.sin(phase), np.cos(phase)], axis=1)
+        key = net.key(torch.from_numpy(features).float())
+        for j in (0, 77, 5159):
+            expected = (net.query(x) * key[j]).sum(1) / 8 + net.bias[j]
+            assert torch.allclose(net(x)[:, j], expected, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -483,7 +523,7 @@ def published_state(rng, variant="table", D=32, E=16, width=64, n_layers=2):
     state = {name: torch.randn(*shape, generator=rng) * 0.3 for name, shape in shapes.items()}
     if variant == "positions":
         state["embedding.dom_positions"] = torch.cat([torch.zeros(1, 3),
-                                                      torch.as_tensor(GEOMETRY) / 500]).float()
+                                                      torch.as_tensor(POSITION) / 500]).float()
     return state
 
 

@@ -103,8 +103,18 @@ def reference(events, max_pulses=127, seed=0):
             record[name] = event[name]
         record["start"], record["length"], record["n_pulses"] = start, len(keep), len(t)
         record["total_charge"], record["center"] = q.sum(), (q[:, None] * GEOMETRY[dom]).sum(axis=0) / q.sum()
+        record["motion"] = fitted_motion(t[good], q[good], dom[good])
         start += len(keep)
     return records, np.concatenate(kept)
+
+
+def fitted_motion(t, q, dom):
+    """Against the velocity of a weighted least-squares fit of position = r + v t, by a general solver."""
+    if len(np.unique(t)) < 2 or len(np.unique(dom)) < 2:
+        return np.zeros(3)
+    matrix = np.stack([np.ones(len(t)), (t - 1e4) / 1e3], axis=1) * np.sqrt(q)[:, None]
+    v = np.linalg.lstsq(matrix, GEOMETRY[dom] * np.sqrt(q)[:, None], rcond=None)[0][1]
+    return -v / np.linalg.norm(v)
 
 
 def assert_equal_records(found, expected):
@@ -114,6 +124,8 @@ def assert_equal_records(found, expected):
     for name in expected.dtype.names:
         if name in ("total_charge", "center"):
             np.testing.assert_allclose(found[name], expected[name], rtol=3e-7, atol=1e-4, err_msg=name)
+        elif name == "motion":
+            np.testing.assert_allclose(found[name], expected[name], atol=1e-5, err_msg=name)
         else:
             np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
 
@@ -159,7 +171,56 @@ def test_the_rule_event_by_event(raw, straight, tmp_path, max_pulses, seed):
         split = data.open_split(folder, name)
         assert_equal_records(split.events, events)
         assert_equal_records(split.pulses, pulses)
-    np.testing.assert_allclose(data.read_geometry(folder), GEOMETRY, rtol=1e-6)
+    geometry = data.read_geometry(folder)
+    np.testing.assert_allclose(geometry["position"], GEOMETRY, rtol=1e-6)
+    assert np.array_equal(geometry["string"], np.arange(5160) // 60)
+
+
+def test_no_motion_where_no_line_can_be_fitted():
+    """No good pulse; one; two at one time; two in one DOM; two that can be fitted; charges of zero."""
+    detector = simulate.choose_detector("")
+    events = np.zeros(6, data.EVENT)
+    events["n_pulses"] = [2, 2, 2, 3, 3, 2]
+    good = np.array([0, 0, 1, 0, 1, 1, 1, 1, 0, 1, 0, 1, 1, 1], bool)
+    time = np.array([7, 9, 7, 9, 8, 8, 7, 9, 9, 7, 8, 9, 7, 9]) * 1000 + 333
+    dom = np.array([1, 2, 1, 2, 1, 2, 5, 5, 6, 64, 9, 63, 1, 2])
+    charge = np.where(np.arange(14) < 12, 1.7, 0.0)
+    prepare.pack(events, time, charge, dom, ~good, detector, prepare.PrepareConfig())
+    np.testing.assert_allclose(events["motion"], [[0, 0, 0]] * 4 + [[0, 0, -1], [0, 0, 0]], atol=1e-6)
+
+
+def test_labels_do_not_enter_motion(raw, straight):
+    """Nor anything else of an event but its labels: the same files with other angles."""
+    split = data.open_split(straight[0], "val")
+    others = [{**event, "azimuth": 1.0, "zenith": 2.0} for event in raw[1][3]]
+    events, _ = reference(others, 127, 0)
+    np.testing.assert_allclose(split.events["motion"], events["motion"], atol=1e-5)
+
+
+def test_strings_of_a_detector(tmp_path):
+    """A column string; without it equal x, y; IceCube's 5160 by their ids, whose x, y are not exactly equal."""
+    def read(rows, header="sensor_id,x,y,z"):
+        (tmp_path / "g.csv").write_text("\n".join([header, *rows]) + "\n")
+        return prepare.read_detector(tmp_path / "g.csv")
+    rows = ["2,5.0,1.0,-30", "0,9.0,1.0,10", "1,5.0,1.0,20", "3,9.0,2.0,1"]
+    assert len(set(read(rows).string[[0, 1, 3]])) == 3 and read(rows).string[1] == read(rows).string[2]
+    with_strings = read([f"{row},{string}" for row, string in zip(rows, [7, 3, 7, 3])], "sensor_id,x,y,z,string")
+    assert with_strings.string.tolist() == [3, 7, 7, 3] and with_strings.position[2].tolist() == [10, 20, -30, 1]
+    icecube = read([f"{dom},{dom * 0.01},0,{-dom}" for dom in range(5160)])
+    assert icecube.string.tolist() == [dom // 60 for dom in range(5160)]
+
+
+def test_neighbours_are_found_by_depth_on_strings_of_any_length():
+    """DOM ids in no order: string 5 has DOMs 4, 0, 2, 3 from above, string 1 has DOM 1 alone."""
+    z = np.array([30.0, 5, 20, 10, 90])
+    detector = prepare.Detector(np.stack([0 * z, 0 * z, z]), np.array([5, 1, 5, 5, 5]))
+    rung = simulate.number_along_strings(detector)
+    for a in range(5):
+        for b in range(5):
+            found = simulate.local_coincidence(np.zeros(2, int), rung[[a, b]], np.zeros(2))
+            order = [4, 0, 2, 3]
+            apart = abs(order.index(a) - order.index(b)) if 1 not in (a, b) else 0
+            assert found.all() == found.any() == (apart in (1, 2)), (a, b)
 
 
 def test_the_draw_is_fair_and_depends_on_the_event_alone():
@@ -168,10 +229,11 @@ def test_the_draw_is_fair_and_depends_on_the_event_alone():
     events["event_id"], events["n_pulses"] = np.arange(n), 50
     time, charge, dom = np.tile(np.arange(50), n), np.ones(50 * n), np.zeros(50 * n, np.int16)
     aux = np.tile(np.arange(50) >= 10, n)  # ten good ones stay, ten of forty others
-    pulses = prepare.pack(events, time, charge, dom, aux, GEOMETRY.T, config)
+    detector = simulate.choose_detector("")
+    pulses = prepare.pack(events, time, charge, dom, aux, detector, config)
     times = np.bincount(pulses["time"].astype(int), minlength=50)
     assert (times[:10] == n).all() and np.abs(times[10:] / n - 0.25).max() < 0.05  # 5 standard deviations
-    again = prepare.pack(events[100:101], time[:50], charge[:50], dom[:50], aux[:50], GEOMETRY.T, config)
+    again = prepare.pack(events[100:101], time[:50], charge[:50], dom[:50], aux[:50], detector, config)
     assert np.array_equal(again, pulses[2000:2020])
 
 
@@ -250,7 +312,7 @@ def test_events_are_whole_however_the_files_are_cut(raw, monkeypatch, chunk):
     """97 and 1000 pulses at a time: an event of 5000 goes on over many pieces."""
     def read():
         meta = list(prepare.kaggle_meta(raw[0] / "train_meta.parquet", {1, 2}))
-        parts = list(prepare.kaggle_chunks(raw[0] / "train/batch_2.parquet", meta[1][2]))
+        parts = list(prepare.kaggle_chunks(raw[0] / "train/batch_2.parquet", meta[1][2], 5160))
         return [number for number, _,
                 _ in meta], [row for _, row, _ in meta], [np.concatenate(part) for part in zip(*parts)], \
             len(parts)
@@ -276,8 +338,9 @@ def test_local_coincidence_pair_by_pair(kind):
     apart = np.abs(dom[:, None] - dom)
     near = (event[:, None] == event) & (dom[:, None] // 60 == dom // 60) & (apart >= 1) & (apart <= 2) \
         & (np.abs(time[:, None] - time) <= 1000)
-    assert np.array_equal(simulate.local_coincidence(event, dom, time), near.any(axis=1))
-    assert simulate.local_coincidence(event[:0], dom[:0], time[:0]).shape == (0,)
+    rung = simulate.number_along_strings(simulate.choose_detector(""))[dom]
+    assert np.array_equal(simulate.local_coincidence(event, rung, time), near.any(axis=1))
+    assert simulate.local_coincidence(event[:0], rung[:0], time[:0]).shape == (0,)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -478,8 +541,12 @@ CASES = {  # what is wrong: (how to spoil the file, the words that the error lin
                           [G, "row 8", "no value in y"]),
     "geometry with text": (lambda f: edit(f / G, lambda rows: [*rows[:9], "8,here,1,2", *rows[10:]]),
                            [G, "column x"]),
-    "geometry of more DOMs": (lambda f: edit(f / G, lambda rows: [*rows, "5160,1,2,3"]),
-                              [G, "row 5160", "sensor_id is 5160"]),
+    "geometry of too many DOMs": (lambda f: edit(f / G, lambda rows: rows + rows[1:] * 12),
+                                  [G, "67,080 rows", "65,535"]),
+    "geometry of another detector": (lambda f: edit(f / G, lambda rows: rows[:-60]),
+                                     ["train/batch_", "sensor_id is 51", "0..5099"]),
+    "geometry with a bad string": (lambda f: edit(f / G, lambda rows: [rows[0] + ",string"] + [
+        f"{row},{-1 if i == 7 else 0}" for i, row in enumerate(rows[1:])]), [G, "row 7", "string is -1"]),
     "geometry without header": (lambda f: edit(f / G, lambda rows: rows[1:]), [G, "no column"]),
 }
 BAD_SPLITS = {

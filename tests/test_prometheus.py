@@ -227,7 +227,7 @@ def test_events_are_whole_however_files_and_batches_are_cut(photons, monkeypatch
     config, files = prometheus.PrometheusConfig(), [(1, photons[0] / "files/0.parquet", 25)]
 
     def read():
-        return list(prometheus.convert_files(config, GEOMETRY.T, files, []))
+        return list(prometheus.convert_files(config, simulate.choose_detector(""), files, []))
     (events, pulses), = read()
     monkeypatch.setattr(prometheus, "CHUNK", chunk)
     chunks = read()
@@ -255,7 +255,8 @@ def test_the_light_or_the_final_states_tell_the_reading(tmp_path, monkeypatch, w
     lit = [event for event in events if len(event[4])]
     for angles in prometheus.READINGS:
         config, readings = prometheus.PrometheusConfig(angles=angles), []
-        tables = prometheus.convert_files(config, GEOMETRY.T, [(1, tmp_path / "a.parquet", 25)], readings)
+        files = [(1, tmp_path / "a.parquet", 25)]
+        tables = prometheus.convert_files(config, simulate.choose_detector(""), files, readings)
         labels = pa.concat_tables([table for table, _ in tables])
         assert readings == [("a.parquet", written, "final states" if final_states else "light")]
         right = [np.allclose(labels[name].to_numpy(), [event[i] for event in lit], atol=1e-6)

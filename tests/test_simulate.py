@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import data
 import simulate
-from conftest import ROOT, hear_ctrl_c, run_ok, user_error
+from conftest import ROOT, TINY_RUN, hear_ctrl_c, run_ok, user_error
 from simulate import local_coincidence
 
 SETTINGS = ["--n_events=3100", "--events_per_batch=500", "--n_test_events=100", "--seed=3"]
@@ -40,7 +41,7 @@ def events(demo):
     pulses = {name: pulses[name].to_numpy() for name in pulses.column_names}
     meta = pq.read_table(demo / "train_meta.parquet")
     meta = {name: meta[name].to_numpy() for name in meta.column_names}
-    geometry = np.loadtxt(demo / "sensor_geometry.csv", delimiter=",", skiprows=1)[:, 1:]
+    geometry = np.loadtxt(demo / "sensor_geometry.csv", delimiter=",", skiprows=1)[:, 1:4]
     return dict(event=np.searchsorted(meta["event_id"], pulses["event_id"]),
                 dom=pulses["sensor_id"].astype(int), position=geometry[pulses["sensor_id"]],
                 time=pulses["time"], charge=pulses["charge"], aux=pulses["auxiliary"],
@@ -72,7 +73,8 @@ def test_layout_is_kaggles(demo):
         schema = pq.read_schema(demo / f"{split}_meta.parquet")
         assert list(zip(schema.names, map(str, schema.types))) == columns[:n_columns]
     lines = (demo / "sensor_geometry.csv").read_text().splitlines()
-    assert lines[0] == "sensor_id,x,y,z" and len(lines) == 5161 and lines[-1].startswith("5159,")
+    assert lines[0] == "sensor_id,x,y,z,string" and len(lines) == 5161
+    assert lines[-1].startswith("5159,") and lines[-1].endswith(",85")
 
 
 @pytest.mark.parametrize("split, sizes", [("train", [500] * 6 + [100]), ("test", [100])])
@@ -232,11 +234,33 @@ def test_given_geometry_is_used(demo, tmp_path):
     args = [f"--out_dir={tmp_path}/raw", "--workers=1", "--seed=3", *SMALL]
     run_ok("simulate.py", *args, f"--geometry={tmp_path}/g.csv")
     written = np.loadtxt(tmp_path / "raw" / "sensor_geometry.csv", delimiter=",", skiprows=1)
-    np.testing.assert_array_equal(written, moved)
+    np.testing.assert_array_equal(written, np.column_stack([moved, np.arange(5160) // 60]))
     meta, other = (pq.read_table(path / "train_meta.parquet").slice(0, 40)
                    for path in (tmp_path / "raw", demo))
     assert meta["last_pulse_index"] != other["last_pulse_index"]
     assert "geometry" in user_error("simulate.py", *args)
+
+
+def test_any_detector_is_simulated_prepared_and_trained_on(tmp_path):
+    """Strings of 5 to 11 DOMs, 95 in all: whatever counts 5160 or 60 would fail."""
+    rows, lengths = ["sensor_id,x,y,z,string"], [11, 5, 8, 9, 10, 11, 8, 7, 9, 9, 8]
+    for string, length in enumerate(lengths):
+        rows += [f"{len(rows) - 1 + i},{90 * (string % 4) - 135},{90 * (string // 4) - 90},{120 - 25 * i},{string}"
+                 for i in range(length)]
+    (tmp_path / "g.csv").write_text("\n".join(rows) + "\n")
+    run_ok("simulate.py", f"--out_dir={tmp_path}/raw", "--workers=1", f"--geometry={tmp_path}/g.csv",
+           "--n_events=120", "--events_per_batch=60", "--n_test_events=0")
+    run_ok("prepare.py", f"--input_dir={tmp_path}/raw", f"--data_dir={tmp_path}/data",
+           "--splits={'pretrain': (1, 1), 'val': (2, 2)}", "--workers=1")
+    geometry, split = data.read_geometry(tmp_path / "data"), data.open_split(tmp_path / "data", "pretrain")
+    assert len(geometry) == 95 and np.bincount(geometry["string"]).tolist() == lengths
+    assert split.pulses["dom"].max() == 94 and len(np.unique(split.pulses["dom"][~split.pulses["aux"]])) > 80
+    run_ok("train.py", f"--data_dir={tmp_path}/data", f"--out_dir={tmp_path}/run", *TINY_RUN,
+           "--cls_target=charge+center+motion", "--dom_head=position")
+    log = (tmp_path / "run/log.csv").read_text().splitlines()
+    first = dict(zip(log[0].split(","), log[1].split(",")))
+    assert float(first["val_dom_loss"]) == pytest.approx(np.log(95), abs=0.5)
+    assert 0 < float(first["val_motion_angle"]) < 3.15
 
 
 @pytest.mark.parametrize("case", ["absent", "columns", "rows", "nan", "text", "kilometres", "depth"])
@@ -247,7 +271,7 @@ def test_bad_geometry_is_refused(tmp_path, monkeypatch, case):
     if case == "columns":
         header[3] = "depth"
     elif case == "rows":
-        rows.pop()
+        rows.pop(100)
     elif case in ("nan", "text"):
         rows[7][2] = {"nan": "nan", "text": "north"}[case]
     elif case == "kilometres":
@@ -258,7 +282,7 @@ def test_bad_geometry_is_refused(tmp_path, monkeypatch, case):
     if case != "absent":
         path.write_text("\n".join(",".join(row) for row in [header, *rows]) + "\n")
     with pytest.raises(SystemExit) as refusal:
-        simulate.read_geometry(str(path))
+        simulate.choose_detector(str(path))
     assert str(path) in str(refusal.value) and "\n" not in str(refusal.value)
     if case == "columns":  # the whole program once
         assert "sensor_id,x,y,z" in user_error("simulate.py", f"--out_dir={tmp_path}/raw",
@@ -334,10 +358,13 @@ def test_every_event_has_triggered(events):
 
 
 def test_aux_is_the_coincidence_of_the_written_pulses(events):
-    coincident = local_coincidence(events["event"], events["dom"], events["time"])
+    coincident = local_coincidence(events["event"], RUNG[events["dom"]], events["time"])
     assert not (coincident & events["aux"]).any()
     # the readout window may cut off a partner, rarely
     assert (~coincident & ~events["aux"]).sum() < 1e-3 * len(coincident)
+
+
+RUNG = simulate.number_along_strings(simulate.choose_detector(""))
 
 
 def brute_force(event, dom, time):
@@ -360,7 +387,7 @@ def test_local_coincidence_against_all_pairs(seed):
         pulse_time = rng.integers(5000, 60_000, n)
     expected = brute_force(event, dom, pulse_time)
     assert 0.1 < expected.mean() < 1 and not (seed >= 3 and expected.mean() > 0.9)
-    np.testing.assert_array_equal(local_coincidence(event, dom, pulse_time), expected)
+    np.testing.assert_array_equal(local_coincidence(event, RUNG[dom], pulse_time), expected)
 
 
 def test_local_coincidence_of_nothing_and_of_very_much():
@@ -369,5 +396,5 @@ def test_local_coincidence_of_nothing_and_of_very_much():
     n = 200_000  # all within 1 us on two neighbours, and one DOM apart: all pairs would be 4e10
     rng = np.random.default_rng(0)
     dom = np.append(rng.integers(30, 32, n), 34)
-    found = local_coincidence(np.zeros(n + 1, int), dom, rng.integers(0, 900, n + 1))
+    found = local_coincidence(np.zeros(n + 1, int), RUNG[dom], rng.integers(0, 900, n + 1))
     assert found[:n].all() and not found[n]

@@ -115,14 +115,14 @@ def plain_losses(model, batch):
     return {"dom": dom_loss, **model.cls_losses({"charge": log_charge}, batch)}
 
 
-def count_flops(config, batch):
+def count_flops(config, batch, n_doms):
     """Floating-point operations of the matrix products of a micro-batch, forward and backward, from the
     shapes (transformer).
     """
     D, lengths = config.embedding_dim, batch["starts"].diff().double()
     n_tokens, is_plain = lengths.sum().item(), "is_hidden" in batch
     block = n_tokens * (4 * D * D + 2 * D * config.hidden_size) + 2 * lengths.square().sum().item() * D
-    total = config.num_layers * block + (n_tokens if is_plain else batch["n_hidden"]) * D * data.N_DOMS
+    total = config.num_layers * block + (n_tokens if is_plain else batch["n_hidden"]) * D * n_doms
     return 2 * 3 * total  # a multiply and an add each; the backward pass costs twice the forward
 
 
@@ -172,7 +172,7 @@ class Arm:
             torch.cuda.synchronize()
             self.memory = torch.cuda.max_memory_allocated() / 1e9
         self.rates.append(len(steps) * self.config.batch_size / (time.perf_counter() - start))
-        self.flops += sum(count_flops(self.config, batch) for batch in seen)
+        self.flops += sum(count_flops(self.config, batch, len(self.model.string)) for batch in seen)
         self.n_tokens += sum(int(batch["starts"][-1]) for batch in seen)
         self.n_events += len(steps) * self.config.batch_size
 
@@ -303,7 +303,7 @@ def bench_prepare(config, folder):
     simulate_batches(folder / "raw", config.n_events)
     settings = prepare.PrepareConfig(input_dir=f"{folder}/raw", data_dir=f"{folder}/0",
                                      splits={"all": (1, N_BATCHES)})
-    geometry = prepare.read_geometry_csv(folder / "raw/sensor_geometry.csv")
+    detector = prepare.read_detector(folder / "raw/sensor_geometry.csv")
     batch, events = next(prepare.kaggle_jobs(settings, prepare.plan_kaggle(settings)))
     chunks = list(islice(prepare.kaggle_chunks(batch.path, events), 16))
     n_chunk_events = sum(len(part) for part, *_ in chunks)
@@ -314,11 +314,11 @@ def bench_prepare(config, folder):
     def loop():
         for part, *columns in chunks:
             end = np.cumsum(part["n_pulses"], dtype=np.int64)
-            plain_loop(columns, geometry.T, end - part["n_pulses"], end, settings.max_pulses)
+            plain_loop(columns, detector.position.T, end - part["n_pulses"], end, settings.max_pulses)
 
     def pack():
         for part, *columns in chunks:
-            prepare.pack(part, *columns, geometry, settings)
+            prepare.pack(part, *columns, detector, settings)
 
     def decode():
         table = pq.read_table(batch.path, columns=COLUMNS, use_threads=False)

@@ -81,6 +81,7 @@ def main():
         common.fail(f"{config.checkpoint}: these are no weights of the published PolarBERT code; ours need "
                     "no conversion")
     geometry = data.read_geometry(config.data_dir)
+    position = torch.from_numpy(geometry["position"].copy())
     try:
         shape, weights = from_published(published.get("state_dict", published))
         run = TrainConfig(**shape, num_heads=config.num_heads, mlp=config.mlp, data_dir=config.data_dir)
@@ -88,9 +89,9 @@ def main():
             common.fail(complaint)
         # without positions it does not tell its detector: it is IceCube. With them they are scaled, and
         # rounded to float32
-        known = weights.setdefault("encoder.embedding.geometry", torch.from_numpy(geometry))
-        if (known - torch.from_numpy(geometry)).abs().max() < 0.01:
-            weights["encoder.embedding.geometry"] = torch.from_numpy(geometry)
+        known = weights.setdefault("encoder.embedding.geometry", position)
+        if known.shape == position.shape and (known - position).abs().max() < 0.01:
+            weights["encoder.embedding.geometry"] = position
         Pretrainer(run, geometry).load_state_dict(weights)
     except (KeyError, RuntimeError) as error:
         common.fail(f"{config.checkpoint}: published PolarBERT weights, but not of the plain flash variant: "

@@ -145,8 +145,10 @@ def curves(config, runs, plt):
         at = ~np.isnan(log["lr"])
         below.plot(log["step"][at], log["lr"][at], **style(i))
     if is_pretraining[0]:
-        above.axhline(np.log(data.N_DOMS), color="0.55", linewidth=1, linestyle="--")
-        above.annotate(f"guessing, ln {data.N_DOMS}", (1, np.log(data.N_DOMS)), ha="right", va="bottom",
+        weights = common.load_checkpoint(f"{runs[0]}/ckpt.pt")["model"]
+        n_doms = len(weights["encoder.embedding.geometry"])
+        above.axhline(np.log(n_doms), color="0.55", linewidth=1, linestyle="--")
+        above.annotate(f"guessing, ln {n_doms}", (1, np.log(n_doms)), ha="right", va="bottom",
                        fontsize=8, color="0.4", xycoords=("axes fraction", "data"))
         plain_log(above.yaxis)
     above.set(ylabel=f"{'DOM loss' if is_pretraining[0] else 'loss'} (line: training, dots: validation)")
@@ -397,17 +399,19 @@ def event(config, runs, plt):
     from evaluate import load_model
     from model import unit_vector
     split, geometry = data.open_split(config.data_dir, config.split), data.read_geometry(config.data_dir)
+    position = geometry["position"]
     if config.event >= len(split):
         common.fail(f"{split.path} holds {len(split):,} events, numbered from 0: there is no event "
                     f"{config.event}")
     events, pulses = data.read_events(split, np.array([config.event]))
     hidden = (data.uniform_hash(0, 0, data.pulse_places(events)) < config.hide) & ~pulses["aux"]
-    place, truth, aux = geometry[pulses["dom"]], events[0], pulses["aux"]
+    place, truth, aux = position[pulses["dom"]], events[0], pulses["aux"]
 
     figure = plt.figure(figsize=(8.5, 7.5), layout="constrained")
     axis = figure.add_subplot(projection="3d")
-    for string in geometry.reshape(-1, data.DOMS_PER_STRING, 3):
-        axis.plot(*string[[0, -1]].T, color="0.9", linewidth=0.6, zorder=0)
+    for string in np.unique(geometry["string"]):
+        doms = geometry["position"][geometry["string"] == string]
+        axis.plot(*doms[[doms[:, 2].argmax(), doms[:, 2].argmin()]].T, color="0.9", linewidth=0.6, zorder=0)
     size = 14 * (1 + np.log10(np.maximum(pulses["charge"], 0.1) / 0.1)) ** 1.5
     axis.scatter(*place[aux].T, c="0.35", s=12, marker="x", linewidths=0.7, label="aux (mostly noise)")
     # but for stray ones
@@ -435,13 +439,13 @@ def event(config, runs, plt):
                 if hidden.any():
                     best = model.predict(batch)[0].topk(3).indices.T.numpy()  # (3, M)
                     right = (best[0] == pulses["dom"][hidden]).sum()
-                    for a, b in zip(place[hidden], geometry[best[0]]):
+                    for a, b in zip(place[hidden], position[best[0]]):
                         axis.plot(*np.stack([a, b]).T, color=COLORS[2], linewidth=0.8)
                     axis.scatter(*place[hidden].T, s=90, facecolors="none", edgecolors=COLORS[2],
                                  linewidths=1.5, label="hidden DOM")
                     names = (f"best guess ({right} of {len(best[0])} right)", "second, third", None)
                     for guess, alpha, label in zip(best, (1, 0.6, 0.4), names):
-                        axis.scatter(*geometry[guess].T, marker="+", s=70, color=COLORS[2], alpha=alpha,
+                        axis.scatter(*position[guess].T, marker="+", s=70, color=COLORS[2], alpha=alpha,
                                      label=label)
             elif run_config.task == "direction":
                 batch.pop("hidden")

@@ -32,12 +32,12 @@ import pyarrow.parquet as pq
 
 from common import (count_cores, count_events, fail, hold_lock, progress_bar, read_json, run_in_workers,
                     run_stage, write_atomic, write_json)
-from data import DOMS_PER_STRING, N_DOMS, uniform_hash
+from data import uniform_hash
 from knobs import check_choice, check_not_negative, check_positive, load_config, print_knobs
-from prepare import (CHUNK, KINDS, MAX_FLOAT, open_parquet, read_batches, read_geometry_csv, refuse,
-                     refuse_outside, to_numpy)
+from prepare import (CHUNK, ICECUBE_DOMS, ICECUBE_DOMS_PER_STRING, KINDS, MAX_FLOAT, open_parquet, read_batches,
+                     read_detector, refuse, refuse_outside, to_numpy)
 from simulate import (META_SCHEMA, PULSE_SCHEMA, TRIGGER_AT, TRIGGER_SHAKE, batch_paths, join_meta,
-                      local_coincidence, unit_vector)
+                      local_coincidence, number_along_strings, unit_vector)
 
 SURFACE_Z = -1948.07  # [m] z of IceCube's centre for Prometheus, which counts from the surface
 MAX_TIME = 1e6  # [ns] no light of an event is this late
@@ -102,7 +102,7 @@ def plan_groups(files, events_per_batch):
 # read: photons and what caused them
 # ------------------------------------------------------------------------------
 
-def read_photons(path, geometry):
+def read_photons(path, detector):
     """Yield some events at a time: row of the first, truth (dict); of each photon event (0..n-1), dom, time.
 
     The truth: energy, azimuth, zenith (n,) as in the file; momentum (n, 3), event_class (n,) of final states.
@@ -136,10 +136,10 @@ def read_photons(path, geometry):
         if bad.any():
             fail(f"{path}: row {row + event[bad][0]}: a photon's t is {time[bad][0]}, must lie in "
                  f"0..{MAX_TIME:g}; make it anew")
-        known = (string >= 1) & (string <= N_DOMS // DOMS_PER_STRING)
-        known &= (sensor >= 1) & (sensor <= DOMS_PER_STRING)
-        dom = np.where(known, (string - 1) * DOMS_PER_STRING + sensor - 1, 0)
-        expected = geometry[:, dom] + [[0], [0], [SURFACE_Z]]
+        known = (string >= 1) & (string <= len(detector) // ICECUBE_DOMS_PER_STRING)
+        known &= (sensor >= 1) & (sensor <= ICECUBE_DOMS_PER_STRING)
+        dom = np.where(known, (string - 1) * ICECUBE_DOMS_PER_STRING + sensor - 1, 0)
+        expected = detector.position[:, dom] + [[0], [0], [SURFACE_Z]]
         bad = ~(known & (np.abs(np.array(position) - expected) < 1).all(axis=0))  # [m]
         if bad.any():
             i = int(np.argmax(bad))
@@ -176,9 +176,9 @@ def photons_to_pulses(event, dom, time, window):
 
     Each round finds one pulse of every DOM that has photons left: most have few, so few DOMs see many rounds.
     """
-    order = np.lexsort((time, event * N_DOMS + dom))
+    order = np.lexsort((time, dom, event))
     event, dom, time = event[order], dom[order], time[order]
-    is_other_dom = np.diff(event * N_DOMS + dom, prepend=-1) != 0
+    is_other_dom = (np.diff(event, prepend=-1) != 0) | (np.diff(dom, prepend=-1) != 0)
     is_new = is_other_dom | (np.diff(time, prepend=-np.inf) > window) | (window == 0)
     # photons of different groups never merge
     group, rest = np.cumsum(is_new), np.arange(len(time))
@@ -259,11 +259,11 @@ def print_readings(config, found):
 # what a worker does with a group of files
 # ------------------------------------------------------------------------------
 
-def convert_group(config, geometry, group, files):
+def convert_group(config, detector, group, files):
     """Write the batches of a group of files aside -> what the main process needs to know of them."""
     pa.set_cpu_count(1)
     readings, n_lit, n_batches = [], 0, 0
-    tables = convert_files(config, geometry, files, readings)
+    tables = convert_files(config, detector, files, readings)
     for _, pieces in groupby(cut(tables, config.events_per_batch), key=lambda piece: piece[0]):
         pulse_path, meta_path = part_paths(Path(config.out_dir), group, n_batches)
         metas = []
@@ -275,19 +275,20 @@ def convert_group(config, geometry, group, files):
     return {"n_batches": n_batches, "n_dark": n_dark, "readings": readings}
 
 
-def convert_files(config, geometry, files, readings):
+def convert_files(config, detector, files, readings):
     """Yield tables of events and of their pulses, some events at a time; note the reading of each file."""
+    rung = number_along_strings(detector)
     for number, path, _ in files:
         light, momentum = [np.zeros((len(READINGS), 0))], [np.zeros((len(READINGS), 0))]
-        for row, truth, event, dom, time in read_photons(path, geometry):
+        for row, truth, event, dom, time in read_photons(path, detector):
             count_events(len(truth["energy"]))
             lit, event = np.unique(event, return_inverse=True)  # the others have nothing to learn from
             truth = {name: values[lit] for name, values in truth.items()}
             event, dom, time, charge = photons_to_pulses(event, dom, time, config.merge_window)
-            aux = ~local_coincidence(event, dom, time)
+            aux = ~local_coincidence(event, rung[dom], time)
 
             label = unit_vector(truth["azimuth"], truth["zenith"]).T
-            velocity = fit_velocity(len(lit), event[~aux], geometry[:, dom[~aux]], time[~aux])
+            velocity = fit_velocity(len(lit), event[~aux], detector.position[:, dom[~aux]], time[~aux])
             light.append(flight_cosines(velocity, label))
             momentum.append(flight_cosines(truth.pop("momentum"), label))
 
@@ -373,7 +374,7 @@ def print_next_command(out_dir, n_batches):
 def main():
     config = load_config(PrometheusConfig, __doc__)
     out_dir, input_dir = Path(config.out_dir), Path(config.input_dir)
-    geometry = read_geometry_csv(Path(config.geometry))
+    detector = read_detector(Path(config.geometry))
     files = sorted(input_dir.glob("*.parquet"))
     if not files:
         fail(f"{input_dir}: holds no .parquet files; input_dir is the folder of Prometheus' photon files")
@@ -383,7 +384,7 @@ def main():
     settings = {key: value for key, value in asdict(config).items() if key not in ("out_dir", "workers")}
     names = "".join(f"{path.name} {path.stat().st_size}\n" for path in files)
     settings["input_dir"] = f"{len(files)} files, names and sizes with crc32 {zlib.crc32(names.encode()):08x}"
-    settings["geometry"] = f"positions with crc32 {zlib.crc32(geometry.astype('<f8').tobytes()):08x}"
+    settings["geometry"] = f"positions with crc32 {zlib.crc32(detector.position.astype('<f8').tobytes()):08x}"
     record, meta_path = out_dir / "prometheus.json", out_dir / "train_meta.parquet"
     if record.exists():
         found = read_json(record)
@@ -409,7 +410,7 @@ def main():
     n_events = [sum(n_rows for *_, n_rows in group) for group in groups]
     n_left = sum(n_events[group] for group in todo)
     with progress_bar(sum(n_events), "prometheus", "event", initial=sum(n_events) - n_left) as bar:
-        run_in_workers(convert_group, [(config, geometry, group, groups[group]) for group in todo],
+        run_in_workers(convert_group, [(config, detector, group, groups[group]) for group in todo],
                        max(1, min(config.workers or count_cores(), len(todo))), bar,
                        lambda job, result: write_json(records[job[2]], result))
 
