@@ -1,4 +1,4 @@
-# Simulated events for all studies: 24 files of 10,000.
+# Simulated events for all studies: 16 files of 10,000.
 out_dir = "data/study_raw"
-n_events = 240_000
+n_events = 160_000
 n_test_events = 0
