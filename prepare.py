@@ -5,8 +5,8 @@
     python prepare.py sample_config/prometheus_prepare.py    # what tools/prometheus.py made of photon files
 
 Prints one bar over the events, then a table of what each split holds, so that a wrong input is seen at once.
-A run that was stopped, in whatever way, goes on with the same command and ends in the same bytes, for any
-number of workers.
+A run that was stopped, in whatever way, goes on with the same command. The bytes are the same for any number
+of workers.
 
 Plan, read, rule, write. The plan: how many pulses an event keeps follows from its length alone. So the meta
 table fixes the place of every event before the first pulse is read, the files get their final size at once,
@@ -365,8 +365,7 @@ def pack(events, time, charge, dom, aux, geometry, config):
         keep[in_long] = draw <= np.repeat(ordered[begin + config.max_pulses - 1], n_long)
         keep = np.flatnonzero(keep)  # once, for four columns
 
-    # two equal draws would not fit into the size: once in 10^9 batches
-    pulses = np.empty(events["length"].sum(dtype=np.int64), PULSE)
+    pulses = np.empty(events["length"].sum(dtype=np.int64), PULSE)  # equal draws, once in 10^9 batches, raise
     for name, values in (("time", time), ("charge", charge), ("dom", dom), ("aux", aux)):
         pulses[name] = values[keep]
     return pulses
@@ -385,9 +384,7 @@ def reserve(path, n_bytes):
 
 
 def write_records(path, first, records):
-    """Write PULSE or EVENT records to a reserved file, from record `first` on; many processes may do so at
-    once.
-    """
+    """Write PULSE or EVENT records to a reserved file from record `first` on; many processes may at once."""
     with open(path, "r+b") as file:
         file.seek(first * records.dtype.itemsize)
         file.write(np.ascontiguousarray(records).data.cast("B") if len(records) else b"")
