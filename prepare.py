@@ -32,8 +32,8 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from common import (count_cores, count_events, fail, first_line, hold_lock, progress_bar, read_json,
-                    run_in_workers, run_stage, write_atomic, write_json)
+from common import (check_settings, count_cores, count_events, fail, first_line, hold_lock, progress_bar,
+                    read_json, run_in_workers, run_stage, write_atomic, write_json)
 from data import (EVENT, FORMAT_VERSION, N_DOMS, PULSE, UNFINISHED, describe_dtypes, open_split, read_meta,
                   uniform_runs)
 from knobs import check_not_negative, load_config, print_knobs
@@ -426,12 +426,6 @@ def write_batch(config, geometry, batch, events):
             "n_cut": int((events["n_pulses"] > events["length"]).sum()), "time": time, "charge": charge}
 
 
-def check_settings(data_dir, found, settings):
-    for key, value in settings.items():
-        if found.get(key) != value:
-            fail(f"{data_dir} was prepared with {key} = {found.get(key)}, now it is {value}; set it back, "
-                 f"choose another data_dir, or start anew after: rm -r {shlex.quote(str(data_dir))}")
-
 
 def make_room(data_dir, sizes):
     """Create those of the files (path: bytes) at their final size that are not there -> whether any was."""
@@ -497,7 +491,7 @@ def main():
     if (data_dir / "meta.json").exists():
         meta = read_meta(data_dir)
         found_splits = {name: split["batches"] for name, split in meta["splits"].items()}
-        check_settings(data_dir, meta | {"splits": found_splits}, settings)
+        check_settings(data_dir, meta | {"splits": found_splits}, settings, "data_dir")
         for split in meta["splits"]:
             open_split(data_dir, split)  # are the files whole?
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -521,7 +515,7 @@ def main():
     lock = hold_lock(unfinished)  # held until main() ends
     print_knobs(config)
     if (unfinished / "settings.json").exists():
-        check_settings(data_dir, read_json(unfinished / "settings.json"), settings)
+        check_settings(data_dir, read_json(unfinished / "settings.json"), settings, "data_dir")
     is_new = make_room(data_dir, sizes)
     write_json(unfinished / "settings.json", {"command": shlex.join(["python", *sys.argv]), **settings})
     write_atomic(data_dir / "geometry.bin", lambda part: geometry.T.astype("<f4").tofile(part))

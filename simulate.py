@@ -24,8 +24,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from common import (count_cores, count_events, fail, hold_lock, progress_bar, read_json, run_in_workers,
-                    run_stage, write_atomic, write_json)
+from common import (check_settings, count_cores, count_events, fail, hold_lock, progress_bar, read_json,
+                    run_in_workers, run_stage, write_atomic, write_json)
 from data import DOMS_PER_STRING, N_DOMS
 from knobs import check_not_negative, check_positive, load_config, print_knobs
 from prepare import read_geometry_csv
@@ -502,10 +502,7 @@ def main():
     record = out_dir / "simulate.json"
     if os.path.exists(record):
         found = read_json(record)
-        for key, value in settings.items():
-            if found.get(key) != value:
-                fail(f"{out_dir} was simulated with {key} = {found.get(key)!r}, now it is {value!r}; choose "
-                     "another --out_dir, or remove that one")
+        check_settings(out_dir, found, settings, "out_dir")
         if found.get("complete") and all(map(os.path.exists,
                                              outputs + [batch_paths(*task[:3])[0] for task in tasks])):
             print(f"{out_dir} is complete, nothing to do")
