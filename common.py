@@ -11,6 +11,7 @@ import json
 import math
 import multiprocessing
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -145,6 +146,14 @@ def read_json(path):
         fail(f"{path}: cannot be read ({error.strerror})")
     except ValueError:
         fail(f"{path}: not valid JSON; it is damaged, remove it and run the command that wrote it again")
+
+
+def check_settings(folder, found, settings, knob):
+    """Refuse a folder that was made with other settings. knob: the one that names another folder."""
+    for key, value in settings.items():
+        if found.get(key) != value:
+            fail(f"{folder} was made with {key} = {found.get(key)!r}, now it is {value!r}; set it back, "
+                 f"choose another {knob}, or start anew after: rm -r {shlex.quote(str(folder))}")
 
 
 def first_line(error):

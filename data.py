@@ -5,9 +5,8 @@
                 <split>_pulses.bin  PULSE records of all events, one event after another, no padding
                 <split>_events.bin  EVENT records
 
-Ragged records make a data set half as large as padded ones, and a run of consecutive events one contiguous
-read. A step is a pure function of its number: resuming, other ranks and other loader settings all see the
-same events.
+Without padding a data set is half as large, and neighbouring events are read in one piece. Which events make
+up a step depends on its number alone: a run that goes on, or has another number of ranks, sees the same ones.
 """
 import json
 import zlib
@@ -107,9 +106,7 @@ def describe_dtypes():
 
 
 def command_to_prepare(data_dir):
-    """The command that makes this data folder, if one of the sample configs does; else a template with
-    blanks.
-    """
+    """The command that makes this data folder, if one of the sample configs does; else one with blanks."""
     samples = Path(__file__).parent / "sample_config"
     for path in sorted(samples.rglob("*prepare*.py")):
         if f'data_dir = "{data_dir}"' in path.read_text():
@@ -119,15 +116,13 @@ def command_to_prepare(data_dir):
 
 def fingerprint(data_dir):
     """A checksum of what meta.json says of the events: others, or another max_pulses, have another one."""
-    # a folder may be moved
-    meta = {key: value for key, value in read_meta(data_dir).items() if key != "input_dir"}
+    meta = read_meta(data_dir)
+    meta.pop("input_dir", None)  # that folder may be moved
     return f"{zlib.crc32(json.dumps(meta, sort_keys=True).encode()):08x}"
 
 
 def open_split(data_dir, name):
-    """Memory-map one split. Exits with one line if it does not exist, is empty or has a file of the wrong
-    size.
-    """
+    """Memory-map one split. Exits with one line if it does not exist, is empty or a file has a wrong size."""
     splits = read_meta(data_dir)["splits"]
     if name not in splits:
         fail(f"{data_dir} has no split {name!r}, it has: {', '.join(splits)}")
@@ -141,8 +136,7 @@ def open_split(data_dir, name):
         if size != n * dtype.itemsize:
             fail(f"{path}: {size} bytes, meta.json says {n * dtype.itemsize}; the file was cut or "
                  f"replaced: remove the folder (rm -r '{data_dir}') and run prepare.py again")
-        # a plain view: memmap's own slicing is slower
-        files.append(np.asarray(np.memmap(path, dtype, mode="r")))
+        files.append(np.asarray(np.memmap(path, dtype, mode="r")))  # a plain view: memmap slices slowly
     first, last = files[0][0], files[0][-1]
     if first["start"] != 0 or last["start"] + last["length"] != count["n_pulses"]:
         fail(f"{data_dir}/{name}_events.bin: its first or last event does not fit {name}_pulses.bin; the "
@@ -153,8 +147,7 @@ def open_split(data_dir, name):
 def open_first_events(data_dir, name, n_events, at_most=False):
     """open_split, and how many of its events to use: the first n_events, 0 = all. -> Split, int
 
-    Asked for more than there are: an error, since sets of labels must not shrink silently, or all of them if
-    at_most.
+    If there are fewer, at_most takes them all. Else that is an error: labels must not get fewer silently.
     """
     split = open_split(data_dir, name)
     if n_events > len(split) and not at_most:
@@ -189,9 +182,7 @@ def check_geometry(saved, geometry, path, data_dir):
 
 
 def check_events(saved, path, data_dir):
-    """A run that goes on must find the events it began with. Checkpoints older than the fingerprint are
-    believed.
-    """
+    """A run that goes on must find the events it began with. saved: its checkpoint; old ones do not tell."""
     if saved.get("data", fingerprint(data_dir)) != fingerprint(data_dir):
         fail(f"{path} was trained on other events than {data_dir} holds (their meta.json differ); choose the "
              "data_dir it belongs to, or another out_dir")
@@ -204,9 +195,9 @@ def check_events(saved, path, data_dir):
 def step_events(step, batch_size, n_events, seed):
     """The events of training step `step` -> index (batch_size,) and epoch (batch_size,), both int64.
 
-    Step k takes places [k * batch_size, (k + 1) * batch_size) of an endless stream of epochs. Each epoch
-    holds every event once, runs of RUN_LENGTH neighbours shuffled; a step may begin in one epoch and end in
-    the next.
+    Step k takes places [k * batch_size, (k + 1) * batch_size) of an endless stream of epochs, so it may begin
+    in one epoch and end in the next. An epoch holds every event once, in shuffled runs of RUN_LENGTH
+    neighbours.
     """
     place = step * batch_size + np.arange(batch_size)
     epoch, place = np.divmod(place, n_events)
@@ -229,12 +220,11 @@ def epoch_order(n_events, seed, epoch):
 
 
 def read_events(split, index):
-    """Read events by index -> their records (B,) and their pulses one event after another (sum of lengths,),
-    read-only.
+    """Read events by index -> their records (B,); their pulses, one event after another (sum of lengths,).
 
-    Any order and repeats are allowed. All is copied as plain bytes: numpy copies packed records field by
-    field, 10 times slower. Neighbours are copied in one piece, which makes runs of 8 four times as fast as
-    single events.
+    Any order and repeats are allowed; the pulses are read-only. All is copied as plain bytes: numpy copies
+    packed records field by field, 10 times slower. Neighbours are copied in one piece: runs of 8 are four
+    times as fast as single events.
     """
     events = split.events.view(f"V{EVENT.itemsize}").take(index).view(EVENT)
     first = np.flatnonzero(np.diff(index, prepend=index[0] - 2) != 1)  # where a stretch of neighbours begins
@@ -253,11 +243,10 @@ def pulse_places(events):
 
 
 def uniform_hash(seed, stream, place):
-    """Uniform numbers in [0, 1) that depend on (seed, stream, place) alone: splitmix64 (Steele, Lea & Flood
-    2014).
+    """Uniform numbers in [0, 1) that depend on (seed, stream, place) alone, float64.
 
-    stream and place are integer arrays of one shape (or broadcast); -> float64 array. A hash instead of a
-    generator: a pulse's number does not depend on which rank, worker or batch asks for it.
+    stream and place are integer arrays of one shape (or broadcast). This is a hash, splitmix64 (Steele, Lea &
+    Flood 2014), not a generator: a pulse's number is the same whichever rank, worker or batch asks for it.
     """
     with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
         return to_unit(mix_bits(hash_key(seed, stream) + np.asarray(place).astype(np.uint64) * GOLDEN))
@@ -300,18 +289,19 @@ def micro_batches(events, pulses, size, labels=(), hidden=None):
     """Sort events by length, cut them into micro-batches of at most `size` and pack each -> list of dicts.
 
     Packed: the tokens of B events one after another, T in all, no padding; each event is opened by its [CLS].
-    Sorted, events of a micro-batch are of about equal length, for those mixers that lay them out in a
+    Sorted: events of a micro-batch are of about equal length, which helps mixers that lay them out in a
     rectangle.
     # DIFF(upstream): every event is padded to 127 pulses there
 
-    Each dict holds, in physical units, 0 at [CLS]:
-      time [ns], charge [p.e.] float32, dom int64, aux bool, (T,) tensors,
-      starts int32 (B + 1,): event i is tokens starts[i] to starts[i + 1] - 1; the int longest: tokens of the
-      longest event;
-      the fields of EVENT that `labels` names, (B,) or (B, 3) tensors;
-      row and event_id: numpy arrays (B,), which stay on the CPU; row is the event's place in `events`;
-    and if hidden (one bool per pulse) is given, hidden and hidden_event int64 (M,): token and event of each
-    hidden pulse; and the ints n_scored and n_hidden: events with a hidden pulse, hidden pulses.
+    Each dict holds tensors, in physical units
+      time [ns], charge [p.e.] float32, dom int64, aux bool, each (T,), 0 at [CLS];
+      starts int32 (B + 1,): event i is tokens starts[i] to starts[i + 1] - 1;
+      the fields of EVENT that `labels` names, (B,) or (B, 3);
+    numpy arrays, which stay on the CPU
+      row and event_id (B,): the event's place in `events`, and its id;
+    and the int longest, the tokens of the longest event. If hidden (one bool per pulse) is given, also
+      hidden and hidden_event int64 (M,): token and event of each hidden pulse;
+      the ints n_scored and n_hidden: how many events have a hidden pulse, how many pulses are hidden.
     """
     import torch  # here, not above: prepare.py and its worker processes need no torch
     length = events["length"].astype(np.int64)
@@ -321,11 +311,11 @@ def micro_batches(events, pulses, size, labels=(), hidden=None):
     for rows in np.array_split(np.argsort(length, kind="stable"), -(-len(events) // size)):
         starts = np.append(0, np.cumsum(length[rows] + 1))
         first, n_tokens = starts[:-1], length[rows] + 1
-        # of each token in pulses, (T,)
+        # the pulse of each token, (T,); that of a [CLS] has no meaning
         place = np.arange(starts[-1]) + np.repeat(offset[rows] - first - 1, n_tokens)
         batch = {name: column.take(place, mode="clip") for name, column in columns.items()}
         for column in batch.values():
-            column[first] = 0
+            column[first] = 0  # at [CLS]
         batch["dom"] = batch["dom"].astype(np.int64)
         batch |= {name: np.ascontiguousarray(events[name][rows]) for name in labels}
         batch["starts"] = starts.astype(np.int32)
@@ -347,8 +337,8 @@ def prefetch(load, steps, device, depth=2):
     """Yield load(step) for each step, read ahead by a thread, on the device.
 
     load: step -> list of dicts, whose tensors are moved. One thread is enough: it makes more masked events/s
-    than a GPU trains on (see tools/bench.py), and numpy's copies release the interpreter lock. On CUDA it
-    copies from pinned memory on a stream of its own, while the step before is computed.
+    than a GPU trains on (see tools/bench.py), and numpy's copies do not block python's other threads. On CUDA
+    it copies from pinned memory on a stream of its own, while the step before is computed.
     """
     import torch
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -368,8 +358,7 @@ def prefetch(load, steps, device, depth=2):
         if stream is not None:
             present = torch.cuda.current_stream(device)
             present.wait_event(copied)
-            # not freed while a step still reads it
-            each_tensor(lambda value: value.record_stream(present), batches)
+            each_tensor(lambda value: value.record_stream(present), batches)  # not freed while it is read
         return batches
 
     with ThreadPoolExecutor(1) as pool:

@@ -91,8 +91,8 @@ class ModelConfig:
 class PulseEmbedding(nn.Module):
     """A batch -> one vector for each token, (T, D).
 
-    Each vector is [DOM part (E) | Linear(time, charge, aux) (D - E)]. There is no positional encoding: time
-    is a feature.
+    Each vector is [DOM part (E) | Linear(time, charge, aux) (D - E)]. Time is a feature, so there is no
+    positional encoding.
     """
 
     def __init__(self, config, geometry):
@@ -152,7 +152,7 @@ def waves(x, longest, n):
 
 
 def position_features(geometry):
-    """x, y, z [m] (V, 3) scaled, and their waves of 2000 m to 16 m, a DOM's distance to the next -> (V, 51)."""
+    """x, y, z [m] (V, 3) scaled, and their waves of 2000 m to 16 m, the distance of two DOMs -> (V, 51)."""
     return torch.cat([geometry / POSITION_SCALE, waves(geometry, 2000.0, POSITION_WAVES)], dim=-1)
 
 
@@ -315,7 +315,7 @@ class TwoWays(nn.Module):
     def forward(self, x, packing):
         x, valid = packing.unpack(x), packing.valid
         n, place = valid.sum(1, keepdim=True), torch.arange(x.shape[1], device=x.device)
-        # tokens in reverse; padding stays behind them, where neither direction sees it before the last token
+        # tokens in reverse; padding stays behind them, so that neither direction passes it on its way
         reverse = torch.where(place < n, n - 1 - place, place)[..., None]  # (B, L, 1)
         y = self.backwards(x.gather(1, reverse.expand_as(x)), valid)
         y = y.gather(1, reverse.expand_as(y))
@@ -325,16 +325,16 @@ class TwoWays(nn.Module):
 class GRU(nn.Module):
     def __init__(self, config):
         super().__init__()
-        # one call, on the rectangle
         self.gru = nn.GRU(config.embedding_dim, config.embedding_dim // 2, batch_first=True)
 
     def forward(self, x, valid):
-        return self.gru(x)[0]
+        return self.gru(x)[0]  # (B, L, D/2); padding lies behind all real tokens and reaches none of them
 
 
 class Mamba(nn.Module):
-    """Mamba-2 (Dao & Gu 2024, arXiv:2405.21060), one direction, D -> D/2: convolution, selective state space,
-    gate.
+    """Mamba-2 (Dao & Gu 2024, arXiv:2405.21060) in one direction, D -> D/2.
+
+    A convolution, a selective state space, a gate.
     """
 
     def __init__(self, config):
@@ -354,19 +354,18 @@ class Mamba(nn.Module):
         with torch.autocast(x.device.type, enabled=False):  # products of up to L decay factors
             x, b, c = (part.to(self.log_a.dtype) for part in xbc.split(self.sizes[1:4], dim=-1))
             x = x.unflatten(-1, (H, -1))  # (B, L, H, P)
-            # 0: padding leaves no trace
-            dt = F.softplus(dt.to(self.log_a.dtype) + self.dt_bias) * valid[..., None]
+            dt = F.softplus(dt.to(self.log_a.dtype) + self.dt_bias)  # (B, L, H), the time steps
+            dt = dt * valid[..., None]  # 0 at padding, which so leaves no trace
             y = state_space(x * dt[..., None], -self.log_a.exp() * dt, b, c) + self.skip[:, None] * x
         return self.out(self.norm(y.flatten(2) * F.silu(gate)))
 
 
 def state_space(x, log_decay, b, c, chunk=256):
-    """y_t = c_t . s_t with the state s_t = exp(log_decay_t) s_(t-1) + b_t x_t, as matrix products instead of
-    a loop over t.
+    """y_t = c_t . s_t with the state s_t = exp(log_decay_t) s_(t-1) + b_t x_t, without a loop over t.
 
-    x (B, L, H, P), log_decay (B, L, H) <= 0, b and c (B, L, N) -> y (B, L, H, P). Within a chunk y = (decays
-    * c b^T) x, a masked L x L product; the state is handed from chunk to chunk, so memory grows with L *
-    chunk only.
+    x (B, L, H, P), log_decay (B, L, H) <= 0, b and c (B, L, N) -> y (B, L, H, P). Within a chunk of Q tokens
+    y = (decays * c b^T) x, a product with a masked Q x Q matrix. The state is handed from chunk to chunk, so
+    memory grows with L * chunk, not with L * L.
     """
     state, ys = 0.0, []
     for x, log_decay, b, c in zip(*(part.split(chunk, dim=1) for part in (x, log_decay, b, c))):
@@ -409,11 +408,11 @@ class Encoder(nn.Module):
 
 
 class PositionHead(nn.Module):
-    """DOM logits from where the DOMs are: query(x) . key(position of j) / sqrt(64) + bias_j, (M, D) -> (M, V).
+    """DOM logits from where the DOMs are, (M, D) -> (M, V): query(x) . key(position of j) / 8 + bias_j.
 
     The key is a small network of the position's Fourier features, evaluated once per micro-batch. Neighbours
-    get similar keys before they are ever hit. A fraction of the linear head's parameters (base: 0.05 M instead of
-    1.3 M), and only the bias knows how many DOMs there are.
+    get similar keys before they are ever hit. It has a fraction of the linear head's parameters (base: 0.05 M
+    instead of 1.3 M), and only the bias knows how many DOMs there are.
     """
     SIZE, HIDDEN = 64, 256  # of the key, of its network
 
@@ -535,18 +534,19 @@ class Pretrainer(nn.Module):
         for name, target in self.targets.items():
             truth = target.truth(batch[target.label])
             is_known = target.is_known(truth)
-            sums += [losses[name].sum(), (target.measure(answers[name], truth) * is_known).sum(), is_known.sum()]
+            found = target.measure(answers[name], truth) * is_known
+            sums += [losses[name].sum(), found.sum(), is_known.sum()]
         return torch.stack(sums)
 
 
 def earth_movers_distance(logits, dom, event, geometry):
-    """How far the predicted distribution has to be carried to the true DOM: sum_j p_j |x_j - x_true| [100 m],
-    (M,).
+    """Mean distance of the predicted DOM from the true one, sum_j p_j |x_j - x_true| [100 m], (M,).
 
-    With a single true DOM every bit of probability goes there, so no solver is needed.
+    So far has the predicted distribution to be carried: all of it goes to a single DOM, and no solver is
+    needed.
     """
-    # (M, V)
-    distance = torch.cdist(geometry[dom], geometry, compute_mode="donot_use_mm_for_euclid_dist") / 100
+    exact = "donot_use_mm_for_euclid_dist"  # torch's name for: no rounding of small distances
+    distance = torch.cdist(geometry[dom], geometry, compute_mode=exact) / 100  # (M, V)
     return (logits.softmax(-1) * distance).sum(-1)
 
 
@@ -562,7 +562,7 @@ def chamfer_distance(logits, dom, event, geometry):
     return distance.amin(1) + distance.amin(0)
 
 
-# to add one: an entry here; of logits (M, V), true DOM and event of the hidden pulses (M,), positions (V, 3) [m]
+# to add one: an entry here. logits (M, V), true DOM and event of the hidden pulses (M,), positions (V, 3) [m]
 # -> (M,)
 DOM_LOSSES = {"ce": lambda logits, dom, event, geometry: F.cross_entropy(logits, dom, reduction="none"),
               "emd": earth_movers_distance, "chamfer": chamfer_distance}
@@ -573,9 +573,9 @@ CHOICES = {"backbone": MIXERS, "mlp": ("relu", "gelu", "swiglu"), "norm": NORMS,
 class Reconstructor(nn.Module):
     """Encoder with a head on [CLS] for one of TASKS. forward gives a dict of float32 tensors:
 
-    "direction": direction (B, 3), unit vectors towards the neutrino's source, and kappa (B,), how sure of it
-    (vmf_loss);
-    "energy": log_energy (B,), log10 of the neutrino's energy [GeV].
+    "direction": direction (B, 3), unit vectors towards the neutrino's source; kappa (B,), how sure the model
+                 is of it (see vmf_loss)
+    "energy":    log_energy (B,), log10 of the neutrino's energy [GeV]
     """
 
     def __init__(self, config, geometry):
@@ -607,26 +607,24 @@ def unit_vector(azimuth, zenith):
 
 
 def angular_error(direction, truth):
-    """The angle [rad] between unit vectors (..., 3). Unlike arccos of the dot product it has a gradient
-    everywhere.
+    """The angle [rad] between unit vectors (..., 3), with a gradient everywhere.
 
-    # DIFF(upstream): arccos clipped at 1 - 1e-4, which has no gradient within 0.8 degrees
+    # DIFF(upstream): arccos of the product, clipped at 1 - 1e-4: no gradient within 0.8 degrees
     """
     sine = (torch.linalg.cross(direction, truth).square().sum(-1) + 1e-12).sqrt()
     return torch.atan2(sine, (direction * truth).sum(-1))
 
 
 def one_minus_cosine(direction, truth):
-    # of unit vectors; 1 - dot product would round small angles to 0
+    """Of the angle between unit vectors (..., 3). 1 - their product would round small angles to 0."""
     return (direction - truth).square().sum(-1) / 2
 
 
 def vmf_loss(direction, kappa, truth):
-    """-ln of the von Mises-Fisher density kappa / (4 pi sinh kappa) exp(kappa cos) on the sphere [1/sr],
-    (...,).
+    """-ln of the von Mises-Fisher density kappa / (4 pi sinh kappa) exp(kappa cos) on the sphere [1/sr].
 
-    sinh is split into exp(kappa), which joins the cosine, and 1 - exp(-2 kappa): right from kappa 1e-3 to 1e6
-    in float32.
+    sinh is split into exp(kappa), which joins the cosine, and 1 - exp(-2 kappa). So float32 is enough for
+    kappa from 1e-3 to 1e6.
     """
     log_area = torch.log(-torch.expm1(-2 * kappa) / kappa)  # ln of 2 sinh(kappa) / (kappa exp(kappa))
     return kappa * one_minus_cosine(direction, truth) + log_area + 1.8378770664  # ln 2 pi
@@ -657,10 +655,9 @@ def width_ratio(config):
 
 
 def attention_scale(config):
-    """1/sqrt(d) of heads d wide; with muP sqrt(d of the base model)/d, which is the same at the base (its
-    table 8).
+    """1/sqrt(d) for heads d wide; with muP sqrt(d of the base model)/d, which at the base is the same.
 
-    Trained queries and keys correlate, so that their products grow with d, not with sqrt(d).
+    Trained queries and keys correlate, so that their products grow with d, not with sqrt(d) (muP's table 8).
     """
     d = config.embedding_dim // config.num_heads
     if not config.mup_base_width:
@@ -717,8 +714,7 @@ def parameter_groups(model, weight_decay):
     """Groups for AdamW: matrices decay; biases, norms, embeddings and [CLS] do not.
 
     Each group has an lr_scale: 1, but 1 / width_ratio for the matrices of the backbone (muP, Yang et al.
-    2022, arXiv:2203.03466, table 8: Adam), whose decay grows by as much, so that lr * weight_decay stays what
-    it was.
+    2022, arXiv:2203.03466, table 8: Adam). Their decay grows by as much: lr * weight_decay stays the same.
     # DIFF(upstream): it decays the DOM table and [CLS] too, which pulls rarely hit DOMs to zero
     """
     hidden, decayed, kept = [], [], []

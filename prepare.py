@@ -5,8 +5,8 @@
     python prepare.py sample_config/prometheus_prepare.py    # what tools/prometheus.py made of photon files
 
 Prints one bar over the events, then a table of what each split holds, so that a wrong input is seen at once.
-A run that was stopped, in whatever way, goes on with the same command and ends in the same bytes, for any
-number of workers.
+A run that was stopped, in whatever way, goes on with the same command. The bytes are the same for any number
+of workers.
 
 Plan, read, rule, write. The plan: how many pulses an event keeps follows from its length alone. So the meta
 table fixes the place of every event before the first pulse is read, the files get their final size at once,
@@ -32,8 +32,8 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from common import (count_cores, count_events, fail, first_line, hold_lock, progress_bar, read_json,
-                    run_in_workers, run_stage, write_atomic, write_json)
+from common import (check_settings, count_cores, count_events, fail, first_line, hold_lock, progress_bar,
+                    read_json, run_in_workers, run_stage, write_atomic, write_json)
 from data import (EVENT, FORMAT_VERSION, GEOMETRY, PULSE, UNFINISHED, describe_dtypes, open_split, read_meta,
                   uniform_runs)
 from knobs import check_not_negative, load_config, print_knobs
@@ -391,18 +391,17 @@ def pack(events, time, charge, dom, aux, detector, config):
         keep[in_long] = draw <= np.repeat(ordered[begin + config.max_pulses - 1], n_long)
         keep = np.flatnonzero(keep)  # once, for four columns
 
-    # two equal draws would not fit into the size: once in 10^9 batches
-    pulses = np.empty(events["length"].sum(dtype=np.int64), PULSE)
+    pulses = np.empty(events["length"].sum(dtype=np.int64), PULSE)  # equal draws, once in 10^9 batches, raise
     for name, values in (("time", time), ("charge", charge), ("dom", dom), ("aux", aux)):
         pulses[name] = values[keep]
     return pulses
 
 
 def motion_of_light(offset, time, charge, dom, good, detector):
-    """Fit position = r + v time to each event's good pulses, weighted by charge -> unit vectors (n, 3) along -v.
+    """Fit position = r + v time to each event's good pulses, weighted by charge -> unit vectors (n, 3), -v.
 
-    IceCube's first guess of where the neutrino came from (astro-ph/0407044, section 3.1.3). Zeros where no fit
-    is possible: fewer than two times or two DOMs. offset: first pulse of each event.
+    IceCube's first guess of where the neutrino came from (astro-ph/0407044, section 3.1.3). Zeros where no
+    fit is possible: fewer than two times or two DOMs. offset: first pulse of each event.
     """
     found, count = np.zeros((len(offset), 3)), np.add.reduceat(good, offset, dtype=np.int64)
     lit, kept = np.flatnonzero(count), np.flatnonzero(good)
@@ -414,7 +413,7 @@ def motion_of_light(offset, time, charge, dom, good, detector):
     mean = np.add.reduceat(charge * time, first) / np.where(total > 0, total, 1)
     lever = charge * (time - np.repeat(mean, count))
     # v but for a positive factor
-    v = np.stack([np.add.reduceat(lever * x.take(dom, mode="clip"), first) for x in detector.position], axis=1)
+    v = np.stack([np.add.reduceat(lever * x.take(dom), first) for x in detector.position], axis=1)
     can_fit = np.maximum.reduceat(time, first) > np.minimum.reduceat(time, first)
     can_fit &= np.maximum.reduceat(dom, first) > np.minimum.reduceat(dom, first)
     length = np.linalg.norm(v, axis=1)
@@ -436,9 +435,7 @@ def reserve(path, n_bytes):
 
 
 def write_records(path, first, records):
-    """Write PULSE or EVENT records to a reserved file, from record `first` on; many processes may do so at
-    once.
-    """
+    """Write PULSE or EVENT records to a reserved file from record `first` on; many processes may at once."""
     with open(path, "r+b") as file:
         file.seek(first * records.dtype.itemsize)
         file.write(np.ascontiguousarray(records).data.cast("B") if len(records) else b"")
@@ -460,7 +457,8 @@ def write_batch(config, detector, batch, events):
     events_path, pulses_path = split_paths(config, batch.split)
     place, n_aux, time, charge = batch.first_pulse, 0, [math.inf, 0.0], [math.inf, 0.0]
     with writing(pulses_path):
-        for part, *columns in kaggle_chunks(batch.path, events, len(detector)):  # part: a view of some of the events
+        # part: a view of some of the events
+        for part, *columns in kaggle_chunks(batch.path, events, len(detector)):
             pulses = pack(part, *columns, detector, config)
             total = part["total_charge"]  # a pulse without charge does no harm, but here log10 is asked for
             if total.min() <= 0:
@@ -479,12 +477,6 @@ def write_batch(config, detector, batch, events):
     return {"n_events": len(events), "n_pulses": place - batch.first_pulse, "n_aux": n_aux,
             "n_cut": int((events["n_pulses"] > events["length"]).sum()), "time": time, "charge": charge}
 
-
-def check_settings(data_dir, found, settings):
-    for key, value in settings.items():
-        if found.get(key) != value:
-            fail(f"{data_dir} was prepared with {key} = {found.get(key)}, now it is {value}; set it back, "
-                 f"choose another data_dir, or start anew after: rm -r {shlex.quote(str(data_dir))}")
 
 
 def make_room(data_dir, sizes):
@@ -551,7 +543,7 @@ def main():
     if (data_dir / "meta.json").exists():
         meta = read_meta(data_dir)
         found_splits = {name: split["batches"] for name, split in meta["splits"].items()}
-        check_settings(data_dir, meta | {"splits": found_splits}, settings)
+        check_settings(data_dir, meta | {"splits": found_splits}, settings, "data_dir")
         for split in meta["splits"]:
             open_split(data_dir, split)  # are the files whole?
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -575,7 +567,7 @@ def main():
     lock = hold_lock(unfinished)  # held until main() ends
     print_knobs(config)
     if (unfinished / "settings.json").exists():
-        check_settings(data_dir, read_json(unfinished / "settings.json"), settings)
+        check_settings(data_dir, read_json(unfinished / "settings.json"), settings, "data_dir")
     is_new = make_room(data_dir, sizes)
     write_json(unfinished / "settings.json", {"command": shlex.join(["python", *sys.argv]), **settings})
     geometry = np.zeros(len(detector), GEOMETRY)

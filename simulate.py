@@ -1,5 +1,4 @@
-"""Stage 0: a toy IceCube that writes event files in the Kaggle layout, so that everything runs without a
-download.
+"""Stage 0: a toy IceCube. It writes event files in the Kaggle layout, so that all runs without a download.
 
     python simulate.py                                               # 200,000 events into data/demo_raw
     python simulate.py --n_events=2000 --events_per_batch=500 --out_dir=data/tiny_raw
@@ -25,8 +24,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from common import (count_cores, count_events, fail, hold_lock, progress_bar, read_json, run_in_workers,
-                    run_stage, write_atomic, write_json)
+from common import (check_settings, count_cores, count_events, fail, hold_lock, progress_bar,
+                    read_json, run_in_workers, run_stage, write_atomic, write_json)
 from knobs import check_not_negative, check_positive, load_config, print_knobs
 from prepare import ICECUBE_DOMS, ICECUBE_DOMS_PER_STRING, Detector, read_detector
 
@@ -37,60 +36,60 @@ from prepare import ICECUBE_DOMS, ICECUBE_DOMS_PER_STRING, Detector, read_detect
 
 # detector
 ROW_LENGTHS = (6, 7, 8, 9, 10, 10, 9, 8, 7, 4)  # strings 1..78, row by row as seen from above [D]
-# [m] triangular grid; [degree] its rows against the x axis, from a figure [D]
-STRING_SPACING, GRID_ANGLE = 125.0, 9.0
-# [m] first DOM, 1450 m deep, above the centre, 1948 m deep; along strings 1..78 [D]
-TOP_Z, DOM_SPACING = 500.0, 17.02
+STRING_SPACING = 125.0  # [m] of the triangular grid [D]
+GRID_ANGLE = 9.0  # [degree] of its rows against the x axis, read off a figure [D]
+TOP_Z = 500.0  # [m] of the first DOM, 1450 m deep; z = 0 is 1948 m deep [D]
+DOM_SPACING = 17.02  # [m] along strings 1..78 [D]
 CENTRAL_STRING = 36  # strings 79..86, DeepCore, stand around it [DC]
-# [m] first DOM, 1760 m deep; 10 DOMs, [m] [DC]
-DEEPCORE_TOP_Z, DEEPCORE_CAP, DEEPCORE_CAP_SPACING = 188.0, 10, 10.0
-# [m] below the cap, across the dust layer; then 50 DOMs, [m] [DC]
-DEEPCORE_GAP, DEEPCORE_SPACING = 257.0, 7.0
+DEEPCORE_TOP_Z = 188.0  # [m] of the first DOM of a DeepCore string, 1760 m deep [DC]
+DEEPCORE_CAP, DEEPCORE_CAP_SPACING = 10, 10.0  # so many DOMs at the top, so many [m] apart [DC]
+DEEPCORE_GAP = 257.0  # [m] below them, across the dust layer [DC]
+DEEPCORE_SPACING = 7.0  # [m] of the other 50 DOMs [DC]
 DEEPCORE_EFFICIENCY = 1.35  # of its tubes against the others [DC]
-# [m^2] effective area for a photon, mean over directions; tube size x efficiency, rough [PMT]
-DOM_AREA = 1.2e-3
+DOM_AREA = 1.2e-3  # [m^2] for a photon, mean over directions; rough: tube size x efficiency [PMT]
 UPWARD_RESPONSE = 0.5  # tubes look down: response 1 + 0.5 cos for light that moves up [toy]
 
 # neutrinos
-# [GeV, GeV] dN/dE ~ E^-1.9; flatter than nature's [toy]
-ENERGY_MIN, ENERGY_MAX, SPECTRAL_INDEX = 1e2, 5e6, 1.9
-# interactions with a muon; share of these that lie outside the volume [toy]
-TRACK_SHARE, THROUGH_SHARE = 0.5, 0.5
-VOLUME_RADIUS, VOLUME_HALF_HEIGHT = 600.0, 600.0  # [m] cylinder of the others' vertices [toy]
+ENERGY_MIN, ENERGY_MAX = 1e2, 5e6  # [GeV]
+SPECTRAL_INDEX = 1.9  # dN/dE ~ E^-1.9, flatter than nature's [toy]
+TRACK_SHARE = 0.5  # of the interactions: those with a muon [toy]
+THROUGH_SHARE = 0.5  # of these: those that lie outside the volume, so that the muon comes in [toy]
+VOLUME_RADIUS, VOLUME_HALF_HEIGHT = 600.0, 600.0  # [m] of the cylinder that holds the other vertices [toy]
 INELASTICITY_POWER = 1.5  # a track's vertex cascade takes the share u^1.5 of the energy, 0.4 on average [toy]
 IONISATION, RADIATION = 0.24, 3.3e-4  # [GeV/m], [1/m] muon in ice: dE/dx = 0.24 + 3.3e-4 E [PDG]
 
 # light
-# [m/ns] [PDG]; ice, phase and group velocity taken as equal [A]
-LIGHT_SPEED, REFRACTIVE_INDEX = 0.299792458, 1.33
-# 300-600 nm: bare muon [PDG]; cascade, 5 m of track/GeV (1210.5140)
-PHOTONS_PER_METRE, PHOTONS_PER_GEV = 3e4, 1.4e5
+LIGHT_SPEED = 0.299792458  # [m/ns] [PDG]
+REFRACTIVE_INDEX = 1.33  # of ice; phase and group velocity are taken as equal [A]
+PHOTONS_PER_METRE = 3e4  # of a bare muon, 300-600 nm [PDG]
+PHOTONS_PER_GEV = 1.4e5  # of a cascade, which is like 5 m of muon per GeV (arXiv:1210.5140)
 SCATTERING_LENGTH, ABSORPTION_LENGTH = 27.0, 110.0  # [m] effective, above the dust layer; rounded from [I]
 DEEP_DIRT = 0.55  # dust below the layer relative to above it: the deep ice is the clearest [I]
-# [m] the layer 2000-2100 m deep, and what it adds at its worst [I]
-DUST_Z, DUST_WIDTH, DUST_DIRT = -102.0, 40.0, 3.5
+DUST_Z, DUST_WIDTH = -102.0, 40.0  # [m] middle and width of the dust layer, 2000-2100 m deep [I]
+DUST_DIRT = 3.5  # what the layer adds where it is worst, relative to the ice above it [I]
 PANDEL_LENGTH, PANDEL_TIME = 33.3, 557.0  # [m], [ns] scattering delay: gamma law of shape path / 33.3 m [A]
 CASCADE_FORWARD, CASCADE_TURN = 0.8, 0.2  # more light forward, more path for light that turned round [toy]
 MIN_EXPECTED = 1e-2  # [p.e.] sources are followed to where a mean DOM sees this
 
 # electronics
 SATURATION = 5000.0  # [p.e.] the most that a tube delivers [toy, after the largest charges of K]
-# [ns] tube and clock [PMT]; bin in which a DOM's photons become one pulse [toy]
-TIME_JITTER, MERGE_TIME = 3.0, 8
-# [p.e.] Gauss + exponential [SPE]
-CHARGE_MEAN, CHARGE_WIDTH, LOW_CHARGE_SHARE, LOW_CHARGE_MEAN = 1.0, 0.3, 0.25, 0.3
+TIME_JITTER = 3.0  # [ns] of tube and clock [PMT]
+MERGE_TIME = 8  # [ns] photons of a DOM in such a bin become one pulse [toy]
+CHARGE_MEAN, CHARGE_WIDTH = 1.0, 0.3  # [p.e.] of a photon: a Gaussian [SPE]
+LOW_CHARGE_SHARE, LOW_CHARGE_MEAN = 0.25, 0.3  # of the photons; [p.e.] these have an exponential [SPE]
 CHARGE_MIN, CHARGE_STEP = 0.025, 0.05  # [p.e.] the values that occur [K]
 NOISE_RATE = 5e-7  # [1/ns] dark pulses of a DOM, about 500 Hz [D]
-TRIGGER_PULSES, TRIGGER_TIME = 8, 5000  # coincident pulses within [ns] [D]
-# [ns] kept before the trigger's first and after its last pulse [D]
-READOUT_BEFORE, READOUT_AFTER = 4000, 6000
+TRIGGER_PULSES, TRIGGER_TIME = 8, 5000  # so many coincident pulses within so many [ns] [D]
+READOUT_BEFORE, READOUT_AFTER = 4000, 6000  # [ns] kept before the trigger's first, after its last pulse [D]
 TRIGGER_AT, TRIGGER_SHAKE = 10_000, 300  # [ns] its first pulse on the event's clock, give or take [K]
-# an event beyond is drawn anew [K]; drawn per DOM and source, then heavier ones
-MAX_PULSES, MAX_PHOTONS = 100_000, 300
+MAX_PULSES = 100_000  # an event with more is drawn anew [K]
+MAX_PHOTONS = 300  # drawn one by one for a DOM and source; if there are more, each stands for several
 EVENT_ID_STEP = 16  # between event ids, on average [K]
 
 # work: pieces that suit cache and memory
-CHUNK, BLOCK, EVENTS_PER_GROUP = 128, 6, 4000  # interactions drawn, DOMs looked at, events written at once
+CHUNK = 128  # interactions drawn at once
+BLOCK = 6  # DOMs whose distance to an event is tested at once
+EVENTS_PER_GROUP = 4000  # written at once
 
 
 @dataclass
@@ -100,7 +99,7 @@ class SimulateConfig:
     events_per_batch: int = 10_000  # per file; Kaggle has 200,000
     n_test_events: int = 1000  # unlabelled events in test/, 0 for none
     seed: int = 1  # batch b depends on seed and b alone
-    geometry: str = ""  # a sensor_geometry.csv: sensor_id,x,y,z and perhaps string; "" = IceCube, built in
+    geometry: str = ""  # a sensor_geometry.csv with sensor_id,x,y,z (and string); "" = IceCube, built in
     workers: int = 0  # processes; 0 = one per core
 
     def check(self):
@@ -113,21 +112,19 @@ class SimulateConfig:
 # ------------------------------------------------------------------------------------------------------------
 
 def build_geometry():
-    """IceCube-86 by design numbers -> DOM positions (5160, 3) [m]; row = sensor_id = 60 string + DOM, both
-    counted from 0, top DOM first.
-    """
+    """IceCube's DOM positions (5160, 3) [m] by design; sensor_id = row = 60 string + DOM, counted from 0."""
     a, b = np.deg2rad(GRID_ANGLE), np.deg2rad(GRID_ANGLE + 60)  # directions along a row and to the next row
     row = np.repeat(np.arange(len(ROW_LENGTHS)), ROW_LENGTHS)
-    # row 5 begins furthest left
-    column = np.concatenate([np.arange(n) for n in ROW_LENGTHS]) - np.minimum(row, 4)
-    strings = STRING_SPACING * np.stack([column * np.cos(a) + row * np.cos(b), column * np.sin(a) + row
-                                         * np.sin(b)], 1)
+    begin = -np.minimum(row, 4)  # each row begins half a place further left, up to the fifth
+    column = begin + np.concatenate([np.arange(n) for n in ROW_LENGTHS])
+    strings = STRING_SPACING * np.stack([column * np.cos(a) + row * np.cos(b),
+                                         column * np.sin(a) + row * np.sin(b)], 1)
     strings -= strings.mean(0)  # (78, 2)
     # DeepCore: two strings near the central one, six in the middles of the triangles around it
     angle = np.deg2rad(GRID_ANGLE + np.array([-120, -60, 90, 30, -30, -90, -150, 150]))
     distance = STRING_SPACING / np.sqrt([9, 9, 3, 3, 3, 3, 3, 3])
-    # (8, 2)
-    deepcore = strings[CENTRAL_STRING - 1] + np.stack([distance * np.cos(angle), distance * np.sin(angle)], 1)
+    offset = np.stack([distance * np.cos(angle), distance * np.sin(angle)], 1)
+    deepcore = strings[CENTRAL_STRING - 1] + offset  # (8, 2)
 
     dom = np.arange(ICECUBE_DOMS_PER_STRING)
     cap_z = DEEPCORE_TOP_Z - DEEPCORE_CAP_SPACING * dom[:DEEPCORE_CAP]
@@ -171,9 +168,8 @@ def unit_vector(azimuth, zenith):
 
 def draw_events(n, rng) -> dict:
     """n neutrinos that interact in or near the detector. A track is a cascade at the vertex plus a muon."""
-    # isotropic; where it came from
-    azimuth, zenith = 2 * np.pi * rng.random(n), np.arccos(1 - 2 * rng.random(n))
-    flight = -unit_vector(azimuth, zenith)
+    azimuth, zenith = 2 * np.pi * rng.random(n), np.arccos(1 - 2 * rng.random(n))  # isotropic
+    flight = -unit_vector(azimuth, zenith)  # the angles tell where it came from
     power = 1 - SPECTRAL_INDEX
     energy = ENERGY_MIN * (1 + rng.random(n) * ((ENERGY_MAX / ENERGY_MIN) ** power - 1)) ** (1 / power)
     is_track = rng.random(n) < TRACK_SHARE
@@ -198,9 +194,10 @@ def pick(vectors, index):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# light: each source gives event, dom, expected photons, time of unscattered light [ns], path [m], dirt; one
-# per pair
+# light
 # ------------------------------------------------------------------------------------------------------------
+# A source gives for each pair of event and DOM: event, dom, expected photons, time of unscattered light [ns],
+# path [m], dirt (dust on the way relative to the upper ice).
 
 CONE = np.arccos(1 / REFRACTIVE_INDEX)  # [rad] Cherenkov angle
 DIFFUSION_LENGTH = SCATTERING_LENGTH / 3  # [m]
@@ -214,25 +211,19 @@ def dirt_integral(z):
 
 
 def mean_dirt(z_from, z_to):
-    """Dust between two depths relative to the upper ice. Scattering and absorption are both proportional to
-    it.
-    """
+    """Dust between two depths relative to the upper ice; scattering and absorption are proportional to it."""
     z_from = np.where(np.abs(z_to - z_from) < 0.1, z_to - 0.1, z_from)
     return (dirt_integral(z_to) - dirt_integral(z_from)) / (z_to - z_from)
 
 
 def point_light(distance, dirt):
-    """Photons/m^2 per photon of a cascade: 1/r^2 close by, exp(-r/decay)/r where the light has become
-    diffuse.
-    """
+    """Photons/m^2 per photon of a cascade: 1/r^2 close by, exp(-r/decay)/r where the light is diffuse."""
     r = distance * dirt / DIFFUSION_LENGTH
     return np.exp(-distance * dirt / DECAY_LENGTH) * r / np.tanh(r) / (4 * np.pi * distance ** 2)
 
 
 def line_light(distance, dirt):
-    """Photons/m^2 per photon/m of a track: 1/r close by, exp(-r/decay)/sqrt(r) where the light has become
-    diffuse.
-    """
+    """Photons/m^2 per photon/m of a track: 1/r close by, exp(-r/decay)/sqrt(r) where the light is diffuse."""
     length = (DIFFUSION_LENGTH / np.sin(CONE)) ** 2 * 2 / (np.pi * DECAY_LENGTH)
     r = np.sqrt(distance * dirt / length)
     return np.exp(-distance * dirt / DECAY_LENGTH) * r / np.tanh(r) / (2 * np.pi * np.sin(CONE) * distance)
@@ -245,8 +236,7 @@ def response(upward):
 def pairs_in_reach(vertex, axis, light, strength, doms):
     """Pairs of event and DOM close enough to the line from vertex along axis -> event, dom (n_pairs,).
 
-    A zero axis makes the line a point. Blocks of DOMs are tested rather than DOMs, so some pairs are too far
-    apart.
+    A zero axis makes the line a point. Whole blocks of DOMs are tested, so some pairs are too far apart.
     """
     grid = np.geomspace(1, 2000, 400)  # [m]
     reach = np.interp(np.log(strength / MIN_EXPECTED), -np.log(DOM_AREA * light(grid, DEEP_DIRT)), grid)
@@ -270,34 +260,31 @@ def cascade_light(vertex, flight, energy, doms):
     distance = np.sqrt(dot(to_dom, to_dom) + 1)  # + 1 m^2: never zero
     cosine = dot(to_dom, pick(flight, event)) / distance
     dirt = mean_dirt(vertex[2][event], doms[2][dom])
-    # scattering blurs it
-    forward = 1 + CASCADE_FORWARD * np.exp(-distance * dirt / (4 * SCATTERING_LENGTH)) * cosine
-    photons = PHOTONS_PER_GEV * energy[event] * forward
+    blur = np.exp(-distance * dirt / (4 * SCATTERING_LENGTH))  # scattering makes far light forget its origin
+    photons = PHOTONS_PER_GEV * energy[event] * (1 + CASCADE_FORWARD * blur * cosine)
     expected = photons * point_light(distance, dirt) * response(to_dom[2] / distance)
     time = distance * REFRACTIVE_INDEX / LIGHT_SPEED
     return event, dom, expected, time, distance * (1 + CASCADE_TURN * (1 - cosine)), dirt
 
 
 def track_light(vertex, flight, energy, doms):
-    # 0: no muon
-    strength = np.where(energy > 0, PHOTONS_PER_METRE + PHOTONS_PER_GEV * RADIATION * energy, 1e-9)
+    has_muon = energy > 0
+    strength = np.where(has_muon, PHOTONS_PER_METRE + PHOTONS_PER_GEV * RADIATION * energy, 1e-9)  # [1/m]
     event, dom = pairs_in_reach(vertex, flight, line_light, strength, doms)
     to_dom = pick(doms, dom) - pick(vertex, event)
     along = dot(to_dom, pick(flight, event))
     distance = np.sqrt(np.maximum(dot(to_dom, to_dom) - along ** 2, 0) + 1)  # + 1 m^2: never zero
-    # [m] from the vertex to where the light that gets here was made
-    emitted = along - distance / np.tan(CONE)
-    # [GeV]
-    left = (energy[event] + IONISATION / RADIATION) * np.exp(-RADIATION * emitted) - IONISATION / RADIATION
+    emitted = along - distance / np.tan(CONE)  # [m] from the vertex to where the light that gets here is made
+    turn = IONISATION / RADIATION  # [GeV] where both losses are equal
+    left = (energy[event] + turn) * np.exp(-RADIATION * emitted) - turn  # [GeV] the muon's energy there
     lit = np.flatnonzero((emitted > 0) & (left > 0))  # after the vertex, before the muon has stopped
-    event, dom, along, distance, emitted, left = (v[lit] for v in (event, dom, along, distance, emitted,
-                                                                   left))
+    event, dom, along, distance, emitted, left = (
+        values[lit] for values in (event, dom, along, distance, emitted, left))
 
     path = distance / np.sin(CONE)
     z_dom, z_emitted = doms[2][dom], vertex[2][event] + emitted * flight[2][event]
     dirt = mean_dirt(z_emitted, z_dom)
-    # [1/m]; radiative losses as if they were smooth
-    photons = PHOTONS_PER_METRE + PHOTONS_PER_GEV * RADIATION * left
+    photons = PHOTONS_PER_METRE + PHOTONS_PER_GEV * RADIATION * left  # [1/m] as if its losses were smooth
     expected = photons * line_light(distance, dirt) * response((z_dom - z_emitted) / path)
     time = (along + distance * np.tan(CONE)) / LIGHT_SPEED  # 0 is the muon at the vertex
     return event, dom, expected, time, path, dirt
@@ -320,9 +307,7 @@ def draw_photons(event, dom, expected, time, path, dirt, rng):
 
 
 def draw_noise(event, time, n_doms, rng):
-    """Dark pulses from well before the first to well after the last photon of each event
-    -> event, dom, time [ns].
-    """
+    """Dark pulses, from well before to well after the photons of each event -> event, dom, time [ns]."""
     first, last = np.full(CHUNK, np.inf), np.full(CHUNK, -np.inf)
     np.minimum.at(first, event, time)
     np.maximum.at(last, event, time)
@@ -336,9 +321,8 @@ def make_pulses(event, dom, time, weight, n_doms, rng):
     """Photons -> pulses: event, dom, time [ns, integer], charge [p.e.]."""
     time = np.floor(time + TIME_JITTER * rng.standard_normal(len(time))).astype(np.int64)
     origin = time.min() // MERGE_TIME * MERGE_TIME
-    # so that key // MERGE_TIME numbers bins
     span = (time.max() - origin) // MERGE_TIME * MERGE_TIME + MERGE_TIME
-    key = (event * n_doms + dom) * span + time - origin
+    key = (event * n_doms + dom) * span + time - origin  # key // MERGE_TIME numbers the bins of all DOMs
     order = np.argsort(key, kind="stable")
     key = key[order]
     first = np.flatnonzero(np.diff(key // MERGE_TIME, prepend=-1))  # of each pulse
@@ -360,28 +344,24 @@ COINCIDENCE_REACH = 2  # the two DOMs above and the two below on the string
 
 
 def number_along_strings(detector):
-    """Numbers for the DOMs, (V,): neighbours on a string, by depth, differ by 1, strings by more than the reach
-    of the coincidence.
-    """
+    """Numbers of the DOMs by string and depth (V,), with gaps: neighbours in reach differ by 1 or 2."""
     order = np.lexsort((-detector.position[2], detector.string))
+    is_next_string = np.diff(detector.string[order], prepend=detector.string[order[0]]) != 0
     rung = np.empty(len(detector), np.int64)
-    rung[order] = np.arange(len(detector)) + COINCIDENCE_REACH * np.cumsum(
-        np.diff(detector.string[order], prepend=detector.string[order[0]]) != 0)
+    rung[order] = np.arange(len(detector)) + COINCIDENCE_REACH * np.cumsum(is_next_string)
     return rung
 
 
 def local_coincidence(event, rung, time):
-    """True where a neighbour on the string, one or two DOMs up or down, has a pulse of the same event within
-    1 us.
+    """True where a neighbour, one or two DOMs up or down the string, has a pulse of the event within 1 us.
 
-    event (integers), rung (number_along_strings of the DOM), time [ns] hold the pulses of many events in any
-    order -> bool of the same length.
+    event (integers), rung (number_along_strings of its DOM), time [ns]: the pulses of many events, in any
+    order -> bool for each pulse.
     """
     if len(time) == 0:
         return np.zeros(0, bool)
     window = 1000 * COINCIDENCE_TIME
-    # [ps]: integers, so that keys are exact
-    time = np.rint(np.asarray(time, np.float64) * 1000).astype(np.int64)
+    time = np.rint(np.asarray(time, np.float64) * 1000).astype(np.int64)  # [ps] integers: keys are exact
     time = time - time.min()
     step = time.max() + window + 1  # from a DOM to the next: keys that are within the window are of one DOM
     event = np.asarray(event, np.int64)
@@ -409,8 +389,8 @@ def trigger(event, dom, time, charge, aux, rng):
     first, last = good[:max(len(good) - TRIGGER_PULSES + 1, 0)], good[TRIGGER_PULSES - 1:]
     fired = (event[first] == event[last]) & (time[last] - time[first] <= TRIGGER_TIME)
     first, last = first[fired], last[fired]
-    # no trigger: nothing is after start
-    start, end = np.full(CHUNK, np.iinfo(np.int64).max), np.zeros(CHUNK, np.int64)
+    never = np.iinfo(np.int64).max  # for events without a trigger
+    start, end = np.full(CHUNK, never), np.zeros(CHUNK, np.int64)
     start[event[first][::-1]] = time[first][::-1]  # the last value of an event stays: the earliest
     end[event[last]] = time[last]
     keep = (time >= start[event] - READOUT_BEFORE) & (time <= end[event] + READOUT_AFTER)
@@ -420,9 +400,7 @@ def trigger(event, dom, time, charge, aux, rng):
 
 
 def simulate_chunk(detector, rng):
-    """CHUNK interactions -> pulse columns of those that triggered, as from trigger(), numbered from 0; their
-    truth.
-    """
+    """CHUNK interactions -> pulse columns of those that triggered, numbered from 0; their truth."""
     events, doms = draw_events(CHUNK, rng), detector.position
     vertex, flight = events["vertex"], events["flight"]
     sources = (cascade_light(vertex, flight, events["cascade_energy"], doms),
@@ -445,9 +423,7 @@ def simulate_chunk(detector, rng):
 
 
 def simulate_events(n, detector, rng):
-    """Exactly n triggered events: pulse columns event (0..n-1), dom, time, charge, aux; a dict of their
-    truth.
-    """
+    """Exactly n triggered events -> pulse columns event (0..n-1), dom, time, charge, aux; their truth."""
     chunks, n_found = [], 0
     while n_found < n:
         (event, *columns), truth = simulate_chunk(detector, rng)
@@ -466,20 +442,20 @@ def simulate_events(n, detector, rng):
 
 PULSE_COLUMNS = {"sensor_id": "int16", "time": "int64", "charge": "float64", "auxiliary": "bool",
                  "event_id": "int64"}
-# event_id is Kaggle's index
-PANDAS = {"index_columns": ["event_id"], "column_indexes": [], "pandas_version": "2.0.0",
+PANDAS = {"index_columns": ["event_id"],  # as in Kaggle's files
+          "column_indexes": [], "pandas_version": "2.0.0",
           "columns": [{"name": name, "field_name": name, "pandas_type": kind, "numpy_type": kind,
                        "metadata": None}
                       for name, kind in PULSE_COLUMNS.items()]}
 PULSE_SCHEMA = pa.schema(list(zip(PULSE_COLUMNS, map(pa.type_for_alias, PULSE_COLUMNS.values()))),
                          metadata={"pandas": json.dumps(PANDAS)})
-TEST_META_SCHEMA = pa.schema([("batch_id", pa.int64()), ("event_id", pa.int64()),
-                              # inclusive
-                              ("first_pulse_index", pa.int64()), ("last_pulse_index", pa.int64())])
-# [rad] to the source
-META_SCHEMA = pa.schema([*TEST_META_SCHEMA, ("azimuth", pa.float64()), ("zenith", pa.float64()),
-                         # [GeV], 1 track 2 cascade; ours
-                         ("energy", pa.float64()), ("event_class", pa.uint8())])
+TEST_META_SCHEMA = pa.schema([
+    ("batch_id", pa.int64()), ("event_id", pa.int64()),
+    ("first_pulse_index", pa.int64()), ("last_pulse_index", pa.int64())])  # rows of the batch; last included
+META_SCHEMA = pa.schema([
+    *TEST_META_SCHEMA,
+    ("azimuth", pa.float64()), ("zenith", pa.float64()),  # [rad] to the source
+    ("energy", pa.float64()), ("event_class", pa.uint8())])  # not in Kaggle's: [GeV]; 1 track, 2 cascade
 
 
 def batch_paths(out_dir, split, batch):
@@ -498,8 +474,8 @@ def simulate_batch(out_dir, split, batch, first_event, n_events, seed, detector)
             while n_done < n_events:
                 n = min(EVENTS_PER_GROUP, n_events - n_done)
                 (event, dom, time, charge, aux), truth = simulate_events(n, detector, rng)
-                event_id = (first_event + n_done
-                            + np.arange(n)) * EVENT_ID_STEP + rng.integers(EVENT_ID_STEP, size=n)
+                number = first_event + n_done + np.arange(n)
+                event_id = number * EVENT_ID_STEP + rng.integers(EVENT_ID_STEP, size=n)
                 columns = [dom.astype(np.int16), time, charge, aux, event_id[event]]
                 writer.write_table(pa.table(columns, PULSE_SCHEMA))
                 end = n_pulses + np.cumsum(np.bincount(event, minlength=n))
@@ -521,8 +497,8 @@ def join_meta(path, schema, parts):
         with pq.ParquetWriter(part, schema) as writer:
             for table in map(pq.read_table, parts):
                 writer.write_table(table.select(schema.names))
-                lengths.append(table["last_pulse_index"].to_numpy() - table["first_pulse_index"].to_numpy()
-                               + 1)
+                first, last = (table[f"{end}_pulse_index"].to_numpy() for end in ("first", "last"))
+                lengths.append(last - first + 1)
 
     write_atomic(path, write)
     return np.concatenate(lengths)
@@ -541,12 +517,10 @@ def main():
         for start in range(0, n, config.events_per_batch):
             n_batch = min(config.events_per_batch, n - start)
             tasks.append((out_dir, split, len(tasks) + 1, first + start, n_batch, config.seed, detector))
-    splits = {"train": META_SCHEMA,
-              "test": TEST_META_SCHEMA} if config.n_test_events else {"train": META_SCHEMA}
+    splits = {"train": META_SCHEMA} | ({"test": TEST_META_SCHEMA} if config.n_test_events else {})
     outputs = [out_dir / "sensor_geometry.csv"] + [out_dir / f"{split}_meta.parquet" for split in splits]
 
-    # all that the bytes depend on: knobs, geometry, and the constants above, since those are what a reader
-    # will change
+    # all that the bytes depend on: knobs, geometry, and the constants above, which a reader may change
     settings = {key: value for key, value in asdict(config).items()
                 if key not in ("out_dir", "workers", "geometry")}
     doms = np.column_stack([*detector.position, detector.string])
@@ -557,10 +531,7 @@ def main():
     record = out_dir / "simulate.json"
     if os.path.exists(record):
         found = read_json(record)
-        for key, value in settings.items():
-            if found.get(key) != value:
-                fail(f"{out_dir} was simulated with {key} = {found.get(key)!r}, now it is {value!r}; choose "
-                     "another --out_dir, or remove that one")
+        check_settings(out_dir, found, settings, "out_dir")
         if found.get("complete") and all(map(os.path.exists,
                                              outputs + [batch_paths(*task[:3])[0] for task in tasks])):
             print(f"{out_dir} is complete, nothing to do")

@@ -157,6 +157,7 @@ def write_folder(path, **splits):
     counts = {name: {"n_events": len(events), "n_pulses": len(pulses)} for name,
               (events, pulses) in splits.items()}
     (path / "meta.json").write_text(json.dumps({"format": data.FORMAT_VERSION,
-                                                "dtypes": data.describe_dtypes(), "max_pulses": 127, "n_doms": 5160,
+                                                "dtypes": data.describe_dtypes(), "max_pulses": 127,
+                                                "n_doms": 5160,
                                                 "splits": counts}))
     return path

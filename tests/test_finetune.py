@@ -373,7 +373,8 @@ def test_a_published_checkpoint_can_be_tuned(demo_data, tmp_path, name):
     has_positions = name == "lightning.ckpt"
     published = published_state(torch.Generator().manual_seed(0), "positions" if has_positions else "table")
     if has_positions:  # its file has them scaled, and rounded
-        published["embedding.dom_positions"][1:] = torch.from_numpy(data.read_geometry(demo_data)["position"] / 500)
+        position = torch.from_numpy(data.read_geometry(demo_data)["position"].copy())
+        published["embedding.dom_positions"][1:] = position / 500
     torch.save({"state_dict": published, "epoch": 3} if has_positions else published, tmp_path / name)
     arguments = [f"--data_dir={demo_data}", *KNOBS, f"--out_dir={tmp_path}/run", "--max_steps=1",
                  "--learning_rate=1e-12"]
@@ -401,7 +402,8 @@ def test_a_published_checkpoint_can_be_tuned(demo_data, tmp_path, name):
 def test_a_published_checkpoint_that_does_not_fit_is_refused(demo_data, tmp_path, spoil, words):
     from test_model import published_state
     published = published_state(torch.Generator().manual_seed(0), "positions")
-    published["embedding.dom_positions"][1:] = torch.from_numpy(data.read_geometry(demo_data)["position"] / 500)
+    position = torch.from_numpy(data.read_geometry(demo_data)["position"].copy())
+    published["embedding.dom_positions"][1:] = position / 500
     spoil(published)
     torch.save(published, tmp_path / "weights.pth")
     line = user_error("tools/import_published.py", f"--checkpoint={tmp_path}/weights.pth",

@@ -59,8 +59,8 @@ def test_base_has_the_papers_size():
 
 
 VARIANTS = [{}, {"backbone": "gru"}, {"backbone": "mamba"}, {"use_dom_positions": False},
-            {"use_dom_table": True}, {"dom_head": "position", "fourier_features": True}, {"mlp": "swiglu", "norm": "rmsnorm", "qk_norm": True,
-                                      "final_norm": False}, {"mup_base_width": 16, "mup_base_layers": 1}]
+            {"use_dom_table": True}, {"dom_head": "position", "fourier_features": True},
+            {"mlp": "swiglu", "norm": "rmsnorm", "qk_norm": True, "final_norm": False}, {"mup_base_width": 16, "mup_base_layers": 1}]
 BACKBONES = [{}, {"backbone": "gru"}, {"backbone": "mamba"}]
 
 
@@ -391,8 +391,8 @@ def test_chamfer_distance_by_hand():
     geometry = torch.tensor([[0.0, 0, 0], [300, 0, 0], [0, 400, 0], [0, 0, 700]])
     dom, event, guess = torch.tensor([0, 1, 3]), torch.tensor([0, 0, 1]), torch.tensor([1, 2, 0])
     logits = 100 * F.one_hot(guess, 4).float()
-    # event 0: 0 -> nearest guess 300, 1 -> 0 (guessed, though by the other pulse); back: guess 1 -> 0, guess 2
-    # -> 400. Event 1: 700 both ways
+    # event 0: from DOM 0 the nearest guess is DOM 1, from DOM 1 it is DOM 1 itself, though guessed for the
+    # other pulse; back, from the guesses DOM 1 and DOM 2: 0 m and 400 m. Event 1: 700 m both ways
     found = m.chamfer_distance(logits, dom, event, geometry)
     assert torch.allclose(found, torch.tensor([3.0 + 0, 0 + 4.0, 14.0]))
 

@@ -198,14 +198,14 @@ def test_labels_do_not_enter_motion(raw, straight):
 
 
 def test_strings_of_a_detector(tmp_path):
-    """A column string; without it equal x, y; IceCube's 5160 by their ids, whose x, y are not exactly equal."""
+    """A column string; without it equal x, y; IceCube's 5160 by their ids, as x, y are not quite equal there."""
     def read(rows, header="sensor_id,x,y,z"):
         (tmp_path / "g.csv").write_text("\n".join([header, *rows]) + "\n")
         return prepare.read_detector(tmp_path / "g.csv")
     rows = ["2,5.0,1.0,-30", "0,9.0,1.0,10", "1,5.0,1.0,20", "3,9.0,2.0,1"]
     assert len(set(read(rows).string[[0, 1, 3]])) == 3 and read(rows).string[1] == read(rows).string[2]
-    with_strings = read([f"{row},{string}" for row, string in zip(rows, [7, 3, 7, 3])], "sensor_id,x,y,z,string")
-    assert with_strings.string.tolist() == [3, 7, 7, 3] and with_strings.position[2].tolist() == [10, 20, -30, 1]
+    named = read([f"{row},{n}" for row, n in zip(rows, [7, 3, 7, 3])], "sensor_id,x,y,z,string")
+    assert named.string.tolist() == [3, 7, 7, 3] and named.position[2].tolist() == [10, 20, -30, 1]
     icecube = read([f"{dom},{dom * 0.01},0,{-dom}" for dom in range(5160)])
     assert icecube.string.tolist() == [dom // 60 for dom in range(5160)]
 

@@ -245,8 +245,8 @@ def test_any_detector_is_simulated_prepared_and_trained_on(tmp_path):
     """Strings of 5 to 11 DOMs, 95 in all: whatever counts 5160 or 60 would fail."""
     rows, lengths = ["sensor_id,x,y,z,string"], [11, 5, 8, 9, 10, 11, 8, 7, 9, 9, 8]
     for string, length in enumerate(lengths):
-        rows += [f"{len(rows) - 1 + i},{90 * (string % 4) - 135},{90 * (string // 4) - 90},{120 - 25 * i},{string}"
-                 for i in range(length)]
+        x, y = 90 * (string % 4) - 135, 90 * (string // 4) - 90
+        rows += [f"{len(rows) - 1 + i},{x},{y},{120 - 25 * i},{string}" for i in range(length)]
     (tmp_path / "g.csv").write_text("\n".join(rows) + "\n")
     run_ok("simulate.py", f"--out_dir={tmp_path}/raw", "--workers=1", f"--geometry={tmp_path}/g.csv",
            "--n_events=120", "--events_per_batch=60", "--n_test_events=0")

@@ -30,11 +30,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from common import (count_cores, count_events, fail, hold_lock, progress_bar, read_json, run_in_workers,
-                    run_stage, write_atomic, write_json)
+from common import (check_settings, count_cores, count_events, fail, hold_lock, progress_bar,
+                    read_json, run_in_workers, run_stage, write_atomic, write_json)
 from data import uniform_hash
 from knobs import check_choice, check_not_negative, check_positive, load_config, print_knobs
-from prepare import (CHUNK, ICECUBE_DOMS, ICECUBE_DOMS_PER_STRING, KINDS, MAX_FLOAT, open_parquet, read_batches,
+from prepare import (CHUNK, ICECUBE_DOMS_PER_STRING, KINDS, MAX_FLOAT, open_parquet, read_batches,
                      read_detector, refuse, refuse_outside, to_numpy)
 from simulate import (META_SCHEMA, PULSE_SCHEMA, TRIGGER_AT, TRIGGER_SHAKE, batch_paths, join_meta,
                       local_coincidence, number_along_strings, unit_vector)
@@ -143,9 +143,9 @@ def read_photons(path, detector):
         bad = ~(known & (np.abs(np.array(position) - expected) < 1).all(axis=0))  # [m]
         if bad.any():
             i = int(np.argmax(bad))
-            there = "at " + ", ".join(f"{x:.2f}" for x in expected[:, i]) if known[i] else "there is none"
+            by_file = ", ".join(f"{x:.2f}" for x in expected[:, i]) if known[i] else "nowhere"
             fail(f"{path}: row {row + event[i]}: string {string[i]} sensor {sensor[i]} lies at "
-                 f"{', '.join(f'{x[i]:.2f}' for x in position)}, in the geometry file {there}; this is "
+                 f"{', '.join(f'{x[i]:.2f}' for x in position)}, by the geometry file {by_file}; this is "
                  "another detector, only IceCube-86 can be converted")
         yield row, truth, event, dom, time
 
@@ -388,10 +388,7 @@ def main():
     record, meta_path = out_dir / "prometheus.json", out_dir / "train_meta.parquet"
     if record.exists():
         found = read_json(record)
-        for key, value in settings.items():
-            if found.get(key) != value:
-                fail(f"{out_dir} was converted with {key} = {found.get(key)!r}, now it is {value!r}; choose "
-                     "another --out_dir, or remove that one")
+        check_settings(out_dir, found, settings, "out_dir")
         paths = [batch_paths(out_dir, "train", i + 1)[0] for i in range(found.get("n_batches", 0))]
         if paths and all(path.exists() for path in (meta_path, *paths)):
             print_readings(config, found["readings"])
