@@ -343,6 +343,46 @@ def test_energy_shows_in_the_light(events):
     assert np.corrcoef(light, np.log10(events["energy"]))[0, 1] > 0.4
 
 
+def track_photons(n, rng):
+    """Photons of a cascade along z, step by step through uniform ice -> cosine and weight of those that pass
+    100 m from the vertex, and their detour [m]. They leave by the angular profile that 1210.5140 fitted, and
+    scatter by Henyey and Greenstein's law with a mean cosine of 0.9.
+    """
+    grid, mean_cosine = np.linspace(-1, 1, 100_001), 0.9
+    share = np.cumsum(np.maximum(4.27 * np.exp(-6.02 * np.abs(grid - 1 / 1.33) ** 0.299) - 0.001, 0))
+    cosine = np.interp(rng.random(n), share / share[-1], grid)
+    way, place, path, found = np.array([0.0, 0, 1])[:, None] + np.zeros((3, n)), np.zeros((3, n)), 0.0, []
+    for _ in range(250):  # turn by cosine, go on; 680 m are more than light gets
+        side = np.cross(way, rng.standard_normal((3, n)), axis=0)
+        way = cosine * way + np.sqrt(1 - cosine**2) * side / np.linalg.norm(side, axis=0)
+        step = rng.exponential(simulate.SCATTERING_LENGTH * (1 - mean_cosine), n)
+        place, path = place + step * way, path + step
+        distance = np.linalg.norm(place, axis=0)
+        near = np.abs(distance - 100) < 8
+        found.append([place[2, near] / distance[near], np.exp(-path[near] / simulate.ABSORPTION_LENGTH),
+                      (path - distance)[near]])
+        x = (1 - mean_cosine**2) / (1 - mean_cosine + 2 * mean_cosine * rng.random(n))
+        cosine = (1 + mean_cosine**2 - x**2) / (2 * mean_cosine)
+    return np.concatenate(found, axis=1)
+
+
+def test_light_of_a_cascade_leans_forward_as_that_of_tracked_photons():
+    cosine, weight, detour = track_photons(20_000, np.random.default_rng(0))
+    tracked = np.histogram(cosine, 10, (-1, 1), weights=weight)[0]
+    angle = np.repeat(np.arccos(np.linspace(-0.9, 0.9, 10)), 6)  # of 60 DOMs around a vertex above the dust
+    doms = 100 * np.stack([np.cos(angle), np.sin(angle), 0 * angle]) + np.array([[0], [0], [300]])
+    _, dom, light, _, path, _ = simulate.cascade_light(np.array([[0.0], [0], [300]]), np.eye(3)[:, :1],
+                                                       np.array([1e5]), doms)
+    assert (dom == np.arange(60)).all()
+    np.testing.assert_allclose(light[::6] / light.mean(), tracked / tracked.mean(), atol=0.15)
+    front, back = (np.average(detour[there], weights=weight[there])
+                   for there in (cosine > 0.8, cosine < -0.8))
+    speed = simulate.LIGHT_SPEED / simulate.REFRACTIVE_INDEX
+    scale = 1 / (1 / simulate.PANDEL_TIME + speed / simulate.ABSORPTION_LENGTH)  # rougher: AMANDA's delays
+    later = (path[0] - path[-1]) / simulate.PANDEL_LENGTH * scale  # [ns]
+    assert later == pytest.approx((back - front) / speed, rel=0.4)
+
+
 def test_dust_layer_is_dark(events):
     """DOMs in the layer see less than those above and below it (strings 1..78, aux=False)."""
     z = events["position"][(events["dom"] < 78 * 60) & ~events["aux"], 2]
