@@ -20,7 +20,7 @@ import time
 import zlib
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -349,6 +349,11 @@ def wait_for_all(process):
         torch.distributed.barrier()
 
 
+def share_of_rank(n, process):
+    """Which of n things this rank works on: neighbours, about as many on each rank."""
+    return np.array_split(np.arange(n), process.world_size)[process.rank]
+
+
 def sum_over_ranks(values, process):
     """Add up numbers, or a 1-d tensor, over all ranks -> list of floats; waits for a GPU's tensor only."""
     import torch
@@ -406,6 +411,103 @@ def print_run_header(config, process, model, n_train):
 def count_parameters(weights):
     """Of a state_dict, in which the DOMs' positions are no parameters."""
     return sum(weight.numel() for name, weight in weights.items() if not name.endswith("geometry"))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# what both training loops share
+# ------------------------------------------------------------------------------------------------------------
+
+def check_flash(raw_model, process):
+    """On a GPU, compare flash attention with the plain one before it is trusted with a long run."""
+    import torch
+    mixer = raw_model.encoder.backbone.blocks[0].mixer
+    if getattr(mixer, "can_flash", False) and process.dtype != torch.float32:
+        error = mixer.flash_error(process.device, process.dtype)
+        if not error < 0.05:
+            fail(f"flash attention differs from the plain one by {error:.2g} of its largest number on this "
+                 "GPU; use --dtype=float32, which does without, or another version of torch")
+
+
+def compiled_and_distributed(raw_model, config, process):
+    """The model as the loop calls it. What is saved and evaluated is raw_model, whose weights it shares."""
+    import torch
+    check_flash(raw_model, process)
+    model = torch.compile(raw_model, dynamic=True) if config.compile else raw_model
+    if process.world_size == 1:
+        return model
+    # DDP goes around the compiled model; else it would cut its graph, and compile anew for each new length
+    torch._dynamo.config.optimize_ddp = False
+    return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False,
+                                                     gradient_as_bucket_view=True)
+
+
+def summing_gradients(model, process, is_last):
+    """A context for the micro-batches of a step: gradients are summed over ranks with the last one only."""
+    return nullcontext() if process.world_size == 1 or is_last else model.no_sync()
+
+
+class GuardedOptimizer:
+    """How both loops update a model: unscale the gradients, clip them, step if they are finite, zero them.
+
+    n_bad counts the steps that were skipped, bad_in_a_row those since the last good one, both without waiting
+    for the GPU.
+    """
+
+    def __init__(self, model, optimizers, config, process):
+        import torch
+        self.model, self.optimizers = model, optimizers
+        self.grad_clip, self.max_bad_steps = config.grad_clip, config.max_bad_steps
+        self.scaler = torch.amp.GradScaler(process.device.type, init_scale=2.0**10,
+                                           enabled=process.dtype == torch.float16)
+        self.n_bad = self.bad_in_a_row = torch.zeros((), dtype=torch.int64, device=process.device)
+
+    def set_learning_rate(self, rate):
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            group["lr"] = rate * group.get("lr_scale", 1.0)  # other than 1 with muP, or in finetune.py's head
+
+    def backward(self, loss):
+        self.scaler.scale(loss).backward()
+
+    def step(self):
+        """-> norm of the gradient before it is clipped, a tensor on the device."""
+        import torch
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
+        is_bad = ~grad_norm.isfinite()
+        # not scaler.step, which asks each optimizer for itself: here one bad gradient makes all of them skip
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, torch.optim.AdamW):
+                optimizer.found_inf = is_bad.float()  # the fused kernel then changes nothing
+                optimizer.step()
+            elif not is_bad.item():  # Muon has no such kernel: this waits for the GPU
+                optimizer.step()
+        self.scaler.update()
+        self.model.zero_grad(set_to_none=True)
+        self.n_bad = self.n_bad + is_bad
+        is_over = self.bad_in_a_row > self.max_bad_steps  # then it stays so, until the next log line looks
+        in_a_row = torch.where(is_bad, self.bad_in_a_row + 1, 0)
+        self.bad_in_a_row = torch.where(is_over, self.bad_in_a_row, in_a_row)
+        return grad_norm
+
+    def gave_up(self):
+        return self.bad_in_a_row.item() > self.max_bad_steps
+
+    def state_dict(self):
+        return {"optimizer": [optimizer.state_dict() for optimizer in self.optimizers],
+                "scaler": self.scaler.state_dict(), "bad_steps": self.n_bad.item()}
+
+    def load_state_dict(self, saved):
+        for optimizer, state in zip(self.optimizers, saved["optimizer"], strict=True):
+            optimizer.load_state_dict(state)
+        if saved["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(saved["scaler"])
+        self.n_bad = self.n_bad + saved["bad_steps"]
+
+
+def describe(row):
+    """What an evaluation has found, in one line."""
+    return " ".join(f"{name} {value:.4g}" for name, value in row.items() if name.startswith("val_"))
 
 
 class Speedometer:

@@ -60,12 +60,12 @@ LABELS = {"direction": ("azimuth", "zenith"), "energy": ("energy",)}  # of EVENT
 # ------------------------------------------------------------------------------------------------------------
 
 def load_model(path, data_dir=""):
-    """A model as its checkpoint has it -> model, config of its run, checkpoint. Its detector must be that of
-    data_dir.
+    """A model as its checkpoint has it -> model, config of its run, checkpoint.
+
+    data_dir must be of its detector; "" is that of its run.
     """
     saved = common.load_checkpoint(path)
-    # a knob younger than the checkpoint was off
-    run = SimpleNamespace(**{**asdict(ModelConfig()), **saved["config"]})
+    run = SimpleNamespace(**(asdict(ModelConfig()) | saved["config"]))  # a knob younger than it was off
     geometry = data.read_geometry(data_dir or run.data_dir)
     data.check_geometry(saved, geometry, path, data_dir or run.data_dir)
     model = (Reconstructor if hasattr(run, "task") else Pretrainer)(run, geometry)
@@ -89,15 +89,14 @@ def check_labels(split, n_events, config):
 
 @torch.no_grad()
 def predict(model, split, n_events, config, process, wants_cls=False):
-    """Go through the first n_events in their order, batch_size at a time: yields index (n,) and arrays (n,
-    ...) of all ranks.
+    """Go through the first n_events in their order, batch_size at a time. Yields index (n,), arrays (n, ...).
 
-    config: task and losses of the model, batch_size and micro_batch_size. The arrays are the model's outputs,
-    line_fit, and where labels are known the loss; and cls, what [CLS] knows, if that is wanted.
+    config: task and losses of the model, batch_size and micro_batch_size. The arrays hold what all ranks have
+    found: the outputs of a Reconstructor, its loss (NaN without labels) and line_fit; cls, the vector of
+    [CLS], if wants_cls.
     """
     edges = np.linspace(0, n_events, -(-n_events // config.batch_size) + 1).astype(np.int64).tolist()
-    shares = [np.array_split(np.arange(a, b), process.world_size)[process.rank] for a,
-              b in zip(edges, edges[1:])]
+    shares = [a + common.share_of_rank(b - a, process) for a, b in zip(edges, edges[1:])]
     geometry, has_task = model.encoder.embedding.geometry, hasattr(config, "task")
     was_training = model.training
     model.eval()
@@ -121,9 +120,8 @@ def predict(model, split, n_events, config, process, wants_cls=False):
                         losses = event_losses(outputs, batch, config)
                         found |= outputs | {"loss": losses, "line_fit": line_fit(batch, geometry)}
                 for name, value in found.items():
-                    value = value.float().cpu().numpy()
-                    arrays.setdefault(name, np.empty((len(share), *value.shape[1:]),
-                                                     np.float32))[batch["row"]] = value
+                    empty = np.empty((len(share), *value.shape[1:]), np.float32)
+                    arrays.setdefault(name, empty)[batch["row"]] = value.float().cpu().numpy()
             yield np.arange(a, b), common.gather_arrays(arrays, process)
             bar.update(b - a)
     model.train(was_training)
@@ -134,11 +132,10 @@ def predict(model, split, n_events, config, process, wants_cls=False):
 # ------------------------------------------------------------------------------------------------------------
 
 def line_fit(batch, geometry):
-    """The baseline: fit position = r + v time to the good pulses, weighted by charge
-    -> unit vectors (B, 3) along -v.
+    """The baseline: fit position = r + v time to the good pulses -> unit vectors (B, 3) along -v.
 
-    IceCube's first guess (astro-ph/0407044, section 3.1.3); 1.18 rad on average on Kaggle's data. 0 where no
-    fit is possible.
+    Pulses count by their charge; where no fit is possible the vector is 0. IceCube's first guess
+    (astro-ph/0407044, section 3.1.3), 1.18 rad on average on Kaggle's data.
     """
     lengths = batch["starts"].diff()
     event = torch.repeat_interleave(lengths, output_size=len(batch["time"]))  # of each token, (T,)
@@ -155,16 +152,15 @@ def line_fit(batch, geometry):
 
 
 def vmf_quantile(direction, kappa, truth):
-    """The probability inside the contour around the prediction that goes through the truth: uniform in 0..1
-    if kappa is right.
+    """The probability inside that contour around the prediction that goes through the truth.
+
+    It is uniform in 0..1 if kappa is right.
     """
     return torch.expm1(-kappa * one_minus_cosine(direction, truth)) / torch.expm1(-2 * kappa)
 
 
 def score(arrays, events, config):
-    """Errors of some events, beside those of the line fit and the quantiles that calibration is told by
-    -> dict of (n,).
-    """
+    """Errors of some events and what score_events lists beside them -> dict of (n,)."""
     if config.task == "energy":
         return {"loss": arrays["loss"], "error": arrays["log_energy"] - np.log10(events["energy"])}
     truth = unit_vector(*(torch.from_numpy(events[angle].copy()) for angle in ("azimuth", "zenith")))
@@ -177,8 +173,8 @@ def score(arrays, events, config):
 def score_events(model, split, n_events, config, process):
     """Scores of the first n_events of a labelled split -> dict of arrays (n_events,), on every rank.
 
-    loss; "direction": error, fit_error (of the line fit) [rad], quantile (see vmf_quantile); "energy": error
-    [dex].
+    "direction": loss, error [rad], fit_error (of the line fit) [rad], quantile (see vmf_quantile)
+    "energy":    loss, error [dex]
     """
     parts = [score(arrays, split.events[index], config)
              for index, arrays in predict(model, split, n_events, config, process)]
@@ -199,18 +195,16 @@ def summary(scores, config):
 # statistics, in bins
 # ------------------------------------------------------------------------------------------------------------
 
-STATISTICS = {"direction": {"mean": np.mean, "median": np.median,
-                            "68 %": lambda error: np.quantile(error, 0.68)},
-              "energy": {"bias": np.mean, "resolution": np.std}}
+STATISTICS = {
+    "direction": {"mean": np.mean, "median": np.median, "68 %": lambda error: np.quantile(error, 0.68)},
+    "energy": {"bias": np.mean, "resolution": np.std}}
 N_BOOTSTRAP = 100  # resamplings of the events: the spread of a statistic over them is its error, good to 7 %
 MIN_EVENTS = 10  # a smaller bin is not shown, and of fewer events no error is estimated
 LEVELS = np.linspace(0.05, 0.95, 19)  # of probability, at which the contours are checked
 
 
 def bins_of(events):
-    """(kind, label, mask) of the groups of events that are looked at on their own; unknown energies and
-    classes give none.
-    """
+    """Yield (kind, label, mask) for each group of events that gets a row; what is unknown gives no group."""
     yield "all", "all", np.ones(len(events), bool)
     for number, name in ((1, "track"), (2, "cascade")):
         yield "class", name, events["event_class"] == number
@@ -218,18 +212,18 @@ def bins_of(events):
         is_inside = (events["energy"] >= 10.0**low) & (events["energy"] < 10.0**(low + 1))
         yield "energy", f"1e{low} to 1e{low + 1} GeV", is_inside
     for low, high in ((1, 32), (32, 64), (64, 128), (128, 256), (256, 1024), (1024, 2**32)):
-        yield "pulses", f"{low} to {high - 1}" if high < 2**32 else f"{low} or more", \
-            (events["n_pulses"] >= low) & (events["n_pulses"] < high)
-    for low in (0, 60, 120):
-        zenith = np.degrees(events["zenith"])
-        yield "zenith", f"{low} to {low + 60} deg", (zenith >= low) & (zenith < low + 60 + (low == 120))
+        label = f"{low} to {high - 1}" if high < 2**32 else f"{low} or more"
+        yield "pulses", label, (events["n_pulses"] >= low) & (events["n_pulses"] < high)
+    zenith = np.degrees(events["zenith"])
+    for low, high in ((0, 60), (60, 120), (120, 181)):  # 180 degrees are in the last
+        yield "zenith", f"{low} to {low + 60} deg", (zenith >= low) & (zenith < high)
 
 
 def evaluation_table(scores, events, config):
     """Rows (dicts) for all events and in bins -> rows, and those left out as they have fewer than MIN_EVENTS.
 
-    A row has n, each statistic with its bootstrap error (None for too few events), beside it that of the line
-    fit.
+    A row has n, each statistic with its bootstrap error (None for too few events), and for the direction the
+    same of the line fit, without errors.
     """
     rng, rows, left_out = np.random.default_rng(0), [], []
     for kind, label, mask in bins_of(events):
@@ -281,11 +275,12 @@ def report(scores, events, config, run, saved):
     whole = rows[0]
     start = f"pretrained {saved['config']['pretrained']}" if saved["config"]["pretrained"] else "from scratch"
     result = f"{path} | {start} | {saved['n_train']:,} labels | {len(events):,} events of {config.split} | "
-    result += (
-        f"angular error mean {with_error(whole, 'mean', '.4f', '.4f')} rad, median {whole['median']:.4f} rad"
-        if run.task == "direction" else
-        f"log10(energy) bias {with_error(whole, 'bias', '+.4f', '.4f')}, resolution "
-        f"{whole['resolution']:.4f} dex")
+    if run.task == "direction":
+        result += (f"angular error mean {with_error(whole, 'mean', '.4f', '.4f')} rad, "
+                   f"median {whole['median']:.4f} rad")
+    else:
+        result += (f"log10(energy) bias {with_error(whole, 'bias', '+.4f', '.4f')}, "
+                   f"resolution {whole['resolution']:.4f} dex")
     content = {"checkpoint": Path(path).name, "step": saved["step"],
                "pretrained": saved["config"]["pretrained"],
                "freeze_backbone": saved["config"]["freeze_backbone"], "n_train": saved["n_train"],
@@ -307,11 +302,10 @@ def report(scores, events, config, run, saved):
 
 
 def evaluation_path(saved, config, n_events, n_split):
-    """Where the evaluation of a checkpoint is kept, beside it: the plain name is for best.pt on the events of
-    its run.
+    """Where the evaluation of a checkpoint is kept, beside it.
 
-    These are the first val_events of its val_split, or all of another split of its data; other names say what
-    differs.
+    The plain name is for best.pt on the events of its run: the first val_events of its val_split, or all of
+    another split of its data. Other names say what differs.
     """
     run, path = saved["config"], Path(config.checkpoint)
     n_run = min(run["val_events"] or n_split, n_split) if config.split == run["val_split"] else n_split
@@ -331,11 +325,10 @@ def evaluation_path(saved, config, n_events, n_split):
 # ------------------------------------------------------------------------------------------------------------
 
 def prediction_table(events, arrays, config, run, known):
-    """What is written of some events: angles as Kaggle wants them, azimuth in [0, 2 pi), zenith in [0, pi],
-    and the truth.
+    """What is written of some events: azimuth in [0, 2 pi), zenith in [0, pi] as Kaggle wants them, and more.
 
-    known: which of azimuth, zenith, energy, event_class the split has; as true_azimuth, ... they stand
-    beside. A .csv has the columns of a Kaggle submission.
+    known: which of azimuth, zenith, energy, event_class the split has; a .parquet has them too, with the
+    names true_azimuth, ... A .csv has the columns of a Kaggle submission only.
     """
     columns = {"event_id": events["event_id"]}
     if run.task == "energy":
@@ -361,8 +354,8 @@ def table_file(path):
 
     def write(table):
         if not writers:
-            writers.append((pyarrow.csv.CSVWriter if path.endswith(".csv")
-                            else pq.ParquetWriter)(part, table.schema))
+            kind = pyarrow.csv.CSVWriter if path.endswith(".csv") else pq.ParquetWriter
+            writers.append(kind(part, table.schema))
         writers[0].write_table(table)
 
     try:
@@ -378,9 +371,7 @@ def table_file(path):
 # ------------------------------------------------------------------------------------------------------------
 
 def evaluate_checkpoint(config, process):
-    """Score a checkpoint, print and keep the result, write what is asked for
-    -> the result in one line, or None.
-    """
+    """Score a checkpoint, print and keep the result, write what is asked for -> its one line, or None."""
     model, run, saved = load_model(config.checkpoint, config.data_dir)
     config.data_dir, config.split = config.data_dir or run.data_dir, config.split or run.val_split
     split, n_events = data.open_first_events(config.data_dir, config.split, config.n_events, at_most=True)
@@ -391,13 +382,13 @@ def evaluate_checkpoint(config, process):
     if not (is_labelled or config.predictions or config.embeddings):
         common.fail(f"{split.path} has no labels of the {run.task} to evaluate with; name a file to write: "
                     "--predictions=")
-    run.batch_size, scores = config.batch_size, []
-    run.micro_batch_size = common.suited_micro_batch_size(process,
-                                                          data.read_meta(config.data_dir)["max_pulses"], run)
+    run.batch_size, max_pulses = config.batch_size, data.read_meta(config.data_dir)["max_pulses"]
+    run.micro_batch_size = common.suited_micro_batch_size(process, max_pulses, run)
     known = [name for name in ("azimuth", "zenith", "energy")
              if not np.isnan(split.events[name][:n_events]).all()]
     if split.events["event_class"][:n_events].any():
         known.append("event_class")
+    scores = []
     with ExitStack() as files:
         write, write_cls = (files.enter_context(table_file(path)) if path and process.is_main else None
                             for path in (config.predictions, config.embeddings))

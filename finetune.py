@@ -1,13 +1,13 @@
-"""Stage 3: from few labels to the neutrino's direction or energy: a small head on [CLS], and the encoder.
+"""Stage 3: fine-tuning. A small head on [CLS] learns the neutrino's direction or energy from labels.
 
-    python finetune.py sample_config/demo_finetune.py                             from out/demo/ckpt.pt
+    python finetune.py sample_config/demo_finetune.py                       the encoder of out/demo/ckpt.pt
+    python finetune.py sample_config/demo_finetune.py sample_config/ablation/frozen.py      the head alone
     python finetune.py sample_config/demo_finetune.py sample_config/ablation/scratch.py     no pretraining
-    python evaluate.py --checkpoint=out/demo_finetune/best.pt                               see evaluate.py
 
-Prints one line every log_interval steps and writes log.csv, ckpt.pt (last), best.pt (lowest val_loss after
-step 0), config.json, result.txt and evaluation_<val_split>.json (the errors of best.pt, in bins, beside those
-of a line fit) into out_dir. Exit status as train.py's. Guessing at random gives a mean angular error of pi/2
-= 1.571 rad.
+The encoder learns with it, unless it is frozen. Prints one line every log_interval steps and writes log.csv,
+ckpt.pt (last), best.pt (lowest val_loss after step 0) and config.json into out_dir. At the end evaluate.py
+scores best.pt: result.txt and evaluation_<val_split>.json. Stopping, going on and exit status are as in
+train.py. Guessing at random gives a mean angular error of pi/2 = 1.571 rad.
 """
 import common  # first: it sets how torch's threads wait
 
@@ -22,8 +22,7 @@ import data
 import evaluate
 import knobs
 from model import DIRECTION_LOSSES, TASKS, ModelConfig, Reconstructor, event_losses, parameter_groups
-from train import (GuardedOptimizer, compiled_and_distributed, describe, learning_rate, make_adamw,
-                   print_reheating, print_schedule_notes, summing_gradients)
+from train import learning_rate, make_adamw, print_reheating, print_schedule_notes
 
 
 @dataclass
@@ -94,14 +93,12 @@ MAY_CHANGE = {"data_dir", "out_dir", "micro_batch_size", "max_steps", "cooldown_
 
 
 # ------------------------------------------------------------------------------------------------------------
-# checkpoints
+# from a pretrained model to one for a task
 # ------------------------------------------------------------------------------------------------------------
 
 def take_architecture(config, saved, path):
-    """The architecture comes from the checkpoint; a knob that was set to something else is a contradiction.
-    """
-    # a knob that is younger than the checkpoint was off
-    known = {**dataclasses.asdict(ModelConfig()), **saved["config"]}
+    """The architecture comes from the checkpoint; a knob that was set to something else is an error."""
+    known = dataclasses.asdict(ModelConfig()) | saved["config"]  # a knob younger than the checkpoint was off
     for key in dataclasses.asdict(ModelConfig()):
         if key in config.sources and getattr(config, key) != known[key]:
             common.fail(f"{key} = {getattr(config, key)!r}, but {path} has {known[key]!r}; leave {key} out, "
@@ -110,20 +107,20 @@ def take_architecture(config, saved, path):
 
 
 def load_encoder(model, saved, path):
-    """Copy the encoder of a pretrained (or fine-tuned) checkpoint. The head stays new, everything else must
-    be there.
+    """Copy the encoder of a pretrained (or fine-tuned) checkpoint. All of it must be there; the head is new.
+
+    # DIFF(upstream): strict=False there, whatever is missing stays random without a word
     """
     encoder = {name: value for name, value in saved["model"].items() if name.startswith("encoder.")}
     missing, unexpected = model.load_state_dict(encoder, strict=False)
     new_head = [name for name in model.state_dict() if not name.startswith("encoder.")]
-    # DIFF(upstream): strict=False there, whatever is missing stays random without a word
     if missing != new_head or unexpected:
         common.fail(f"{path}: its encoder is not complete: missing {sorted(set(missing) - set(new_head))}, "
                     f"not known {unexpected}")
 
 
 def head_and_encoder(model, config):
-    """parameter_groups, those of the head with head_lr_factor times the learning rate."""
+    """model.parameter_groups, the head apart: it has head_lr_factor times the learning rate."""
     head = {id(parameter) for parameter in model.head.parameters()}
     groups = []
     for group in parameter_groups(model, config.weight_decay):
@@ -133,28 +130,24 @@ def head_and_encoder(model, config):
     return [group for group in groups if group["params"]]
 
 
+# ------------------------------------------------------------------------------------------------------------
+# training
+# ------------------------------------------------------------------------------------------------------------
+
+def shift_at_random(events, pulses, index, epoch, config):
+    """A copy of the pulses, each event shifted in time by a normal number of its own, new in each epoch."""
+    u, v = (data.uniform_hash(config.seed, epoch, 2 * index + i) for i in (0, 1))
+    normal = np.sqrt(-2 * np.log1p(-u)) * np.cos(2 * np.pi * v)  # Box & Muller: of two uniform ones
+    pulses = pulses.copy()
+    pulses["time"] += np.repeat((config.time_offset_std * normal).astype(np.float32), events["length"])
+    return pulses
+
+
 def ran_out_of_patience(step, best_step, config):
     return config.patience > 0 and step - best_step >= config.patience * config.eval_interval
 
 
 # ------------------------------------------------------------------------------------------------------------
-
-def load_step_of(config, split, n_train, process):
-    """-> function of a step: this rank's share of its events, whose choice does not depend on the number of
-    ranks.
-    """
-    def load_step(step):
-        index, epoch = data.step_events(step, config.batch_size, n_train, config.seed)
-        mine = np.array_split(np.arange(config.batch_size), process.world_size)[process.rank]
-        events, pulses = data.read_events(split, index[mine])
-        if config.time_offset_std:  # two uniform numbers make a normal one (Box & Muller)
-            u, v = (data.uniform_hash(config.seed, epoch[mine], 2 * index[mine] + i) for i in (0, 1))
-            shift = config.time_offset_std * np.sqrt(-2 * np.log1p(-u)) * np.cos(2 * np.pi * v)
-            pulses = pulses.copy()
-            pulses["time"] += np.repeat(shift.astype(np.float32), events["length"])
-        return data.micro_batches(events, pulses, config.micro_batch_size, evaluate.LABELS[config.task])
-    return load_step
-
 
 def main():
     config = knobs.load_config(FinetuneConfig, __doc__)
@@ -171,6 +164,15 @@ def main():
     config.micro_batch_size = config.micro_batch_size or common.suited_micro_batch_size(
         process, data.read_meta(config.data_dir)["max_pulses"], config)
 
+    def load_step(step):
+        """This rank's share of a step; the step's events do not depend on the number of ranks."""
+        index, epoch = data.step_events(step, config.batch_size, n_train, config.seed)
+        mine = common.share_of_rank(config.batch_size, process)
+        events, pulses = data.read_events(train_split, index[mine])
+        if config.time_offset_std:
+            pulses = shift_at_random(events, pulses, index[mine], epoch[mine], config)
+        return data.micro_batches(events, pulses, config.micro_batch_size, evaluate.LABELS[config.task])
+
     def evaluate_best():
         """Evaluate what was kept as best, print and keep the result."""
         result = evaluate.evaluate_checkpoint(evaluate.EvaluateConfig(
@@ -181,7 +183,7 @@ def main():
 
     # ---- checkpoint, model, optimizer ----------------------------------------------------------------------
     pretrained = None
-    if config.pretrained:  # a run that goes on has all that it needs
+    if config.pretrained:  # of a run that goes on its own checkpoint will do
         begin = checkpoint_path if os.path.exists(checkpoint_path) else config.pretrained
         pretrained = common.load_checkpoint(begin)
         data.check_geometry(pretrained, geometry, begin, config.data_dir)
@@ -191,8 +193,8 @@ def main():
         common.check_same(checkpoint_path, "labels in train_split", saved["n_train"], n_train)
         data.check_geometry(saved, geometry, checkpoint_path, config.data_dir)
         data.check_events(saved, checkpoint_path, config.data_dir)
-        if saved["step"] >= config.max_steps or ran_out_of_patience(saved["step"], saved["best_step"],
-                                                                    config):
+        is_out_of_patience = ran_out_of_patience(saved["step"], saved["best_step"], config)
+        if saved["step"] >= config.max_steps or is_out_of_patience:
             if process.is_main:
                 print(f"{config.out_dir} is complete at step {saved['step']}; raise max_steps (or patience, "
                       "if that ended it) to go on, or choose another out_dir")
@@ -209,14 +211,14 @@ def main():
         load_encoder(raw_model, pretrained, config.pretrained)
     raw_model.encoder.requires_grad_(not config.freeze_backbone)
     raw_model.to(process.device)
-    optimizer = GuardedOptimizer(raw_model, [make_adamw(head_and_encoder(raw_model, config), config)], config,
-                                 process)
+    adamw = make_adamw(head_and_encoder(raw_model, config), config)
+    optimizer = common.GuardedOptimizer(raw_model, [adamw], config, process)
     first_step, best_val, best_step = 0, float("inf"), 0
     if saved:
         raw_model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved)
         first_step, best_val, best_step = saved["step"], saved["best_val"], saved["best_step"]
-    model = compiled_and_distributed(raw_model, config, process)
+    model = common.compiled_and_distributed(raw_model, config, process)
 
     def save(path, step):
         if process.is_main:
@@ -236,8 +238,7 @@ def main():
     log = common.start_log(config, LOG_COLUMNS, first_step)
 
     # ---- training loop -------------------------------------------------------------------------------------
-    loader = data.prefetch(load_step_of(config, train_split, n_train, process),
-                           range(first_step, config.max_steps), process.device)
+    loader = data.prefetch(load_step, range(first_step, config.max_steps), process.device)
     bar = common.progress_bar(config.max_steps, "finetune", "step", initial=first_step)
     speed, caught, asked_to_stop = common.Speedometer(config.batch_size), common.catch_signals(), False
     for step in range(first_step, config.max_steps + 1):  # one extra turn to evaluate and save
@@ -255,7 +256,7 @@ def main():
             if step % config.eval_interval == 0 or is_end:
                 row |= evaluate.summary(evaluate.score_events(raw_model, val_split, n_val, config, process),
                                         config)
-                bar.write(f"eval {step:6d}/{config.max_steps} | " + describe(row))
+                bar.write(f"eval {step:6d}/{config.max_steps} | " + common.describe(row))
                 common.check_val_loss(config, step, row["val_loss"])
                 if row["val_loss"] < best_val and step > 0:
                     best_val, best_step = row["val_loss"], step
@@ -283,7 +284,7 @@ def main():
         # micro-batches: each adds its share of the step's mean, so the cuts do not change the update
         step_loss = 0.0
         for i, batch in enumerate(batches):
-            with summing_gradients(model, process, is_last=i == len(batches) - 1):
+            with common.summing_gradients(model, process, is_last=i == len(batches) - 1):
                 with process.autocast:
                     outputs = model(batch)
                 loss = event_losses(outputs, batch, config).sum() / config.batch_size

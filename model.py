@@ -259,6 +259,20 @@ class Attention(nn.Module):
         attend = flash_attention if is_flash else rectangle_attention
         return self.out(attend(qkv, packing, self.scale).reshape(T, D))
 
+    def flash_error(self, device, dtype):
+        """How far flash attention is off on made-up events, relative to the largest number."""
+        lengths = torch.tensor([1, 2, 37, 128], dtype=torch.int32, device=device)
+        packing = Packing(F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)), 128, 168)
+        rng = torch.Generator(device).manual_seed(0)
+        shape = (168, 3, self.num_heads, self.qkv.in_features // self.num_heads)
+        qkv = torch.randn(shape, generator=rng, device=device, dtype=dtype).requires_grad_()
+        found = []
+        for attend in (flash_attention, rectangle_attention):
+            x = attend(qkv, packing, self.scale).float()
+            gradient, = torch.autograd.grad(x.square().sum(), qkv)
+            found.append((x.detach(), gradient.float()))
+        return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*found))
+
 
 def can_flash(d):
     """Whether flash attention over packed events runs here, with heads d wide: on CUDA, from an A100 on."""
@@ -288,21 +302,6 @@ def rectangle_attention(qkv, packing, scale):
     else:
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
     return packing.pack(x.transpose(1, 2))
-
-
-def flash_error(mixer, device, dtype):
-    """How far flash attention is off on made-up events, outputs and gradients, over their largest number."""
-    lengths = torch.tensor([1, 2, 37, 128], dtype=torch.int32, device=device)
-    packing = Packing(F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)), 128, 168)
-    rng = torch.Generator(device).manual_seed(0)
-    shape = (168, 3, mixer.num_heads, mixer.qkv.in_features // mixer.num_heads)
-    qkv = torch.randn(shape, generator=rng, device=device, dtype=dtype).requires_grad_()
-    found = []
-    for attend in (flash_attention, rectangle_attention):
-        x = attend(qkv, packing, mixer.scale).float()
-        gradient, = torch.autograd.grad(x.square().sum(), qkv)
-        found.append((x.detach(), gradient.float()))
-    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*found))
 
 
 class TwoWays(nn.Module):

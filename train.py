@@ -1,5 +1,4 @@
-"""Stage 2: pretraining without labels. Hide DOM ids and predict them; predict the event's total charge from
-[CLS].
+"""Stage 2: pretraining without labels. Hide DOM ids and predict them; predict the total charge from [CLS].
 
     python train.py sample_config/demo.py                                  a small model on simulated events
     torchrun --nproc_per_node=8 train.py config/base.py                    the paper's run on 8 GPUs
@@ -7,25 +6,23 @@
     python train.py config/base.py --branch_from=out/base/ckpt_20000.pt --out_dir=out/base20k     cool down
 
 Prints one line every log_interval steps and writes log.csv, ckpt.pt (last), best.pt (lowest val_loss) and
-config.json into out_dir. Ctrl-C or SIGTERM: it finishes the step and saves. The same command again goes on
-where a run stopped. Exit status: 0 done, or stopped by SIGTERM; 1 an error of the user; 3 diverged; 130
-Ctrl-C. Expect dom_loss to fall from ln 5160 = 8.55.
+config.json into out_dir. Expect dom_loss to fall from ln 5160 = 8.55. Ctrl-C or SIGTERM: it finishes the step
+and saves; the same command goes on from there. Exit status: 0 done, or stopped by SIGTERM; 1 an error of the
+user; 3 diverged; 130 Ctrl-C.
 """
 import common  # first: it sets how torch's threads wait
 
 import dataclasses
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import data
 import knobs
-from model import CLS_TARGETS, ModelConfig, Pretrainer, flash_error, parameter_groups
+from model import CLS_TARGETS, ModelConfig, Pretrainer, parameter_groups
 
 
 @dataclass
@@ -101,8 +98,8 @@ MAY_CHANGE = {"data_dir", "out_dir", "micro_batch_size", "max_steps", "cooldown_
 def hide_pulses(events, pulses, epoch, mask_prob, seed):
     """Which pulses are hidden, bool (P,): each good one (aux = False) with mask_prob, at least one of them.
 
-    events (B,), their pulses (P,) one after another, epoch (B,). The draw hashes (seed, epoch, place of the
-    pulse on disk).
+    events (B,), their pulses (P,) one after another, epoch (B,). The draw is a hash of seed, epoch and the
+    pulse's place on disk.
     # DIFF(upstream): an event may have nothing hidden there, and validation masks are new every time
     """
     length = events["length"].astype(np.int64)
@@ -133,7 +130,7 @@ def loss_weights(config):
 @torch.no_grad()
 def evaluate(model, split, n_events, config, process):
     """Losses and metrics over exactly the first n_events, with the same masks each time -> dict of val_*."""
-    mine = np.array_split(np.arange(n_events), process.world_size)[process.rank]
+    mine = common.share_of_rank(n_events, process)
     n_chunks = -(-len(mine) * process.world_size // config.batch_size)  # a step's memory is enough
     chunks = np.array_split(mine, n_chunks) if n_chunks else []  # a rank may have none
 
@@ -162,22 +159,17 @@ def evaluate(model, split, n_events, config, process):
     return row
 
 
-def describe(row):
-    """What an evaluation has found, in one line."""
-    return " ".join(f"{name} {value:.4g}" for name, value in row.items() if name.startswith("val_"))
-
-
 # ------------------------------------------------------------------------------------------------------------
 # learning rate
 # ------------------------------------------------------------------------------------------------------------
 
 def warmup_steps(config):
-    """The knob; 0 stands for the memory of Adam's second moment, 1 / (1 - beta2) steps (5000 for 0.9998)."""
+    """The knob; its 0 means the memory of Adam's second moment, 1 / (1 - beta2): 5000 steps for 0.9998."""
     return config.warmup_steps or round(1 / (1 - config.beta2))
 
 
 def learning_rate(step, config):
-    """Of update `step` (from 0): linear warm-up, then the schedule, whose decay reaches 0 at max_steps."""
+    """Of update `step` (from 0): linear warm-up, then the schedule; it falls to 0 at max_steps."""
     warmup = warmup_steps(config)
     rise = min(1.0, (step + 1) / warmup)
     if config.schedule == "trapezoidal":
@@ -203,7 +195,7 @@ def print_schedule_notes(config):
 
 
 def print_reheating(saved, config):
-    """A run that has cooled down and goes on has a higher learning rate again: allowed, with a note."""
+    """Say so if a run that has cooled down goes on: its learning rate rises again."""
     step = saved["step"]
     before, now = learning_rate(step, SimpleNamespace(**saved["config"])), learning_rate(step, config)
     if now > 1.01 * before:
@@ -215,61 +207,6 @@ def print_reheating(saved, config):
 # ------------------------------------------------------------------------------------------------------------
 # optimizer
 # ------------------------------------------------------------------------------------------------------------
-
-class GuardedOptimizer:
-    """How both loops update a model: unscale the gradients, clip them, skip what is not finite, step, zero.
-
-    n_bad counts skipped steps, bad_in_a_row those since the last good one, both without waiting for the GPU.
-    """
-
-    def __init__(self, model, optimizers, config, process):
-        self.model, self.optimizers = model, optimizers
-        self.grad_clip, self.max_bad_steps = config.grad_clip, config.max_bad_steps
-        self.scaler = torch.amp.GradScaler(process.device.type, init_scale=2.0**10,
-                                           enabled=process.dtype == torch.float16)
-        self.n_bad = self.bad_in_a_row = torch.zeros((), dtype=torch.int64, device=process.device)
-
-    def set_learning_rate(self, rate):
-        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
-            group["lr"] = rate * group.get("lr_scale", 1.0)  # muP and the head of finetune.py have others
-
-    def backward(self, loss):
-        self.scaler.scale(loss).backward()
-
-    def step(self):
-        """-> norm of the gradient before it is clipped, a tensor on the device."""
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
-        is_bad = ~grad_norm.isfinite()
-        # not scaler.step, which looks at each optimizer alone: here one bad gradient makes all of them skip
-        for optimizer in self.optimizers:
-            if isinstance(optimizer, torch.optim.AdamW):
-                optimizer.found_inf = is_bad.float()  # the fused kernel then changes nothing
-                optimizer.step()
-            elif not is_bad.item():  # Muon has no such kernel: this waits for the GPU
-                optimizer.step()
-        self.scaler.update()
-        self.model.zero_grad(set_to_none=True)
-        self.n_bad = self.n_bad + is_bad
-        too_many = self.bad_in_a_row > self.max_bad_steps  # stays so until the next log line looks at it
-        self.bad_in_a_row = torch.where(too_many, self.bad_in_a_row, (self.bad_in_a_row + 1) * is_bad)
-        return grad_norm
-
-    def gave_up(self):
-        return self.bad_in_a_row.item() > self.max_bad_steps
-
-    def state_dict(self):
-        return {"optimizer": [optimizer.state_dict() for optimizer in self.optimizers],
-                "scaler": self.scaler.state_dict(), "bad_steps": self.n_bad.item()}
-
-    def load_state_dict(self, saved):
-        for optimizer, state in zip(self.optimizers, saved["optimizer"], strict=True):
-            optimizer.load_state_dict(state)
-        if saved["scaler"] and self.scaler.is_enabled():
-            self.scaler.load_state_dict(saved["scaler"])
-        self.n_bad = self.n_bad + saved["bad_steps"]
-
 
 def make_optimizers(model, config):
     """AdamW, or Muon for the matrices of the backbone and AdamW for the rest."""
@@ -287,32 +224,6 @@ def make_adamw(groups, config):
                              eps=config.adam_eps, fused=True)
 
 
-def check_flash(model, process):
-    """On a GPU, compare flash attention with the plain one before it is trusted with a long run."""
-    mixer = model.encoder.backbone.blocks[0].mixer
-    if getattr(mixer, "can_flash", False) and process.dtype != torch.float32:
-        error = flash_error(mixer, process.device, process.dtype)
-        if not error < 0.05:
-            common.fail(f"flash attention differs from the plain one by {error:.2g} of its largest number on "
-                        "this GPU; use --dtype=float32, which does without, or another version of torch")
-
-
-def compiled_and_distributed(raw_model, config, process):
-    """The model as the loop calls it. What is saved and evaluated is raw_model, whose weights it shares."""
-    check_flash(raw_model, process)
-    # DDP around the compiled model; its own cutting of graphs would compile anew for each new length
-    torch._dynamo.config.optimize_ddp = False
-    model = torch.compile(raw_model, dynamic=True) if config.compile else raw_model
-    if process.world_size == 1:
-        return model
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-
-
-def summing_gradients(model, process, is_last):
-    """A context for the micro-batches of a step: gradients are summed over ranks with the last one only."""
-    return nullcontext() if process.world_size == 1 or is_last else model.no_sync()
-
-
 # ------------------------------------------------------------------------------------------------------------
 # branches
 # ------------------------------------------------------------------------------------------------------------
@@ -321,7 +232,7 @@ def find_branch(config, saved):
     """Where a run with branch_from begins -> its own checkpoint, or that of the long run; and its max_steps.
 
     One long run with a constant learning rate gives a whole curve over training time, if a cooldown branches
-    off here and there (Hägele et al. 2024, arXiv:2405.18392).
+    off at several steps (Hägele et al. 2024, arXiv:2405.18392).
     """
     path = config.branch_from
     if saved:  # the branch goes on
@@ -377,13 +288,13 @@ def main():
     def load_step(step):
         """This rank's share of a step; the step's events and masks do not depend on the number of ranks."""
         index, epoch = data.step_events(step, config.batch_size, n_train, config.seed)
-        mine = np.array_split(np.arange(config.batch_size), process.world_size)[process.rank]
+        mine = common.share_of_rank(config.batch_size, process)
         return masked_batches(train_split, index[mine], epoch[mine], config, config.seed)
 
     # ---- model, optimizer, checkpoint ----------------------------------------------------------------------
     torch.manual_seed(config.seed)
     raw_model = Pretrainer(config, geometry).to(process.device)
-    optimizer = GuardedOptimizer(raw_model, make_optimizers(raw_model, config), config, process)
+    optimizer = common.GuardedOptimizer(raw_model, make_optimizers(raw_model, config), config, process)
     first_step, best_val = 0, float("inf")
     if saved:
         common.check_same(begins_from, "events in train_split", saved["n_train"], n_train)
@@ -392,7 +303,7 @@ def main():
         raw_model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved)
         first_step, best_val = saved["step"], saved["best_val"]
-    model = compiled_and_distributed(raw_model, config, process)
+    model = common.compiled_and_distributed(raw_model, config, process)
 
     def save(path, step):
         if process.is_main:
@@ -432,7 +343,7 @@ def main():
             # evaluate
             if step % config.eval_interval == 0 or is_end:
                 row |= evaluate(raw_model, val_split, n_val, config, process)
-                bar.write(f"eval {step:6d}/{config.max_steps} | " + describe(row))
+                bar.write(f"eval {step:6d}/{config.max_steps} | " + common.describe(row))
                 common.check_val_loss(config, step, row["val_loss"])
                 if row["val_loss"] < best_val and step > 0:
                     best_val = row["val_loss"]
@@ -460,7 +371,7 @@ def main():
         # micro-batches: each adds its share of the step's means, so the cuts do not change the update
         step_losses = dict.fromkeys(weights, 0.0)
         for i, batch in enumerate(batches):
-            with summing_gradients(model, process, is_last=i == len(batches) - 1):
+            with common.summing_gradients(model, process, is_last=i == len(batches) - 1):
                 with process.autocast:
                     losses = model(batch)
                 means = {name: loss.sum() / (max(n_averaged, 1) if name == "dom" else config.batch_size)

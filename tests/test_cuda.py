@@ -67,7 +67,7 @@ def test_a_step_waits_for_nothing(kind, knobs, monkeypatch):
     net = make(kind, **knobs).to("meta")
     process = SimpleNamespace(device=torch.device("meta"), dtype=torch.float32)
     config = SimpleNamespace(grad_clip=1.0, max_bad_steps=3, task="direction", direction_loss="angular+vmf")
-    optimizer = train.GuardedOptimizer(net, [Unfused(net.parameters())], config, process)
+    optimizer = common.GuardedOptimizer(net, [Unfused(net.parameters())], config, process)
     batches = [to_meta(batch) for batch in one_batch([3, 50, 17, 1, 127], n=2)]
     with NothingWaits():
         for batch in batches:
@@ -132,7 +132,7 @@ def test_a_wrong_flash_kernel_ends_the_run(fault, words, monkeypatch):
     monkeypatch.setattr(m, "varlen_attn", lambda *args, **kwargs: stand_in(*args, **kwargs) * (1 + fault))
     process = SimpleNamespace(device=torch.device("cpu"), dtype=torch.bfloat16)
     with pytest.raises(SystemExit, match=words) if words else nullcontext():
-        train.check_flash(make(), process)
+        common.check_flash(make(), process)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def test_a_bad_gradient_in_float16_moves_nothing(place, harm):
     config = train.TrainConfig(optimizer="muon", learning_rate=0.01)
     process = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float16)
     net, (batch,) = make(), one_batch([20, 30])
-    optimizer = train.GuardedOptimizer(net, train.make_optimizers(net, config), config, process)
+    optimizer = common.GuardedOptimizer(net, train.make_optimizers(net, config), config, process)
 
     def step(spoil):
         with torch.autocast("cpu", torch.float16):
@@ -243,7 +243,7 @@ def test_flash_runs_and_is_right_on_cuda():
     mixer = net.encoder.backbone.blocks[0].mixer
     assert mixer.can_flash == (torch.cuda.get_device_capability() >= (8, 0))
     if mixer.can_flash:
-        assert m.flash_error(mixer, torch.device("cuda"), torch.bfloat16) < 0.05
+        assert mixer.flash_error(torch.device("cuda"), torch.bfloat16) < 0.05
 
 
 @needs_cuda
@@ -263,7 +263,7 @@ def test_the_hot_loop_does_not_wait_on_cuda():
     net, batches = make().cuda(), [to_cuda(batch) for batch in one_batch([3, 50, 17, 1, 127], n=2)]
     config = train.TrainConfig()
     process = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
-    optimizer = train.GuardedOptimizer(net, train.make_optimizers(net, config), config, process)
+    optimizer = common.GuardedOptimizer(net, train.make_optimizers(net, config), config, process)
     for step in range(3):
         # the first step makes the optimizer's state
         torch.cuda.set_sync_debug_mode("error" if step else "default")
