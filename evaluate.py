@@ -60,16 +60,12 @@ LABELS = {"direction": ("azimuth", "zenith"), "energy": ("energy",)}  # of EVENT
 # ------------------------------------------------------------------------------------------------------------
 
 def load_model(path, data_dir=""):
-    """A model as its checkpoint has it -> model, config of its run, checkpoint.
-
-    data_dir must be of its detector; "" is that of its run.
-    """
+    """A model as its checkpoint has it -> model, config of its run, checkpoint. data_dir "": that of its run."""
     saved = common.load_checkpoint(path)
     run = SimpleNamespace(**(asdict(ModelConfig()) | saved["config"]))  # a knob younger than it was off
     geometry = data.read_geometry(data_dir or run.data_dir)
-    data.check_geometry(saved, geometry, path, data_dir or run.data_dir)
     model = (Reconstructor if hasattr(run, "task") else Pretrainer)(run, geometry)
-    model.load_state_dict(saved["model"])
+    model.load_state_dict(data.weights_for(saved, geometry, path, data_dir or run.data_dir))
     return model.eval(), run, saved
 
 

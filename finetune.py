@@ -96,22 +96,11 @@ MAY_CHANGE = {"data_dir", "out_dir", "micro_batch_size", "max_steps", "cooldown_
 # from a pretrained model to one for a task
 # ------------------------------------------------------------------------------------------------------------
 
-def take_architecture(config, saved, path):
-    """The architecture comes from the checkpoint; a knob that was set to something else is an error."""
-    known = dataclasses.asdict(ModelConfig()) | saved["config"]  # a knob younger than the checkpoint was off
-    for key in dataclasses.asdict(ModelConfig()):
-        if key in config.sources and getattr(config, key) != known[key]:
-            common.fail(f"{key} = {getattr(config, key)!r}, but {path} has {known[key]!r}; leave {key} out, "
-                        "the checkpoint tells it")
-        setattr(config, key, known[key])
-
-
-def load_encoder(model, saved, path):
+def load_encoder(model, encoder, path):
     """Copy the encoder of a pretrained (or fine-tuned) checkpoint. All of it must be there; the head is new.
 
     # DIFF(upstream): strict=False there, whatever is missing stays random without a word
     """
-    encoder = {name: value for name, value in saved["model"].items() if name.startswith("encoder.")}
     missing, unexpected = model.load_state_dict(encoder, strict=False)
     new_head = [name for name in model.state_dict() if not name.startswith("encoder.")]
     if missing != new_head or unexpected:
@@ -186,8 +175,7 @@ def main():
     if config.pretrained:  # of a run that goes on its own checkpoint will do
         begin = checkpoint_path if os.path.exists(checkpoint_path) else config.pretrained
         pretrained = common.load_checkpoint(begin)
-        data.check_geometry(pretrained, geometry, begin, config.data_dir)
-        take_architecture(config, pretrained, begin)
+        knobs.take_architecture(config, ModelConfig, pretrained, begin)
     saved = common.find_run(config, checkpoint_path, MAY_CHANGE)
     if saved:
         common.check_same(checkpoint_path, "labels in train_split", saved["n_train"], n_train)
@@ -208,7 +196,8 @@ def main():
     torch.manual_seed(config.seed)
     raw_model = Reconstructor(config, geometry)
     if pretrained and not saved:
-        load_encoder(raw_model, pretrained, config.pretrained)
+        encoder = data.weights_for(pretrained, geometry, config.pretrained, config.data_dir, "encoder.")
+        load_encoder(raw_model, encoder, config.pretrained)
     raw_model.encoder.requires_grad_(not config.freeze_backbone)
     raw_model.to(process.device)
     adamw = make_adamw(head_and_encoder(raw_model, config), config)

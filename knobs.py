@@ -135,6 +135,18 @@ def to_type(value, kind, where):
     return value
 
 
+def take_architecture(config, architecture, saved, path):
+    """Set the knobs of the dataclass `architecture` as a checkpoint has them; one that was set to something
+    else is an error.
+    """
+    for field in dataclasses.fields(architecture):
+        key, known = field.name, saved["config"].get(field.name, default_of(field))  # younger knobs were off
+        if key in config.sources and getattr(config, key) != known:
+            fail(f"{key} = {getattr(config, key)!r}, but {path} has {known!r}; leave {key} out, the checkpoint "
+                 "tells it")
+        setattr(config, key, known)
+
+
 def check_choice(config, key, choices):
     """For a config's check(), which yields one line for each value that makes no sense."""
     value = getattr(config, key)

@@ -54,6 +54,7 @@ class TrainConfig(ModelConfig):
     log_interval: int = 50  # steps between log lines
     save_interval: int = 1000  # steps between checkpoints
     keep_every: int = 0  # steps between checkpoints that stay, ckpt_<step>.pt, to branch from; 0 = none
+    pretrained: str = ""  # checkpoint whose weights to begin with, also of another detector; "" = random
     branch_from: str = ""  # checkpoint of another run, from its schedule's flat part: only cool down
     max_bad_steps: int = 20  # a run ends after more gradients in a row than this that are not finite
     resume: bool = True  # go on from out_dir/ckpt.pt if there is one; False refuses a folder that holds a run
@@ -72,6 +73,8 @@ class TrainConfig(ModelConfig):
         if self.optimizer == "muon" and (self.mup_base_width or self.mup_base_layers):
             yield ("mup_base_width and mup_base_layers carry learning rates of AdamW, not of optimizer = "
                    "'muon'; put sample_config/ablation/adamw.py after the other config files")
+        if self.branch_from and self.pretrained:
+            yield "branch_from and pretrained are two different beginnings; leave one out"
         if self.branch_from and (self.schedule != "trapezoidal" or self.cooldown_steps == 0):
             yield "branch_from is a cooldown: it needs schedule = 'trapezoidal' and cooldown_steps > 0"
 
@@ -282,6 +285,11 @@ def main():
     val_split, n_val = data.open_first_events(config.data_dir, config.val_split, config.val_events,
                                               at_most=True)
     geometry, fingerprint = data.read_geometry(config.data_dir), data.fingerprint(config.data_dir)
+    if config.pretrained:
+        pretrained = saved or common.load_checkpoint(config.pretrained)
+        if "task" in pretrained["config"]:
+            common.fail(f"{config.pretrained} is a fine-tuned checkpoint; begin with one of train.py")
+        knobs.take_architecture(config, ModelConfig, pretrained, config.pretrained)
     config.micro_batch_size = config.micro_batch_size or common.suited_micro_batch_size(
         process, data.read_meta(config.data_dir)["max_pulses"], config)
 
@@ -294,6 +302,8 @@ def main():
     # ---- model, optimizer, checkpoint ----------------------------------------------------------------------
     torch.manual_seed(config.seed)
     raw_model = Pretrainer(config, geometry).to(process.device)
+    if config.pretrained and not saved:
+        raw_model.load_state_dict(data.weights_for(pretrained, geometry, config.pretrained, config.data_dir))
     optimizer = common.GuardedOptimizer(raw_model, make_optimizers(raw_model, config), config, process)
     first_step, best_val = 0, float("inf")
     if saved:

@@ -12,7 +12,9 @@ import common
 import data
 import evaluate
 import finetune
-from conftest import TINY_MODEL, TINY_RUN, run_ok, torchrun, user_error
+import train
+from conftest import (TINY_MODEL, TINY_RUN, random_events, random_geometry, run_ok, torchrun, user_error,
+                      write_folder)
 from test_train import assert_same_weights, column, weights
 
 KNOBS = [knob for knob in TINY_RUN if knob not in TINY_MODEL] + ["--head_hidden_size=16", "--warmup_steps=2",
@@ -319,14 +321,58 @@ def test_embeddings_are_what_cls_knows(tuned, demo_data, pretrained, tmp_path):
         assert np.allclose(np.stack(table["cls"].to_pylist()), cls, atol=1e-5)
 
 
-def test_another_detector_is_refused(tuned, demo_data, pretrained, tmp_path):
-    shutil.copytree(demo_data, tmp_path / "moved")
+def move_a_dom(demo_data, folder):
+    shutil.copytree(demo_data, folder)
     geometry = data.read_geometry(demo_data)
     geometry["position"][77, 2] += 1
-    geometry.tofile(tmp_path / "moved/geometry.bin")
+    geometry.tofile(folder / "geometry.bin")
+
+
+def test_a_run_goes_on_in_its_own_detector_only(tuned, demo_data, pretrained, tmp_path):
+    move_a_dom(demo_data, tmp_path / "moved")
+    shutil.copytree(tuned[0], tmp_path / "run")
     line = user_error("finetune.py", f"--data_dir={tmp_path}/moved", f"--out_dir={tmp_path}/run", *KNOBS,
-                      f"--pretrained={pretrained[0]}/ckpt.pt")
+                      f"--pretrained={pretrained[0]}/ckpt.pt", "--max_steps=50")
     assert "another detector" in line and "1 DOMs lie elsewhere, by 0.0 m (median) to 1.0 m" in line
+
+
+def test_what_knows_doms_by_their_positions_goes_on_in_another_detector(tmp_path):
+    """300 DOMs instead of 5160: the masked task, the same task after more steps, and a direction. A table or a
+    linear head are refused.
+    """
+    rng, ours = np.random.default_rng(0), random_geometry(300)
+    big = write_folder(tmp_path / "big", **{name: random_events(rng, rng.integers(3, 40, 60))
+                                            for name in ("pretrain", "val")})
+    small = write_folder(tmp_path / "small", **{name: random_events(rng, rng.integers(3, 40, 60), 300)
+                                                for name in ("pretrain", "finetune", "val")})
+    ours.tofile(small / "geometry.bin")
+    meta = common.read_json(small / "meta.json")
+    common.write_json(small / "meta.json", meta | {"n_doms": 300})
+    for name, flags in (("position", ["--dom_head=position"]), ("linear", []),
+                        ("table", ["--use_dom_table=True", "--dom_head=position"])):
+        run_ok("train.py", f"--data_dir={big}", f"--out_dir={tmp_path}/{name}", *TINY_RUN, *flags)
+    there = [f"--data_dir={small}", *TINY_RUN[len(TINY_MODEL):]]
+
+    def begin(name, script, *flags):
+        return [script, f"--pretrained={tmp_path}/{name}/ckpt.pt", f"--out_dir={tmp_path}/{script}_{name}",
+                *there, *flags]
+    run_ok(*begin("position", "train.py"))
+    model, _, _ = evaluate.load_model(f"{tmp_path}/train.py_position/ckpt.pt")
+    assert len(model.dom_head.bias) == 300
+    first = np.genfromtxt(tmp_path / "train.py_position/log.csv", delimiter=",", names=True)[0]
+    as_it_came, config, _ = evaluate.load_model(f"{tmp_path}/position/ckpt.pt", small)
+    config.micro_batch_size, index = 50, np.arange(50)
+    batch, = train.masked_batches(data.open_split(small, "val"), index, 0 * index, config, train.VAL_SEED)
+    with torch.no_grad():
+        loss = as_it_came(batch)["dom"].sum() / batch["n_scored"]
+    assert first["val_dom_loss"] == pytest.approx(loss.item(), rel=1e-4)
+
+    for name in ("position", "linear"):  # the direction does not need the DOM head
+        run_ok(*begin(name, "finetune.py", "--cooldown_steps=0"))
+    assert "table of DOMs" in user_error(*begin("table", "finetune.py"))
+    assert "table of DOMs" in user_error(*begin("table", "train.py"))
+    line = user_error(*begin("linear", "train.py"))
+    assert "dom_head = 'linear'" in line and "it has 5,160 DOMs, not 300" in line
 
 
 def test_each_evaluation_keeps_to_itself(tuned, demo_data, tmp_path):
