@@ -200,8 +200,8 @@ def weights_for(saved, geometry, path, data_dir, part=""):
     why = ("its table of DOMs is" if "encoder.embedding.dom_table.weight" in weights
            else "its dom_head = 'linear' is" if "dom_head.weight" in weights else "")
     if why:
-        fail(f"{path} was trained on another detector than {data_dir}: {difference}; {why} of no use there. Only "
-             "use_dom_positions = True without use_dom_table, and dom_head = 'position', carry over")
+        fail(f"{path} was trained on another detector than {data_dir}: {difference}; {why} of no use there. "
+             "Only use_dom_positions = True without use_dom_table, and dom_head = 'position', carry over")
     weights["encoder.embedding.geometry"] = torch.from_numpy(geometry["position"].copy())
     if "dom_head.bias" in weights:
         weights["dom_head.bias"] = torch.zeros(len(geometry))

@@ -60,7 +60,7 @@ LABELS = {"direction": ("azimuth", "zenith"), "energy": ("energy",)}  # of EVENT
 # ------------------------------------------------------------------------------------------------------------
 
 def load_model(path, data_dir=""):
-    """A model as its checkpoint has it -> model, config of its run, checkpoint. data_dir "": that of its run."""
+    """A model as its checkpoint has it -> model, config of its run, checkpoint. data_dir "": its run's."""
     saved = common.load_checkpoint(path)
     run = SimpleNamespace(**(asdict(ModelConfig()) | saved["config"]))  # a knob younger than it was off
     geometry = data.read_geometry(data_dir or run.data_dir)

@@ -142,8 +142,8 @@ def take_architecture(config, architecture, saved, path):
     for field in dataclasses.fields(architecture):
         key, known = field.name, saved["config"].get(field.name, default_of(field))  # younger knobs were off
         if key in config.sources and getattr(config, key) != known:
-            fail(f"{key} = {getattr(config, key)!r}, but {path} has {known!r}; leave {key} out, the checkpoint "
-                 "tells it")
+            fail(f"{key} = {getattr(config, key)!r}, but {path} has {known!r}; leave {key} out, the "
+                 "checkpoint tells it")
         setattr(config, key, known)
 
 

@@ -60,7 +60,8 @@ def test_base_has_the_papers_size():
 
 VARIANTS = [{}, {"backbone": "gru"}, {"backbone": "mamba"}, {"use_dom_positions": False},
             {"use_dom_table": True}, {"dom_head": "position", "fourier_features": True},
-            {"mlp": "swiglu", "norm": "rmsnorm", "qk_norm": True, "final_norm": False}, {"mup_base_width": 16, "mup_base_layers": 1}]
+            {"mlp": "swiglu", "norm": "rmsnorm", "qk_norm": True, "final_norm": False},
+            {"mup_base_width": 16, "mup_base_layers": 1}]
 BACKBONES = [{}, {"backbone": "gru"}, {"backbone": "mamba"}]
 
 

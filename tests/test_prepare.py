@@ -198,7 +198,7 @@ def test_labels_do_not_enter_motion(raw, straight):
 
 
 def test_strings_of_a_detector(tmp_path):
-    """A column string; without it equal x, y; IceCube's 5160 by their ids, as x, y are not quite equal there."""
+    """A column string; without it equal x, y; IceCube's 5160 by their ids, x, y are not quite equal there."""
     def read(rows, header="sensor_id,x,y,z"):
         (tmp_path / "g.csv").write_text("\n".join([header, *rows]) + "\n")
         return prepare.read_detector(tmp_path / "g.csv")
