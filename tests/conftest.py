@@ -126,12 +126,12 @@ def random_events(rng, lengths, n_doms=5160):
     events["length"], events["n_pulses"], events["start"] = lengths, lengths, np.cumsum(lengths) - lengths
     events["event_id"] = np.arange(len(lengths)) * 3 + 1
     events["total_charge"] = rng.uniform(10, 1000, len(lengths))
-    motion = rng.standard_normal((len(lengths), 3))
-    events["motion"] = motion / np.linalg.norm(motion, axis=1, keepdims=True)
     events["azimuth"], events["zenith"] = rng.uniform(0, 6.28,
                                                       len(lengths)), rng.uniform(0, 3.14, len(lengths))
     pulses["time"], pulses["charge"] = rng.uniform(6e3, 2e4, len(pulses)), rng.uniform(0.1, 5, len(pulses))
     pulses["dom"], pulses["aux"] = rng.integers(0, n_doms, len(pulses)), rng.random(len(pulses)) < 0.5
+    motion = rng.standard_normal((len(lengths), 3))
+    events["motion"] = motion / np.linalg.norm(motion, axis=1, keepdims=True)
     return events, pulses
 
 

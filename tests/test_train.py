@@ -8,6 +8,7 @@ import sys
 import time
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -77,6 +78,23 @@ def test_it_learns(demo_data, tmp_path):
     before, after = column(tmp_path, "val_dom_loss")
     assert before == pytest.approx(np.log(5160), abs=0.5) and after < before - 0.5
     assert column(tmp_path, "val_charge_loss")[1] < 0.15
+
+
+def test_labels_do_not_leak_into_pretraining(demo_data, tmp_path):
+    """The same events with the directions of others: the same run, bit for bit."""
+    shutil.copytree(demo_data.parent / "raw", tmp_path / "raw")
+    meta, order = pq.read_table(tmp_path / "raw/train_meta.parquet"), np.random.default_rng(0).permutation(553)
+    for name in ("azimuth", "zenith", "energy"):
+        meta = meta.set_column(meta.column_names.index(name), name, meta[name].take(order))
+    pq.write_table(meta, tmp_path / "raw/train_meta.parquet")
+    run_ok("prepare.py", f"--input_dir={tmp_path}/raw", f"--data_dir={tmp_path}/permuted", "--workers=1",
+           "--splits={'pretrain': (1, 2), 'finetune': (3, 3), 'val': (4, 4), 'test': 'test'}")
+    for folder in (demo_data, tmp_path / "permuted"):
+        run_ok("train.py", f"--data_dir={folder}", f"--out_dir={tmp_path}/{folder.name}", *TINY_RUN,
+               "--cls_target=charge+center+motion", "--dom_head=position")
+    events = [data.open_split(folder, "pretrain").events for folder in (demo_data, tmp_path / "permuted")]
+    assert not np.array_equal(events[0]["azimuth"], events[1]["azimuth"])
+    assert_same_weights(tmp_path / demo_data.name, tmp_path / "permuted")
 
 
 @pytest.mark.parametrize("knob", ["--micro_batch_size=3", "--compile=True"])
