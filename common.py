@@ -1,11 +1,9 @@
 """Plumbing that the stages share and a reader may skip: errors, files, workers, ranks, checkpoints, log.csv.
 
-torch is imported where it is needed, so that simulate.py and prepare.py (and their worker processes) start
-without it.
+torch is imported where it is needed: simulate.py, prepare.py and their worker processes do without.
 """
 import csv
 import dataclasses
-import importlib
 import importlib.util
 import json
 import math
@@ -26,9 +24,8 @@ from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
-# Read when torch is loaded, so the stages import common first: by default OpenMP's threads spin while they
-# wait for each other: 12 % faster on an idle machine, but 4 times slower on one that does something else as
-# well.
+# Read when torch is loaded, so the stages import common first. By default OpenMP's threads keep a core busy
+# while they wait: 12 % faster on an idle machine, but 4 times slower on one that does something else as well.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
@@ -37,8 +34,8 @@ from tqdm import tqdm
 CHECKPOINT_FORMAT = 2
 DIVERGED_STATUS = 3  # exit status of a run whose loss or weights are not finite any more; other errors have 1
 bars_on_screen = []
-# kept to the end: were a DDP model the last to hold its group, it would wait for the group's threads, and
-# these perhaps for python's lock, which it has (torch 2.13, gloo)
+# The group of ranks is kept here to the end. Were a DDP model the last to hold it, its end would wait for the
+# group's threads, and these for python's lock, which the model has then (torch 2.13, gloo).
 groups_of_ranks = []
 
 
@@ -78,9 +75,7 @@ def run_stage(main):
 
 
 def print_error(line):
-    """Print the line below all bars. What all ranks have to say is said by rank 0, else each puts its rank in
-    front.
-    """
+    """Print the line below all bars; rank 0 alone if all ranks have the same one, else each with its rank."""
     for bar in bars_on_screen:
         bar.close()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -93,9 +88,7 @@ def print_error(line):
 
 
 def all_ranks_say(line):
-    """Whether all ranks call this with the same line within 3 s. They count in torchrun's store, which
-    outlives them.
-    """
+    """Whether all ranks call this with the same line within 3 s. They count in torchrun's store."""
     from torch.distributed import TCPStore
     world_size = int(os.environ["WORLD_SIZE"])
     key = f"error {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)} {zlib.crc32(line.encode())}"
@@ -118,15 +111,13 @@ def all_ranks_say(line):
 # ------------------------------------------------------------------------------------------------------------
 
 def write_atomic(path, write):
-    """Call write(temporary path), then rename: the file at `path` is either the old one or the whole new one.
-    """
+    """Call write(temporary path), then rename: the file at `path` is the old one or the whole new one."""
     part = Path(f"{path}.part")
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
         write(part)
         with open(part, "r+b") as file:
-            # the bytes are on disk before the name is, or a power cut leaves an empty file
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # first the bytes, then the name: else a power cut leaves an empty file
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         if part.is_file():
@@ -161,23 +152,21 @@ def first_line(error):
 
 
 def progress_bar(total, desc, unit, initial=0):
-    """A tqdm bar on stderr; redrawn twice a second on a terminal, every 10 s in a log file; silent on all
-    ranks but 0.
-    """
+    """A tqdm bar on stderr of rank 0; redrawn twice a second on a terminal, every 10 s in a log file."""
     bar = tqdm(total=total, desc=desc, unit=unit, initial=initial, disable=not is_main_process(),
                unit_scale=total > 9999, mininterval=0.5 if sys.stderr.isatty() else 10, dynamic_ncols=True)
     if not is_main_process():
         bar.write = lambda text: None
-    # a closed one is disabled
-    bars_on_screen[:] = [other for other in bars_on_screen if not other.disable] + [bar]
+    still_open = [other for other in bars_on_screen if not other.disable]  # closing a bar disables it
+    bars_on_screen[:] = [*still_open, bar]
     return bar
 
 
 def hold_lock(folder):
-    """Keep other runs out of a folder -> the open lock file, or None where there are no locks (Windows, some
-    network disks).
+    """Keep other runs out of a folder -> the open lock file, or None where there are no locks.
 
-    The lock lasts as long as the file is open; the system releases it, however the process ends.
+    The lock lasts as long as the file is open; the system releases it, however the process ends. Windows and
+    some network disks have none.
     """
     if importlib.util.find_spec("fcntl") is None:
         return None
@@ -206,8 +195,7 @@ def count_cores():
 
 
 def run_in_workers(function, jobs, workers, bar, done):
-    """Call function(*job) for each job in `workers` processes, and done(job, result) in this one as they
-    finish.
+    """Call function(*job) for each job in `workers` processes; here done(job, result) as they finish.
 
     jobs may be a generator: it is asked for one job more than there are workers. The bar moves as the
     function calls count_events. The first error, or Ctrl-C, ends all processes.
@@ -237,9 +225,7 @@ def run_in_workers(function, jobs, workers, bar, done):
 
 @contextmanager
 def holding_back_ctrl_c():
-    """Processes started in here never see Ctrl-C, which a terminal sends to all: it is for this one, which
-    gets it after.
-    """
+    """Processes started in here never see Ctrl-C, which a terminal sends to all; this one sees it after."""
     if hasattr(signal, "pthread_sigmask"):  # not on Windows
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -267,8 +253,7 @@ def count_events(n):
 # ------------------------------------------------------------------------------------------------------------
 
 def start_process(config):
-    """Choose device and precision, join torchrun's process group
-    -> what this process is, and how it computes:
+    """Choose device and precision, join torchrun's process group -> what this process is:
 
     rank, world_size, is_main (rank 0), device, dtype, why_dtype (in words), autocast (a context for forward
     passes). All ranks follow rank 0's choice of dtype: their machines may differ.
@@ -293,14 +278,14 @@ def start_process(config):
     device = torch.device(name)
     dtype, why_dtype = choose_dtype(config.dtype, device)
     if world_size > 1:
-        # ranks that torchrun starts again (--max_restarts) get the old store, in which they may find the
-        # addresses of those that died (torch 2.13): hence a prefix. On several nodes the count may differ:
-        # see sample_config/slurm.sh for that case
+        # Ranks that torchrun starts again (--max_restarts) get the old store. There they may find the
+        # addresses of those that died (torch 2.13), hence a prefix for each attempt. On several machines the
+        # number of the attempt may differ; sample_config/slurm.sh has another way there.
         store, _, _ = next(torch.distributed.rendezvous("env://"))
         one_node = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0) if one_node else 0
         store = torch.distributed.PrefixStore(f"attempt_{attempt}", store)
-        # gloo adds up the few numbers that are needed on the CPU, without waiting for the GPU
+        # gloo adds up numbers on the CPU without waiting for the GPU, nccl the gradients
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, rank=rank, world_size=world_size, store=store)
         groups_of_ranks.append(torch.distributed.group.WORLD)
@@ -309,11 +294,11 @@ def start_process(config):
         dtype, _, why_dtype = store.get("dtype").decode().partition("|")
     dtype = getattr(torch, dtype)
     if device.type == "cuda":
-        # TF32 makes float32 runs fast; in others only the embedding is float32, and there it would round
-        # times by 4 ns
+        # TF32 makes float32 runs fast. In other runs only the embedding is float32, and there it would round
+        # times by up to 4 ns.
         torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == torch.float32 else "ieee"
-        # cuDNN's attention comes first where there is a mask, plans each new shape for a second, and has NaN
-        # gradients at 64 tokens (torch 2.13, pytorch issue 196678)
+        # torch prefers cuDNN's attention where there is a mask. It plans each new shape for a second, and has
+        # NaN gradients at 64 tokens (torch 2.13, pytorch issue 196678).
         torch.backends.cuda.enable_cudnn_sdp(False)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     return SimpleNamespace(rank=rank, world_size=world_size, is_main=rank == 0, device=device, dtype=dtype,
@@ -321,9 +306,7 @@ def start_process(config):
 
 
 def choose_dtype(name, device):
-    """"auto": bfloat16 where the hardware multiplies in it, else float32 (old CUDA: float16)
-    -> name, and why.
-    """
+    """"auto": bfloat16 where the hardware multiplies in it, else float32 (old CUDA: float16) -> name, why."""
     import torch
     if name != "auto":
         return name, "as asked for"
@@ -365,7 +348,7 @@ def sum_over_ranks(values, process):
 
 
 def gather_arrays(arrays, process):
-    """Stack every rank's arrays, dict of (n_i, ...), or {} of a rank that has nothing, in their order."""
+    """Stack the arrays of all ranks in their order. arrays: dict of (n_i, ...), {} on a rank without any."""
     import torch
     if process.world_size == 1:
         return arrays
@@ -378,8 +361,8 @@ def gather_arrays(arrays, process):
 def suited_micro_batch_size(process, max_pulses, config):
     """micro_batch_size where the knob is 0: what a GPU's memory holds, what stays in a CPU's cache.
 
-    The base model keeps about 0.1 MB per token for the backward pass, others in proportion to layers and
-    width.
+    For the backward pass the base model keeps about 0.1 MB per token, another one in proportion to its layers
+    and width.
     """
     if process.device.type != "cuda":
         return min(max(8192 // config.embedding_dim, 16), 128)
@@ -548,8 +531,9 @@ class Speedometer:
 # ------------------------------------------------------------------------------------------------------------
 
 def catch_signals():
-    """From now on Ctrl-C and SIGTERM (SLURM's warning) only add to the list given back; the second Ctrl-C
-    ends at once.
+    """From now on Ctrl-C and SIGTERM (SLURM's warning) only add to a list -> this list.
+
+    The second Ctrl-C ends the process at once.
     """
     caught = []
 
@@ -563,17 +547,13 @@ def catch_signals():
 
 
 def release_signals():
-    """Ctrl-C and SIGTERM end the process at once again: what follows the training loop saves nothing that
-    could be lost.
-    """
+    """Ctrl-C and SIGTERM end the process at once again: after the training loop nothing can be lost."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def end_stopped_run(config, caught, step, process):
-    """After the checkpoint of a run that was asked to stop: exit 130 on Ctrl-C, as a shell expects, 0 on
-    SIGTERM.
-    """
+    """Once the checkpoint is written: exit 130 after Ctrl-C, as a shell expects, 0 after SIGTERM."""
     wait_for_all(process)
     if process.is_main:
         print(f"stopped at step {step}, saved in {config.out_dir}/ckpt.pt; the same command goes on from "
@@ -638,9 +618,7 @@ def read_checkpoint(path):
 
 
 def load_checkpoint(path):
-    """A checkpoint of ours as a dict of tensors and plain python values, on the CPU; one line and exit 1 if
-    it is not.
-    """
+    """A checkpoint of ours as a dict of tensors and plain python values, on the CPU. Refuses all others."""
     checkpoint = read_checkpoint(path)
     if is_published(checkpoint):
         fail(f"{path}: weights of the published PolarBERT code; convert them with: python -m "
@@ -661,9 +639,7 @@ def is_published(checkpoint):
 
 
 def find_run(config, path, may_change):
-    """The checkpoint at `path` to go on from, or None to start. Exits if that is refused, or the knobs do not
-    fit it.
-    """
+    """The checkpoint at `path` to go on from, or None to start. Exits if the knobs forbid it, or differ."""
     saved, record = None, f"{config.out_dir}/config.json"
     if os.path.exists(path):
         saved = load_checkpoint(path)
@@ -676,8 +652,7 @@ def find_run(config, path, may_change):
         return None
     if not config.resume:
         fail(f"{config.out_dir} holds a run; go on with --resume=True, or choose another out_dir")
-    # without a checkpoint it starts anew, but as the same run
-    known = saved["config"] if saved else read_json(record)
+    known = saved["config"] if saved else read_json(record)  # stopped before its first checkpoint: the same
     for field in dataclasses.fields(config):
         if field.name not in may_change:  # a knob that is younger than the run was at its default
             before, now = known.get(field.name, default_of(field)), getattr(config, field.name)
@@ -703,11 +678,10 @@ def check_same(path, what, before, now):
 
 
 def start_log(config, columns, step):
-    """Open out_dir/log.csv for a run that begins at `step`: keeps the rows before it
-    -> log(row), which adds one.
+    """Open out_dir/log.csv for a run that begins at `step`, keep the rows before it -> log(row), to add one.
 
-    Missing columns stay empty, floats get 6 significant digits. With wandb_project the row goes to Weights &
-    Biases as well.
+    Missing columns stay empty, floats get 6 significant digits. With wandb_project each row also goes to
+    Weights & Biases.
     """
     if not is_main_process():
         return lambda row: None
@@ -740,7 +714,6 @@ def start_log(config, columns, step):
 
 def start_wandb(config):
     import wandb
-    # a run that goes on stays one curve
-    run_id = f"{zlib.crc32(os.path.abspath(config.out_dir).encode()):08x}"
+    run_id = f"{zlib.crc32(os.path.abspath(config.out_dir).encode()):08x}"  # a run that goes on: one curve
     return wandb.init(project=config.wandb_project, name=config.out_dir, id=run_id, resume="allow",
                       config=dataclasses.asdict(config))

@@ -3,8 +3,8 @@
     python train.py sample_config/demo.py sample_config/ablation/gru.py --seed=2
 
 Any number of config files, then or between them --key=value; from left to right, the last one wins. A config
-file is python text that holds assignments only. A stage's dataclass may have check(), which yields one line
-for each value that makes no sense; the functions below are for it. --help prints the fields with their
+file is python text that holds assignments only. A stage's dataclass has check(), which yields one line for
+each value that makes no sense; the check_* functions below are for it. --help prints the fields with their
 comments.
 """
 import ast
@@ -26,8 +26,7 @@ def load_config(cls, doc="", args=None):
     """Build the dataclass `cls` from the command line, or `args`: config files and --key=value, later wins.
 
     Returns the config, checked. `config.sources` maps each knob that was set to the place that set it. Exits
-    with one line on an unknown key, a wrong type, a missing file or a value that `cls.check()` yields a
-    complaint about.
+    with one line on an unknown key, a wrong type, a missing file, or a complaint of `cls.check()`.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
     values, sources, stems = {}, {}, []
@@ -74,8 +73,21 @@ def print_knobs(config):
             print(f"knob {field.name} = {value!r} (default {default_of(field)!r}, from {where})")
 
 
+def help_text(cls, doc):
+    """The script's docstring and every knob with its default and the comment beside it in the source."""
+    comments = {}
+    for base in reversed(cls.__mro__[:-1]):
+        for line in inspect.getsource(base).splitlines():
+            match = re.match(r"    (\w+): [^#]*#\s*(.*)", line)
+            if match:
+                comments[match[1]] = match[2]
+    lines = [f"  {f'--{field.name}={default_of(field)!r}':<36} {comments.get(field.name, '')}"
+             for field in dataclasses.fields(cls)]
+    return "\n".join([doc.strip(), "", "knobs (set in config files or as --key=value, later wins):", *lines])
+
+
 def hint_for(key, fields):
-    """Where an unknown knob may belong: to another script, or it is misspelt."""
+    """What to say of an unknown knob: it belongs to another script, or is misspelt."""
     for script, name in (("simulate", "SimulateConfig"), ("prepare", "PrepareConfig"),
                          ("train", "TrainConfig"), ("finetune", "FinetuneConfig"),
                          ("tools.prometheus", "PrometheusConfig")):
@@ -86,12 +98,11 @@ def hint_for(key, fields):
 
 
 def read_config_file(path):
-    """A config file's assignments as a dict. The file is python, but holds nothing except `name = value`
-    lines.
-    """
+    """A config file's assignments as a dict. The file is python, but may hold `name = value` only."""
     if not os.path.isfile(path):
-        hint = "config/ is your copy of the samples, make it with: cp -r sample_config config" \
-            if Path(path).parts[:1] == ("config",) and not os.path.isdir("config") else "check the spelling"
+        hint = "check the spelling"
+        if Path(path).parts[:1] == ("config",) and not os.path.isdir("config"):
+            hint = "config/ is your copy of the samples, make it with: cp -r sample_config config"
         fail(f"{path}: no such config file; {hint}")
     names = {}
     try:
@@ -99,8 +110,8 @@ def read_config_file(path):
         tree = ast.parse(text)
         for node in tree.body:
             is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-            if not is_docstring and not (isinstance(node, ast.Assign)
-                                         and isinstance(node.targets[0], ast.Name)):
+            is_assignment = isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+            if not (is_docstring or is_assignment):
                 fail(f"{path}:{node.lineno}: a config file holds assignments only (name = value)")
         exec(compile(tree, path, "exec"), {"__builtins__": {}}, names)
     except UnicodeDecodeError:
@@ -120,9 +131,7 @@ def parse_flag(text):
 
 
 def to_type(value, kind, where):
-    """The value as `kind`, where nothing is lost: 1 is a float, 1e6 is an int, but 1.5, "1" and True are not
-    ints.
-    """
+    """The value as `kind`, where nothing is lost: 1 may be a float, 1e6 an int; 1.5, "1" and True may not."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is float and is_number and math.isfinite(value):
         return float(value)
@@ -147,8 +156,11 @@ def take_architecture(config, architecture, saved, path):
         setattr(config, key, known)
 
 
+# ------------------------------------------------------------------------------------------------------------
+# for the check() of a config: each yields one line for each value that makes no sense
+# ------------------------------------------------------------------------------------------------------------
+
 def check_choice(config, key, choices):
-    """For a config's check(), which yields one line for each value that makes no sense."""
     value = getattr(config, key)
     if value not in choices:
         near = difflib.get_close_matches(str(value), choices, n=1)
@@ -200,16 +212,3 @@ def check_writable(path):
         yield f"{path}: is a folder, a file is needed"
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
         yield f"{path}: {folder} is no folder to write in; make it (mkdir -p {folder}) or choose another"
-
-
-def help_text(cls, doc):
-    """The script's docstring and every knob with its default and the comment beside it in the source."""
-    comments = {}
-    for base in reversed(cls.__mro__[:-1]):
-        for line in inspect.getsource(base).splitlines():
-            match = re.match(r"    (\w+): [^#]*#\s*(.*)", line)
-            if match:
-                comments[match[1]] = match[2]
-    lines = [f"  {f'--{field.name}={default_of(field)!r}':<36} {comments.get(field.name, '')}"
-             for field in dataclasses.fields(cls)]
-    return "\n".join([doc.strip(), "", "knobs (set in config files or as --key=value, later wins):", *lines])

@@ -1,12 +1,11 @@
-"""Pictures of runs and of single events. Needs matplotlib (pip install matplotlib), which nothing else here
-does.
+"""Pictures of runs and of single events. Needs matplotlib, which nothing else does: pip install matplotlib.
 
     python -m tools.plot --what=curves --runs=out/demo,out/demo+gru         loss and learning rate over steps
     python -m tools.plot --what=errors --runs=out/demo_finetune          histogram, against energy and pulses
     python -m tools.plot --what=calibration --runs=out/demo_finetune     is the uncertainty right?
     python -m tools.plot --what=labels --runs=out/a,out/b,out/c,out/d       error against number of labels
     python -m tools.plot --what=scaling --runs=out/a,out/b --x=events    loss against events or parameters
-    python -m tools.plot --what=study --study=embedding                  results of study.py
+    python -m tools.plot --what=study --study=embedding                  results of tools.study
     python -m tools.plot --what=event --data_dir=data/demo --event=5 --runs=out/demo,out/demo_finetune
 
 Each writes one .png, in a second or two, and prints its name. errors, calibration and labels read the
@@ -126,9 +125,7 @@ def plain_log(axis, ticks=()):
 # ------------------------------------------------------------------------------------------------------------
 
 def curves(config, runs, plt):
-    """Training as a line, evaluations as dots: the DOM loss of pretraining runs, or the loss of fine-tuning
-    runs.
-    """
+    """Training as a line, evaluations as dots: the DOM loss of pretraining, or the loss of fine-tuning."""
     logs = [read_log(run) for run in runs]
     is_pretraining = ["dom_loss" in log for log in logs]
     if len(set(is_pretraining)) > 1:
@@ -158,17 +155,16 @@ def curves(config, runs, plt):
 
 
 def errors(config, runs, plt):
-    """Histogram of the errors, and their size in bins of energy and pulses; beside directions those of the
-    line fit.
-    """
+    """Histogram of the errors, and their size in bins of energy and pulses, beside those of the line fit."""
     evaluations = read_evaluations(runs, config.split)
     task = evaluations[0]["task"]
     for run, found in zip(runs, evaluations):
         if found["task"] != task:
             common.fail(f"{run} reconstructs the {found['task']}, the runs before it do not; they cannot "
                         "share an axis")
-    unit, scale, statistic = ("deg", np.degrees(1),
-                              "median") if task == "direction" else ("dex", 1, "resolution")
+    unit, scale, statistic = "dex", 1, "resolution"
+    if task == "direction":
+        unit, scale, statistic = "deg", np.degrees(1), "median"
     figure, (left, *others) = plt.subplots(1, 3, figsize=(13, 4.3), layout="constrained")
     for i, (run, found) in enumerate(zip(runs, evaluations)):
         shares = {name: np.array(found["histogram"][name]) for name in found["histogram"]}
@@ -179,8 +175,8 @@ def errors(config, runs, plt):
         left.stairs(shares["error"] / found["n_events"], edges, label=name_of(run), linewidth=1.5, **style(i))
     for axis, kind in zip(others, ("energy", "pulses")):
         tables = [{row["bin"]: row for row in found["rows"] if row["kind"] == kind} for found in evaluations]
-        # a run may lack some: few events
-        bins = sorted(set().union(*tables), key=lambda name: float(name.split()[0]))
+        every_bin = set().union(*tables)  # a run with few events may lack some
+        bins = sorted(every_bin, key=lambda name: float(name.split()[0]))
         for i, (run, table) in enumerate(zip(runs, tables)):
             places = np.array([k for k, name in enumerate(bins) if name in table])
             rows = [table[bins[k]] for k in places]
@@ -192,13 +188,13 @@ def errors(config, runs, plt):
             axis.plot(places, [tables[0][bins[k]]["line_fit_median"] * scale for k in places], color="0.55",
                       marker="s")
         counts = [next(table[name]["n"] for table in tables if name in table) for name in bins]
-        axis.set_xticks(range(len(bins)), fontsize=7, labels=[
-            name.replace(" to ", "\nto ").replace(" or ", "\nor ") + f"\nn = {n:,}" for name,
-            n in zip(bins, counts)])
+        names = [name.replace(" to ", "\nto ").replace(" or ", "\nor ") for name in bins]
+        axis.set_xticks(range(len(bins)), fontsize=7,
+                        labels=[f"{name}\nn = {n:,}" for name, n in zip(names, counts)])
         axis.set(xlabel=kind if kind == "energy" else "pulses of the event", ylim=(0, None),
                  ylabel=f"{'median angular error' if task == 'direction' else 'energy resolution'} [{unit}]")
-    left.set(xlabel="angular error [deg]" if task == "direction" else "log10 of predicted over true energy "
-                                                                      "[dex]",
+    of_energy = "log10 of predicted over true energy [dex]"
+    left.set(xlabel="angular error [deg]" if task == "direction" else of_energy,
              ylabel=f"share of {evaluations[0]['n_events']:,} events", xlim=(edges[0], edges[-1]))
     left.legend()
     return figure
@@ -221,10 +217,10 @@ def calibration(config, runs, plt):
 
 
 def labels(config, runs, plt):
-    """Runs together by how they began: pretrained, frozen, from scratch; several of one kind and size: mean
-    and spread.
+    """The error against the number of labels, a line for each way to begin: pretrained, frozen, from scratch.
 
-    A single run has the error of the choice of its validation events.
+    Several runs of one kind and size: their mean and spread. A single run: the error by the choice of its
+    validation events.
     """
     groups, tasks = {}, set()
     for run, found in zip(runs, read_evaluations(runs, config.split)):
@@ -261,8 +257,9 @@ def scaling(config, runs, plt):
             known = ", ".join(name for name in log if name.startswith("val_"))
             common.fail(f"{run}/log.csv has no {config.y}; it has {known}")
         last = np.flatnonzero(~np.isnan(log[config.y]))[-1]
-        x = log["events"][last] if config.x == "events" else \
-            common.count_parameters(common.load_checkpoint(Path(run) / "ckpt.pt")["model"])
+        x = log["events"][last]
+        if config.x == "parameters":
+            x = common.count_parameters(common.load_checkpoint(Path(run) / "ckpt.pt")["model"])
         points.append((x, log[config.y][last], name_of(run)))
     x, y, names = zip(*sorted(points))
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
@@ -276,7 +273,7 @@ def scaling(config, runs, plt):
     plain_log(axis.yaxis)
     axis.margins(0.15, 0.15)
     figure.canvas.draw()
-    taken = []  # a label moves down until it covers no other [pixels of the figure]
+    taken = []  # places of labels [pixels of the figure]: one moves down until it covers no other
     for place, name in zip(axis.transData.transform(np.c_[x, y]), names):
         down = 0
         while any(abs(place[0] - other[0]) < 90 and abs(place[1] - down - other[1]) < 11 for other in taken):
@@ -287,15 +284,15 @@ def scaling(config, runs, plt):
     return figure
 
 
-def draw_power_law(axis, x, y, name="", **how):
+def draw_power_law(axis, x, y, name="", **line):
+    """Fit a straight line to log y over log x and draw it; the slope's error is by the points' scatter."""
     u, v = np.log(x), np.log(y)
     slope, offset = np.polyfit(u, v, 1)
     rest = v - slope * u - offset
-    # of the slope, from the points' scatter
     error = (rest @ rest / (len(x) - 2) / np.square(u - u.mean()).sum()) ** 0.5
     grid = np.geomspace(min(x), max(x))
-    axis.plot(grid, np.exp(offset) * grid**slope, linewidth=1, label=f"{name} power {slope:.3f} $\\pm$ "
-                                                                     f"{error:.3f}", **how)
+    axis.plot(grid, np.exp(offset) * grid**slope, linewidth=1,
+              label=f"{name} power {slope:.3f} $\\pm$ {error:.3f}", **line)
 
 
 def points_of_study(config, results, name):
@@ -317,14 +314,14 @@ def points_of_study(config, results, name):
                             "another --x=")
             yield from ((line, float(number), row) for row in runs)
         else:
-            scale = np.nanmean([1 / number_in(row, "events_per_s")
-                                for row in runs]) if config.x == "seconds" else 1
+            scale = 1
+            if config.x == "seconds":
+                scale = np.nanmean([1 / number_in(row, "events_per_s") for row in runs])
             rows = [row for row in results
                     if (row["study"], row["arm"], float(row["learning_rate"])) == (name, arm, best)]
-            # runs of several lengths, evaluated at the end: one line
-            ends = len({row["step"] for row in rows}) == 1
-            yield from ((line if ends and is_numbered(arm) else arm, number_in(row, "events") * scale, row)
-                        for row in rows)
+            if is_numbered(arm) and len({row["step"] for row in rows}) == 1:
+                arm = line  # arms of several lengths, a point each, share a line
+            yield from ((arm, number_in(row, "events") * scale, row) for row in rows)
 
 
 def is_numbered(arm):
@@ -334,13 +331,11 @@ def is_numbered(arm):
 
 
 def study(config, runs, plt):
-    """Results of study.py, mean and standard deviation over seeds; a run that diverged is left out, with a
-    word.
+    """Results of tools.study, mean and standard deviation over seeds. What diverged is named, not drawn.
 
-    Against the learning rate: one line per arm; of arms with a number (muP/64), colour tells the number and
-    dashes the name. Against the number in an arm's name (pretrained/500) or parameters: the best learning
-    rate of each, one line for arms that share what stands before the number. Against events or seconds: their
-    curves.
+    x = learning_rate: one line per arm; of arms with a number (muP/64), colour tells the number and dashes
+    the name. x = number (pretrained/500) or parameters: the best learning rate of each arm, one line for arms
+    that share what stands before the number. x = events or seconds: the course of runs with the best one.
     """
     results, lines = read_results(config.results), {}  # name of a line -> x -> values, one per seed
     names = [name.strip() for name in config.study.split(",")]
@@ -354,24 +349,23 @@ def study(config, runs, plt):
                 lines.setdefault(line, {}).setdefault(x, []).append(number_in(row, config.y))
     if not lines:
         common.fail(f"{config.results}: {config.y} is empty in {config.study}")
-    looks = [style(i) for i in range(len(lines))]
+    styles = [style(i) for i in range(len(lines))]
     if config.x == "learning_rate" and all(map(is_numbered, lines)):
         kinds = sorted({line.rpartition("/")[0] for line in lines}, reverse=True)
         numbers = sorted({float(line.rpartition("/")[2]) for line in lines})
         lines = dict(sorted(lines.items(), key=lambda item: (item[0].rpartition("/")[0] != kinds[0],
                                                              float(item[0].rpartition("/")[2]))))
-        looks = [style(numbers.index(float(line.rpartition("/")[2])), kinds.index(line.rpartition("/")[0]))
-                 for line in lines]
+        styles = [style(numbers.index(float(line.rpartition("/")[2])), kinds.index(line.rpartition("/")[0]))
+                  for line in lines]
     scale = np.degrees(1) if config.y.startswith("val_angle") else 1
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for (line, points), look in zip(lines.items(), looks):
+    for (line, points), line_style in zip(lines.items(), styles):
         x = np.array(sorted(points))
         mean, bar = np.array([(np.mean(points[k]), spread(points[k])) for k in x]).T * scale
-        axis.errorbar(x, mean, bar, label=line, marker="o", markersize=4, capsize=3, **look)
-        if config.fit and len(x) > 2:
-            # not the means: the slope's error knows the spread
-            each = np.array([(k, y * scale) for k in x for y in points[k]])
-            draw_power_law(axis, *each.T, line, color=look["color"], alpha=0.5)
+        axis.errorbar(x, mean, bar, label=line, marker="o", markersize=4, capsize=3, **line_style)
+        if config.fit and len(x) > 2:  # of all runs, not of their means: the slope's error knows the spread
+            runs_of_line = np.array([(k, y * scale) for k in x for y in points[k]])
+            draw_power_law(axis, *runs_of_line.T, line, color=line_style["color"], alpha=0.5)
     axis.set(xlabel=config.x_label or AXES.get(config.x, config.x), ylabel=AXES.get(config.y, config.y))
     xs = sorted(set().union(*lines.values()))
     if config.x != "seconds" and xs[0] > 0:
@@ -392,68 +386,47 @@ def study(config, runs, plt):
 # ------------------------------------------------------------------------------------------------------------
 
 def event(config, runs, plt):
-    """The detector in 3-D; pulses coloured by time and sized by charge; directions; hidden DOMs and the
-    model's best guesses.
-    """
+    """The detector in 3-D, the pulses of one event, and what the models make of it."""
     import torch
     from evaluate import load_model
-    from model import unit_vector
+    from model import angular_error, unit_vector
     split, geometry = data.open_split(config.data_dir, config.split), data.read_geometry(config.data_dir)
-    position = geometry["position"]
     if config.event >= len(split):
         common.fail(f"{split.path} holds {len(split):,} events, numbered from 0: there is no event "
                     f"{config.event}")
     events, pulses = data.read_events(split, np.array([config.event]))
+    truth, place = events[0], geometry["position"][pulses["dom"]]
+    good = ~pulses["aux"] if not pulses["aux"].all() else np.ones(len(pulses), bool)
+    center = place[good].mean(0)
     hidden = (data.uniform_hash(0, 0, data.pulse_places(events)) < config.hide) & ~pulses["aux"]
-    place, truth, aux = position[pulses["dom"]], events[0], pulses["aux"]
 
     figure = plt.figure(figsize=(8.5, 7.5), layout="constrained")
     axis = figure.add_subplot(projection="3d")
-    for string in np.unique(geometry["string"]):
-        doms = geometry["position"][geometry["string"] == string]
-        axis.plot(*doms[[doms[:, 2].argmax(), doms[:, 2].argmin()]].T, color="0.9", linewidth=0.6, zorder=0)
-    size = 14 * (1 + np.log10(np.maximum(pulses["charge"], 0.1) / 0.1)) ** 1.5
-    axis.scatter(*place[aux].T, c="0.35", s=12, marker="x", linewidths=0.7, label="aux (mostly noise)")
-    # but for stray ones
-    early, late = np.percentile(pulses["time"] if aux.all() else pulses["time"][~aux], (2, 98))
-    shown = axis.scatter(*place[~aux].T, c=pulses["time"][~aux], s=size[~aux], cmap="plasma", alpha=0.9,
-                         linewidths=0, vmin=early, vmax=max(late, early + 1))
+    draw_detector(axis, geometry)
+    shown = draw_pulses(axis, pulses, place, good)
     figure.colorbar(shown, ax=axis, shrink=0.6, pad=0.04, label="time [ns]")
-    center = np.average(place if aux.all() else place[~aux], axis=0)
-
-    def arrow(towards, **how):  # the neutrino came from there
-        axis.plot(*np.stack([center - 450 * towards, center + 450 * towards]).T, linewidth=2, **how)
-        axis.plot(*(center + 450 * towards)[:, None], marker="o", markersize=6, color=how["color"])
-
-    title = f"event {truth['event_id']}: {truth['n_pulses']:,} pulses, {truth['total_charge']:.0f} p.e."
     axis.view_init(elev=12, azim=-60)
+    true = None
     if not np.isnan(truth["azimuth"]):
-        true = unit_vector(*torch.tensor([float(truth["azimuth"]), float(truth["zenith"])])).numpy()
-        arrow(true, color=COLORS[1], label="true direction (dot: source)")
-        axis.view_init(elev=12, azim=np.degrees(truth["azimuth"]) + 90)  # from the side
+        true = unit_vector(*torch.tensor([float(truth["azimuth"]), float(truth["zenith"])]))
+        draw_direction(axis, center, true.numpy(), COLORS[1], "true direction (dot: source)")
+        axis.view_init(elev=12, azim=np.degrees(truth["azimuth"]) + 90)  # from the side of the flight
     for run in runs:
         model, run_config, _ = load_model(f"{run}/best.pt", config.data_dir)
         batch, = data.micro_batches(events, pulses, 1, hidden=hidden)
         with torch.no_grad():
             if not hasattr(run_config, "task"):
                 if hidden.any():
-                    best = model.predict(batch)[0].topk(3).indices.T.numpy()  # (3, M)
-                    right = (best[0] == pulses["dom"][hidden]).sum()
-                    for a, b in zip(place[hidden], position[best[0]]):
-                        axis.plot(*np.stack([a, b]).T, color=COLORS[2], linewidth=0.8)
-                    axis.scatter(*place[hidden].T, s=90, facecolors="none", edgecolors=COLORS[2],
-                                 linewidths=1.5, label="hidden DOM")
-                    names = (f"best guess ({right} of {len(best[0])} right)", "second, third", None)
-                    for guess, alpha, label in zip(best, (1, 0.6, 0.4), names):
-                        axis.scatter(*position[guess].T, marker="+", s=70, color=COLORS[2], alpha=alpha,
-                                     label=label)
+                    guesses = model.predict(batch)[0].topk(3).indices.T.numpy()  # (3, M), the best first
+                    draw_guesses(axis, pulses["dom"][hidden], guesses, geometry["position"])
             elif run_config.task == "direction":
-                batch.pop("hidden")
-                found = model(batch)["direction"][0].numpy()
+                batch.pop("hidden")  # this model sees all DOMs
+                found = model(batch)["direction"][0]
                 label = name_of(run)
-                if not np.isnan(truth["azimuth"]):
-                    label += f", off by {np.degrees(np.arccos(np.clip(found @ true, -1, 1))):.0f} deg"
-                arrow(found, color=COLORS[0], linestyle="--", label=label)
+                if true is not None:
+                    label += f", off by {np.degrees(angular_error(found, true).item()):.0f} deg"
+                draw_direction(axis, center, found.numpy(), COLORS[0], label, linestyle="--")
+    title = f"event {truth['event_id']}: {truth['n_pulses']:,} pulses, {truth['total_charge']:.0f} p.e."
     axis.set(xlabel="x [m]", ylabel="y [m]", zlabel="z [m]", title=title)
     axis.locator_params(nbins=3)
     axis.grid(False)
@@ -462,6 +435,41 @@ def event(config, runs, plt):
         limits(-600, 600)
     axis.legend(loc="upper left", fontsize=8)
     return figure
+
+
+def draw_detector(axis, geometry):
+    """A thin line for each string, from its top DOM to its lowest."""
+    for string in np.unique(geometry["string"]):
+        doms = geometry["position"][geometry["string"] == string]
+        axis.plot(*doms[[doms[:, 2].argmax(), doms[:, 2].argmin()]].T, color="0.9", linewidth=0.6, zorder=0)
+
+
+def draw_pulses(axis, pulses, place, good):
+    """Good pulses as dots, coloured by time and sized by charge, others as crosses -> the dots."""
+    size = 14 * (1 + np.log10(np.maximum(pulses["charge"], 0.1) / 0.1)) ** 1.5
+    aux = pulses["aux"]
+    axis.scatter(*place[aux].T, c="0.35", s=12, marker="x", linewidths=0.7, label="aux (mostly noise)")
+    early, late = np.percentile(pulses["time"][good], (2, 98))  # a few stray ones would stretch the scale
+    return axis.scatter(*place[~aux].T, c=pulses["time"][~aux], s=size[~aux], cmap="plasma", alpha=0.9,
+                        linewidths=0, vmin=early, vmax=max(late, early + 1))
+
+
+def draw_direction(axis, center, towards, color, label, **line):
+    """A line through the middle of the pulses, with a dot at the end where the neutrino came from."""
+    axis.plot(*np.stack([center - 450 * towards, center + 450 * towards]).T, linewidth=2, color=color,
+              label=label, **line)
+    axis.plot(*(center + 450 * towards)[:, None], marker="o", markersize=6, color=color)
+
+
+def draw_guesses(axis, doms, guesses, position):
+    """Circles around hidden DOMs (M,), crosses at the model's guesses (3, M), a line to the best of them."""
+    for a, b in zip(position[doms], position[guesses[0]]):
+        axis.plot(*np.stack([a, b]).T, color=COLORS[2], linewidth=0.8)
+    axis.scatter(*position[doms].T, s=90, facecolors="none", edgecolors=COLORS[2], linewidths=1.5,
+                 label="hidden DOM")
+    labels = (f"best guess ({(guesses[0] == doms).sum()} of {len(doms)} right)", "second, third", None)
+    for guess, alpha, label in zip(guesses, (1, 0.6, 0.4), labels):
+        axis.scatter(*position[guess].T, marker="+", s=70, color=COLORS[2], alpha=alpha, label=label)
 
 
 PLOTS = {plot.__name__: plot for plot in (curves, errors, calibration, labels, scaling, study, event)}

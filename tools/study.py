@@ -1,5 +1,4 @@
-"""Run a study: several arms, each with its own best learning rate, over several seeds. All results go into
-one .csv file.
+"""Run a study: several arms, each with its own best learning rate, over several seeds, into one .csv file.
 
     python simulate.py sample_config/study/simulate.py                     the data of all studies, once
     python prepare.py sample_config/study/prepare.py
@@ -12,7 +11,7 @@ best. Prints the means and standard deviations over seeds as a table. An arm's r
 rate are copied to out_dir/<arm>/seed<seed>, where the arms of a later study find them. A study that was
 stopped goes on: what is in the results is not run again.
 """
-import common
+import common  # first: it sets how torch's threads wait
 
 import csv
 import importlib
@@ -36,12 +35,11 @@ import knobs
 METRICS = ["val_loss", "val_dom_loss", "val_charge_loss", "val_center_loss", "val_perplexity", "val_top1",
            "val_top5", "val_string", "val_distance", "val_charge_rms", "val_center_rms", "val_angle_mean",
            "val_angle_median", "coverage_50", "coverage_90"]
-# one row for each evaluation of each run; metric is what decided on the learning rate, knobs a checksum of
-# what was set
+# one row for each evaluation of each run; metric decided on the learning rate; knobs is knobs_of(arguments)
 RESULTS = ["study", "arm", "learning_rate", "seed", "step", "events", "events_per_s", "parameters", *METRICS,
            "metric", "arguments", "knobs", "hardware"]
 
-COMPUTING = {"micro_batch_size", "device", "compile"}
+COMPUTING = {"micro_batch_size", "device", "compile"}  # knobs that change no result
 
 
 @dataclass
@@ -79,9 +77,7 @@ class StudyConfig:
 
 
 def check_arms(config):
-    """Read the arguments of every arm as its script would, and look for its files: better now than hours
-    later.
-    """
+    """Read the arguments of each arm as its script would, look for its files: better now than hours later."""
     script = importlib.import_module(Path(config.script).stem)
     cls = script.TrainConfig if config.script == "train.py" else script.FinetuneConfig
     for arm in config.arms:
@@ -98,7 +94,7 @@ def check_arms(config):
 
 
 def learning_rates(config):
-    # as they are written in the results
+    """Rounded as they are written in the results."""
     return sorted({float(f"{float(rate):g}") for rate in config.learning_rates.split(",")})
 
 
@@ -107,10 +103,9 @@ def arguments_of(config, arm, seed):
 
 
 def knobs_of(arguments):
-    """A checksum of the knobs that the arguments set: it tells results of an older version of a config file
-    apart.
+    """A checksum of the knobs that the arguments set, but for COMPUTING.
 
-    How a step is computed (COMPUTING) changes no result.
+    By it results of an older version of a config file are known.
     """
     found = {}
     for argument in shlex.split(arguments):
@@ -140,7 +135,7 @@ def read_results(path):
 
 
 def add_results(path, rows):
-    """Put rows behind those that the file has by now: another study may have written to it."""
+    """Put rows after those that the file has by now: another study may have written to it."""
     def write(part):
         with open(part, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, RESULTS, lineterminator="\n")
@@ -165,12 +160,9 @@ def spread(values):
 
 
 def best_rate(final, arm):
-    """The learning rate with which seed 1 ended lowest in the study's metric; a run that diverged counts as
-    infinitely high.
-    """
-    ends = {rate: np.nan_to_num(number_in(row, row["metric"]), nan=np.inf) for (name, rate, seed),
-            row in final.items()
-            if (name, seed) == (arm, 1)}
+    """The learning rate with which seed 1 ended lowest in the study's metric; one that diverged is last."""
+    ends = {rate: np.nan_to_num(number_in(row, row["metric"]), nan=np.inf)
+            for (name, rate, seed), row in final.items() if (name, seed) == (arm, 1)}
     return min(ends, key=ends.get)
 
 
@@ -179,9 +171,7 @@ def best_rate(final, arm):
 # ------------------------------------------------------------------------------------------------------------
 
 def missing_runs(config, final):
-    """The runs (arm, learning rate, seed) that can be started now: first the tuning of all arms, then the
-    other seeds.
-    """
+    """The runs (arm, learning rate, seed) that can start now: the tuning of all arms, then other seeds."""
     rates = learning_rates(config)
     tuning = [(arm, rate, 1) for arm in config.arms for rate in rates if (arm, rate, 1) not in final]
     if tuning:
@@ -211,23 +201,20 @@ def start_script(command, stdout, n_threads):
 
 
 def run(config, arm, rate, seed):
-    """Call the script for one run -> its rows of results. A run that diverges has one row, at step 0, without
-    numbers.
-    """
+    """Call the script for one run -> its rows of results; if it diverges one at step 0, without numbers."""
     folder, arguments = folder_of(config, arm, rate, seed), arguments_of(config, arm, seed)
     command = [sys.executable, config.script, *shlex.split(arguments), f"--learning_rate={rate}",
                f"--seed={seed}", f"--out_dir={folder}"]
     folder.mkdir(parents=True, exist_ok=True)
     n_threads = max(common.count_cores() // config.jobs, 1)
-    # behind what it said before it was stopped
     with open(folder / "output.txt", "a+", encoding="utf-8") as output:
-        before = output.tell()
+        before = output.tell()  # a run that was stopped has said something already
         status = start_script(command, output, n_threads).returncode
         output.seek(before)
         errors = [line for line in output.read().splitlines() if line.startswith("error: ")]
         output.seek(0)
-        headers = [line for line in output.read().splitlines() if line.startswith("run ")
-                   and " | commit " in line]
+        headers = [line for line in output.read().splitlines()
+                   if line.startswith("run ") and " | commit " in line]
     row = dict.fromkeys(RESULTS, "") | {
         "study": Path(config.out_dir).name, "arm": arm, "learning_rate": f"{rate:g}", "seed": str(seed),
         "metric": config.metric, "arguments": arguments, "knobs": knobs_of(arguments)}
@@ -274,9 +261,7 @@ def read_evaluation(run, split):
 
 
 def keep_best(config, arm, rate, seed):
-    """Copy a run with the best learning rate to out_dir/<arm>/seed<seed>, unless it is there already
-    -> whether its files are here.
-    """
+    """Copy a run with the best learning rate to out_dir/<arm>/seed<seed>, if need be -> whether it exists."""
     folder, best = folder_of(config, arm, rate, seed), Path(config.out_dir) / arm / f"seed{seed}"
     if folder.exists() and (not best.exists()
                             or common.read_json(best / "config.json")["learning_rate"] != rate):
@@ -289,16 +274,16 @@ def keep_best(config, arm, rate, seed):
 
 
 def table(config, final):
-    """The arms side by side, as markdown: mean and standard deviation over seeds with the best learning rate,
-    and the tuning.
-    """
-    runs = {arm: [row for (name, rate, _), row in final.items() if (name, rate)
-                  == (arm, best_rate(final, arm))] for arm in config.arms}
-    shown = [metric for metric in METRICS if metric == config.metric
-             or metric != "val_loss" and any(number_in(row, metric) > 0 for rows in runs.values()
-                                             for row in rows)]
-    yield "| " + " | ".join(["arm", "learning rate", "seeds", *shown, f"{config.metric} of seed 1 by "
-                                                                      "learning rate"]) + " |"
+    """Yield lines of markdown, one per arm: mean and standard deviation over seeds, the tuning of seed 1."""
+    best = {arm: best_rate(final, arm) for arm in config.arms}
+    runs = {arm: [row for (name, rate, _), row in final.items() if (name, rate) == (arm, best[arm])]
+            for arm in config.arms}
+    known = {metric for rows in runs.values() for row in rows for metric in METRICS
+             if number_in(row, metric) > 0}
+    shown = [metric for metric in METRICS
+             if metric == config.metric or metric in known and metric != "val_loss"]
+    tuning_head = f"{config.metric} of seed 1 by learning rate"
+    yield "| " + " | ".join(["arm", "learning rate", "seeds", *shown, tuning_head]) + " |"
     yield "|---" * (len(shown) + 4) + "|"
     for arm, rows in runs.items():
         cells = []
@@ -318,7 +303,6 @@ def main():
     config = knobs.load_config(StudyConfig, __doc__)
     study = Path(config.out_dir).name
 
-
     def done():
         return final_rows(read_results(config.results), study)
 
@@ -331,8 +315,8 @@ def main():
         check_arms(config)
         knobs.print_knobs(config)
     while jobs := missing_runs(config, done()):
-        with common.progress_bar(len(jobs), f"study {study}",
-                                 "run") as bar, ThreadPoolExecutor(config.jobs) as pool:
+        with (common.progress_bar(len(jobs), f"study {study}", "run") as bar,
+              ThreadPoolExecutor(config.jobs) as pool):
             try:
                 for future in as_completed([pool.submit(run, config, *job) for job in jobs]):
                     rows = future.result()
