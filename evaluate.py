@@ -25,8 +25,8 @@ import torch.nn.functional as F
 
 import data
 import knobs
-from model import (ModelConfig, Pretrainer, Reconstructor, angular_error, event_losses, one_minus_cosine,
-                   unit_vector)
+from model import ModelConfig, Pretrainer, Reconstructor
+from tasks import TASKS
 
 
 @dataclass
@@ -52,9 +52,6 @@ class EvaluateConfig:
                 yield from knobs.check_writable(path)
 
 
-LABELS = {"direction": ("azimuth", "zenith"), "energy": ("energy",)}  # of EVENT, by task
-
-
 # ------------------------------------------------------------------------------------------------------------
 # a model and its events
 # ------------------------------------------------------------------------------------------------------------
@@ -69,10 +66,15 @@ def load_model(path, data_dir=""):
     return model.eval(), run, saved
 
 
+def has_label(events, label):
+    """Which events have this label, (n,): an unknown class is 0, an unknown angle or energy NaN."""
+    return events[label] > 0 if label == "event_class" else ~np.isnan(events[label])
+
+
 def find_unlabelled(split, n_events, config):
     """Places of those among the first n_events that lack a label of the task."""
-    return np.flatnonzero(np.any([np.isnan(split.events[label][:n_events]) for label in LABELS[config.task]],
-                                 axis=0))
+    return np.flatnonzero(~np.all([has_label(split.events[:n_events], label)
+                                   for label in TASKS[config.task].labels], axis=0))
 
 
 def check_labels(split, n_events, config):
@@ -88,12 +90,13 @@ def predict(model, split, n_events, config, process, wants_cls=False):
     """Go through the first n_events in their order, batch_size at a time. Yields index (n,), arrays (n, ...).
 
     config: task and losses of the model, batch_size and micro_batch_size. The arrays hold what all ranks have
-    found: the outputs of a Reconstructor, its loss (NaN without labels) and line_fit; cls, the vector of
-    [CLS], if wants_cls.
+    found: the outputs of a Reconstructor, its loss (without labels it means nothing) and what line_fit gives;
+    cls, the vector of [CLS], if wants_cls.
     """
     edges = np.linspace(0, n_events, -(-n_events // config.batch_size) + 1).astype(np.int64).tolist()
     shares = [a + common.share_of_rank(b - a, process) for a, b in zip(edges, edges[1:])]
-    geometry, has_task = model.encoder.embedding.geometry, hasattr(config, "task")
+    geometry = model.encoder.embedding.geometry
+    task = TASKS[config.task] if hasattr(config, "task") else None
     was_training = model.training
     model.eval()
 
@@ -101,7 +104,7 @@ def predict(model, split, n_events, config, process, wants_cls=False):
         if len(shares[i]) == 0:
             return []  # more ranks than events
         return data.micro_batches(*data.read_events(split, shares[i]), config.micro_batch_size,
-                                  LABELS[config.task] if has_task else ())
+                                  task.labels if task else ())
 
     with common.progress_bar(n_events, f"predict {split.path}", "event") as bar:
         for a, b, share, batches in zip(edges, edges[1:], shares,
@@ -111,10 +114,10 @@ def predict(model, split, n_events, config, process, wants_cls=False):
                 with process.autocast:
                     cls, _ = model.encoder(batch)
                     found = {"cls": cls} if wants_cls else {}
-                    if has_task:
+                    if task:
                         outputs = model.answer(cls)
-                        losses = event_losses(outputs, batch, config)
-                        found |= outputs | {"loss": losses, "line_fit": line_fit(batch, geometry)}
+                        losses = task.loss(outputs, batch, config)
+                        found |= outputs | {"loss": losses} | line_fit(batch, geometry)
                 for name, value in found.items():
                     empty = np.empty((len(share), *value.shape[1:]), np.float32)
                     arrays.setdefault(name, empty)[batch["row"]] = value.float().cpu().numpy()
@@ -128,7 +131,9 @@ def predict(model, split, n_events, config, process, wants_cls=False):
 # ------------------------------------------------------------------------------------------------------------
 
 def line_fit(batch, geometry):
-    """The baseline: fit position = r + v time to the good pulses -> unit vectors (B, 3) along -v.
+    """The baseline: fit position = r + v time to the good pulses.
+
+    -> line_fit, unit vectors (B, 3) along -v; line_fit_speed (B,), |v| [m/ns].
 
     Pulses count by their charge; where no fit is possible the vector is 0. IceCube's first guess
     (astro-ph/0407044, section 3.1.3), 1.18 rad on average on Kaggle's data.
@@ -143,57 +148,41 @@ def line_fit(batch, geometry):
     weight = batch["charge"] * ~batch["aux"]  # (T,), 0 at [CLS]
     mean = sums(weight * batch["time"]) / sums(weight).clamp(min=1e-6)  # (B,)
     time = batch["time"] - mean[event]
-    velocity = sums((weight * time)[:, None] * geometry[batch["dom"]])  # times a positive number
-    return F.normalize(-velocity, dim=-1)
-
-
-def vmf_quantile(direction, kappa, truth):
-    """The probability inside that contour around the prediction that goes through the truth.
-
-    It is uniform in 0..1 if kappa is right.
-    """
-    return torch.expm1(-kappa * one_minus_cosine(direction, truth)) / torch.expm1(-2 * kappa)
+    velocity = sums((weight * time)[:, None] * geometry[batch["dom"]])  # times the times' spread
+    # a spread below 10 ns is that of single DOMs, or of rounding: it tells no speed
+    spread = torch.maximum(sums(weight * time.square()), 100 * sums(weight)).clamp(min=1e-6)
+    return {"line_fit": F.normalize(-velocity, dim=-1), "line_fit_speed": velocity.norm(dim=-1) / spread}
 
 
 def score(arrays, events, config):
-    """Errors of some events and what score_events lists beside them -> dict of (n,)."""
-    if config.task == "energy":
-        return {"loss": arrays["loss"], "error": arrays["log_energy"] - np.log10(events["energy"])}
-    truth = unit_vector(*(torch.from_numpy(events[angle].copy()) for angle in ("azimuth", "zenith")))
-    direction, kappa, fit = (torch.from_numpy(arrays[name]) for name in ("direction", "kappa", "line_fit"))
-    return {"loss": arrays["loss"], "error": angular_error(direction, truth).numpy(),
-            "fit_error": angular_error(fit, truth).numpy(),
-            "quantile": vmf_quantile(direction, kappa, truth).numpy()}
+    """Scores of some events -> dict of (n,): loss, error and what else the task is judged by."""
+    return {"loss": arrays["loss"], **TASKS[config.task].score(arrays, events, config)}
 
 
 def score_events(model, split, n_events, config, process):
-    """Scores of the first n_events of a labelled split -> dict of arrays (n_events,), on every rank.
-
-    "direction": loss, error [rad], fit_error (of the line fit) [rad], quantile (see vmf_quantile)
-    "energy":    loss, error [dex]
-    """
+    """Scores of the first n_events of a labelled split -> dict of arrays (n_events,), on every rank."""
     parts = [score(arrays, split.events[index], config)
              for index, arrays in predict(model, split, n_events, config, process)]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
+def statistic_of(statistic, scores, index=slice(None)):
+    """One of Task.statistics or Task.baselines, of all events or some."""
+    function, *names = statistic
+    return float(function(*(scores[name][index] for name in names)))
+
+
 def summary(scores, config):
     """The val_* columns of log.csv, of all scores."""
-    error = scores["error"].astype(np.float64)
-    if config.task == "energy":
-        return {"val_loss": scores["loss"].mean(dtype=np.float64).item(), "val_bias": error.mean().item(),
-                "val_resolution": error.std().item()}
-    return {"val_loss": scores["loss"].mean(dtype=np.float64).item(), "val_angle_mean": error.mean().item(),
-            "val_angle_median": np.median(error).item()}
+    task, exact = TASKS[config.task], {name: values.astype(np.float64) for name, values in scores.items()}
+    return {"val_loss": float(exact["loss"].mean()),
+            **{column: statistic_of(task.statistics[name], exact) for column, name in task.log.items()}}
 
 
 # ------------------------------------------------------------------------------------------------------------
 # statistics, in bins
 # ------------------------------------------------------------------------------------------------------------
 
-STATISTICS = {
-    "direction": {"mean": np.mean, "median": np.median, "68 %": lambda error: np.quantile(error, 0.68)},
-    "energy": {"bias": np.mean, "resolution": np.std}}
 N_BOOTSTRAP = 100  # resamplings of the events: the spread of a statistic over them is its error, good to 7 %
 MIN_EVENTS = 10  # a smaller bin is not shown, and of fewer events no error is estimated
 LEVELS = np.linspace(0.05, 0.95, 19)  # of probability, at which the contours are checked
@@ -218,41 +207,38 @@ def bins_of(events):
 def evaluation_table(scores, events, config):
     """Rows (dicts) for all events and in bins -> rows, and those left out as they have fewer than MIN_EVENTS.
 
-    A row has n, each statistic with its bootstrap error (None for too few events), and for the direction the
-    same of the line fit, without errors.
+    A row has n, each statistic with its bootstrap error (None for too few events), and the baselines. A
+    statistic that makes no sense in a bin is NaN.
     """
-    rng, rows, left_out = np.random.default_rng(0), [], []
+    task, rng, rows, left_out = TASKS[config.task], np.random.default_rng(0), [], []
     for kind, label, mask in bins_of(events):
         n = int(mask.sum())
         row = {"kind": kind, "bin": label, "n": n}
         if kind != "all" and n < MIN_EVENTS:
             left_out.append(row)
             continue
-        error = scores["error"][mask]
-        resampled = [error[rng.integers(n, size=n)] for _ in range(N_BOOTSTRAP)]
-        for name, statistic in STATISTICS[config.task].items():
-            row[name] = float(statistic(error))
-            spread = float(np.std([statistic(sample) for sample in resampled]))
-            row[f"{name}_error"] = spread if n >= MIN_EVENTS else None
-        if config.task == "direction":
-            fit = scores["fit_error"][mask]
-            row |= {"line_fit_mean": float(fit.mean()), "line_fit_median": float(np.median(fit))}
+        index, resampled = np.flatnonzero(mask), []
+        for _ in range(N_BOOTSTRAP):
+            sample = index[rng.integers(n, size=n)]
+            resampled.append([statistic_of(one, scores, sample) for one in task.statistics.values()])
+        for (name, statistic), found in zip(task.statistics.items(), np.transpose(resampled)):
+            row[name] = statistic_of(statistic, scores, index)
+            has_error = n >= MIN_EVENTS and not np.isnan(row[name])
+            row[f"{name}_error"] = float(np.nanstd(found)) if has_error else None
+        row |= {name: statistic_of(statistic, scores, index) for name, statistic in task.baselines.items()}
         rows.append(row)
     return rows, left_out
 
 
 def print_evaluation(rows, left_out, config):
-    unit = "rad" if config.task == "direction" else "dex"
-    names = list(STATISTICS[config.task])
-    head = f"{'':<8}{'':<18}{'events':>9}" + "".join(f"{f'{name} [{unit}]':>20}" for name in names)
-    if config.task == "direction":
-        head += f"{'line fit mean':>16}{'median [rad]':>14}"
-    print(head)
+    task = TASKS[config.task]
+    unit = f" [{task.unit}]" if task.unit else ""
+    names = [f"{name}{unit}" for name in task.statistics] + list(task.baselines)
+    print(f"{'':<8}{'':<18}{'events':>9}" + "".join(f"{name.replace('_', ' '):>20}" for name in names))
     for row in rows:
-        cells = "".join(f"{with_error(row, name, '.4g', '.2g'):>20}" for name in names)
-        if config.task == "direction":
-            cells += f"{row['line_fit_mean']:>16.4g}{row['line_fit_median']:>14.4g}"
-        print(f"{row['kind']:<8}{row['bin']:<18}{row['n']:>9,}{cells}")
+        cells = [with_error(row, name, ".4g", ".2g") for name in task.statistics]
+        cells += [f"{row[name]:.4g}" for name in task.baselines]
+        print(f"{row['kind']:<8}{row['bin']:<18}{row['n']:>9,}" + "".join(f"{cell:>20}" for cell in cells))
     small = [f"{row['kind']} {row['bin']} ({row['n']})" for row in left_out if row["n"]]
     if small:
         print(f"not shown, fewer than {MIN_EVENTS} events: {', '.join(small)}")
@@ -266,29 +252,26 @@ def with_error(row, name, form, error_form):
 
 def report(scores, events, config, run, saved):
     """Print the table of a checkpoint's errors -> what result.txt and evaluation_<split>.json hold."""
-    path = config.checkpoint
+    path, task = config.checkpoint, TASKS[run.task]
     rows, left_out = evaluation_table(scores, events, run)
-    whole = rows[0]
     start = f"pretrained {saved['config']['pretrained']}" if saved["config"]["pretrained"] else "from scratch"
     result = f"{path} | {start} | {saved['n_train']:,} labels | {len(events):,} events of {config.split} | "
-    if run.task == "direction":
-        result += (f"angular error mean {with_error(whole, 'mean', '.4f', '.4f')} rad, "
-                   f"median {whole['median']:.4f} rad")
-    else:
-        result += (f"log10(energy) bias {with_error(whole, 'bias', '+.4f', '.4f')}, "
-                   f"resolution {whole['resolution']:.4f} dex")
+    errors = {name: value for name, value in rows[0].items() if name.endswith("_error")}
+    result += task.result.format_map(rows[0] | {name: "" if value is None else f" +- {value:.4f}"
+                                                for name, value in errors.items()})
     content = {"checkpoint": Path(path).name, "step": saved["step"],
                "pretrained": saved["config"]["pretrained"],
                "freeze_backbone": saved["config"]["freeze_backbone"], "n_train": saved["n_train"],
                "task": run.task, "direction_loss": run.direction_loss, "data_dir": config.data_dir,
                "data": data.fingerprint(config.data_dir), "split": config.split, "n_events": len(events),
-               "errors_by": f"{N_BOOTSTRAP} bootstrap samples of the events", "rows": rows,
-               "left_out": left_out}
+               "errors_by": f"{N_BOOTSTRAP} bootstrap samples of the events", "left_out": left_out,
+               "rows": [{name: None if value != value else value for name, value in row.items()}
+                        for row in rows]}
     print_evaluation(rows, left_out, run)
-    edges = np.linspace(0, np.pi, 61) if run.task == "direction" else np.linspace(-2, 2, 61)  # [rad], [dex]
+    edges = np.linspace(*task.span, 61)
     content["histogram"] = {"edges": edges.tolist(), **{name: np.histogram(scores[name], edges)[0].tolist()
                                                         for name in ("error", "fit_error") if name in scores}}
-    if run.task == "direction" and "vmf" in run.direction_loss:
+    if "quantile" in scores:
         inside = [float((scores["quantile"] < level).mean()) for level in LEVELS]
         content["calibration"] = {"level": LEVELS.tolist(), "inside": inside}
         print(f"calibration: {np.interp(0.5, LEVELS, inside):.1%} of the events lie inside their 50 % "
@@ -321,24 +304,15 @@ def evaluation_path(saved, config, n_events, n_split):
 # ------------------------------------------------------------------------------------------------------------
 
 def prediction_table(events, arrays, config, run, known):
-    """What is written of some events: azimuth in [0, 2 pi), zenith in [0, pi] as Kaggle wants them, and more.
+    """What is written of some events: what the task tells, and more in a .parquet.
 
     known: which of azimuth, zenith, energy, event_class the split has; a .parquet has them too, with the
     names true_azimuth, ... A .csv has the columns of a Kaggle submission only.
     """
-    columns = {"event_id": events["event_id"]}
-    if run.task == "energy":
-        columns["energy"] = 10.0 ** arrays["log_energy"].astype(np.float64)
-    else:
-        x, y, z = arrays["direction"].T.astype(np.float64)
-        azimuth = np.arctan2(y, x) % (2 * np.pi)
-        azimuth[azimuth >= 2 * np.pi] = 0.0  # a tiny negative angle plus 2 pi rounds up to 2 pi
-        columns |= {"azimuth": azimuth, "zenith": np.arccos(np.clip(z, -1, 1)), "x": x, "y": y, "z": z}
-        if "vmf" in run.direction_loss:
-            columns["kappa"] = arrays["kappa"]
+    task = TASKS[run.task]
+    columns = {"event_id": events["event_id"], **task.columns(arrays, run)}
     if config.predictions.endswith(".csv"):
-        return pa.table({name: columns[name] for name in ("event_id", "azimuth", "zenith", "energy")
-                         if name in columns})
+        return pa.table({name: columns[name] for name in ("event_id", *task.csv)})
     columns["n_pulses"] = events["n_pulses"]
     return pa.table(columns | {f"true_{name}": np.ascontiguousarray(events[name]) for name in known})
 
@@ -380,10 +354,8 @@ def evaluate_checkpoint(config, process):
                     "--predictions=")
     run.batch_size, max_pulses = config.batch_size, data.read_meta(config.data_dir)["max_pulses"]
     run.micro_batch_size = common.suited_micro_batch_size(process, max_pulses, run)
-    known = [name for name in ("azimuth", "zenith", "energy")
-             if not np.isnan(split.events[name][:n_events]).all()]
-    if split.events["event_class"][:n_events].any():
-        known.append("event_class")
+    known = [name for name in ("azimuth", "zenith", "energy", "event_class")
+             if has_label(split.events[:n_events], name).any()]
     scores = []
     with ExitStack() as files:
         write, write_cls = (files.enter_context(table_file(path)) if path and process.is_main else None

@@ -1,4 +1,4 @@
-"""Stage 3: fine-tuning. A small head on [CLS] learns the neutrino's direction or energy from labels.
+"""Stage 3: fine-tuning. A small head on [CLS] learns the neutrino's direction, energy or class from labels.
 
     python finetune.py sample_config/demo_finetune.py                       the encoder of out/demo/ckpt.pt
     python finetune.py sample_config/demo_finetune.py sample_config/ablation/frozen.py      the head alone
@@ -21,7 +21,8 @@ import torch
 import data
 import evaluate
 import knobs
-from model import DIRECTION_LOSSES, TASKS, ModelConfig, Reconstructor, event_losses, parameter_groups
+from model import ModelConfig, Reconstructor, parameter_groups
+from tasks import DIRECTION_LOSSES, TASKS
 from train import learning_rate, make_adamw, print_reheating, print_schedule_notes
 
 
@@ -34,7 +35,7 @@ class FinetuneConfig(ModelConfig):
     val_events: int = 0  # evaluate on the first N events of val_split, or as many as there are; 0 = all
     out_dir: str = ""  # where the run is kept; "" = out/<stems of the config files joined by +>
     pretrained: str = "out/base/ckpt.pt"  # checkpoint whose encoder to begin with; "" = from scratch
-    task: str = "direction"  # what to reconstruct; or "energy", log10 of the neutrino's energy in GeV
+    task: str = "direction"  # or "energy", log10 of the neutrino's in GeV; or "class", track or cascade
     direction_loss: str = "angular"  # mean angle; or "cosine", "vmf" (with uncertainty), "angular+vmf"
     freeze_backbone: bool = False  # train the head alone
     head_hidden_size: int = 1024  # of the head Linear(D, 1024), ReLU, Linear(1024, 3)
@@ -73,18 +74,17 @@ class FinetuneConfig(ModelConfig):
         if not set(self.direction_loss.split("+")) <= DIRECTION_LOSSES.keys():
             yield (f"direction_loss = {self.direction_loss!r}: choose among {', '.join(DIRECTION_LOSSES)}, "
                    "or join some by +")
-        if self.task == "energy" and getattr(self, "sources", {}).get("direction_loss") == "command line":
-            yield "direction_loss has no meaning for task = 'energy'; leave it out"
+        if self.task != "direction" and getattr(self, "sources", {}).get("direction_loss") == "command line":
+            yield f"direction_loss has no meaning for task = {self.task!r}; leave it out"
         if self.freeze_backbone and not self.pretrained:
             yield ("freeze_backbone = True needs a pretrained checkpoint: a frozen random encoder learns "
                    "nothing")
 
 
-# angles in rad; bias and resolution are mean and spread of log10(energy), predicted over true [dex]
-LOG_COLUMNS = ["step", "events", "lr", "loss", "grad_norm", "events_per_s", "val_loss", "val_angle_mean",
-               "val_angle_median",
-               "data_ms", "bad_steps",  # time a step waits for its events; steps so far that were skipped
-               "val_bias", "val_resolution"]
+# the columns of other tasks stay empty; angles in rad, bias and resolution in dex
+LOG_COLUMNS = ["step", "events", "lr", "loss", "grad_norm", "events_per_s", "val_loss",
+               *(column for task in TASKS.values() for column in task.log),
+               "data_ms", "bad_steps"]  # time a step waits for its events; steps so far that were skipped
 # Knobs that may differ when a run goes on: the steps already done would have been the same but for rounding,
 # and for the learning rate's end, which max_steps and cooldown_steps move
 MAY_CHANGE = {"data_dir", "out_dir", "micro_batch_size", "max_steps", "cooldown_steps", "eval_interval",
@@ -160,7 +160,7 @@ def main():
         events, pulses = data.read_events(train_split, index[mine])
         if config.time_offset_std:
             pulses = shift_at_random(events, pulses, index[mine], epoch[mine], config)
-        return data.micro_batches(events, pulses, config.micro_batch_size, evaluate.LABELS[config.task])
+        return data.micro_batches(events, pulses, config.micro_batch_size, TASKS[config.task].labels)
 
     def evaluate_best():
         """Evaluate what was kept as best, print and keep the result."""
@@ -276,7 +276,7 @@ def main():
             with common.summing_gradients(model, process, is_last=i == len(batches) - 1):
                 with process.autocast:
                     outputs = model(batch)
-                loss = event_losses(outputs, batch, config).sum() / config.batch_size
+                loss = TASKS[config.task].loss(outputs, batch, config).sum() / config.batch_size
                 optimizer.backward(loss * process.world_size)  # DDP takes the mean over ranks
             step_loss += loss.detach()
 
@@ -294,7 +294,7 @@ def main():
                       + (f" | {row['bad_steps']} steps skipped" if row["bad_steps"] else ""))
             if optimizer.gave_up():
                 with torch.no_grad(), process.autocast:
-                    losses = [event_losses(raw_model(batch), batch, config) for batch in batches]
+                    losses = [TASKS[config.task].loss(raw_model(batch), batch, config) for batch in batches]
                 common.stop_bad_run(config, step, losses, batches, process)
         if step % config.log_interval == 0 or "val_loss" in row:
             log(row)

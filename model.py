@@ -3,15 +3,15 @@
     pulses -> PulseEmbedding -> Backbone -> final norm -> heads        (Encoder = all but the heads)
 
 Pretrainer predicts the hidden DOM ids, and from [CLS] what is known of the whole event (CLS_TARGETS).
-Reconstructor tells the neutrino's direction or energy from [CLS]. Both are pure functions of their inputs: no
-random number is drawn after the weights are made.
+Reconstructor tells from [CLS] one of tasks.TASKS. Both are pure functions of their inputs: no random number
+is drawn after the weights are made.
 
 A batch is packed: the T tokens of its B events lie one after another without padding, and the first token of
 each event is its [CLS]. It is a dict that data.micro_batches makes: time [ns], charge [p.e.], dom, aux (T,),
 meaningless at [CLS]; starts int32 (B + 1,): event i is tokens starts[i] to starts[i + 1] - 1; the int
 longest, the tokens of the longest event; hidden and hidden_event (M,), token and event of each hidden pulse;
-and what the heads learn, total_charge [p.e.], azimuth, zenith [rad], energy [GeV] (B,), center [m] and motion
-(B, 3).
+and what the heads learn, total_charge [p.e.], azimuth, zenith [rad], energy [GeV], event_class (B,), center
+[m] and motion (B, 3).
 Other sizes: D embedding_dim, E dom_embed_dim, H heads, d = D / H, V DOMs, 5160 in IceCube. geometry: a
 detector's data.GEOMETRY records (V,).
 """
@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
+
+from tasks import TASKS, angular_error
 
 POSITION_SCALE = 500.0  # [m] half of IceCube's height: its scaled positions lie in about -1..1
 
@@ -570,78 +572,22 @@ CHOICES = {"backbone": MIXERS, "mlp": ("relu", "gelu", "swiglu"), "norm": NORMS,
 
 
 class Reconstructor(nn.Module):
-    """Encoder with a head on [CLS] for one of TASKS. forward gives a dict of float32 tensors:
-
-    "direction": direction (B, 3), unit vectors towards the neutrino's source; kappa (B,), how sure the model
-                 is of it (see vmf_loss)
-    "energy":    log_energy (B,), log10 of the neutrino's energy [GeV]
-    """
+    """Encoder with a head on [CLS] for one of TASKS; forward gives its outputs, a dict of float32 tensors."""
 
     def __init__(self, config, geometry):
         super().__init__()
-        self.task = config.task
+        task = TASKS[config.task]
         self.encoder = Encoder(config, geometry)
         self.head = nn.Sequential(nn.Linear(config.embedding_dim, config.head_hidden_size), nn.ReLU(),
-                                  nn.Linear(config.head_hidden_size, TASKS[config.task]))
+                                  nn.Linear(config.head_hidden_size, task.width))
+        self.outputs = task.outputs
         init_weights(self, config)
 
     def forward(self, batch):
         return self.answer(self.encoder(batch)[0])
 
     def answer(self, cls):
-        x = self.head(cls).float()
-        if self.task == "energy":
-            return {"log_energy": x.squeeze(-1) + LOG_ENERGY}
-        kappa = (x.square().sum(-1) + 1e-6).sqrt()  # 0.001 or more: a vector of length 0 has a gradient too
-        return {"direction": F.normalize(x, dim=-1), "kappa": kappa}
-
-
-TASKS = {"direction": 3, "energy": 1}  # numbers that the head gives
-LOG_ENERGY = 4.0  # [log10 GeV] where a new energy head begins, the middle of IceCube's range
-
-
-def unit_vector(azimuth, zenith):
-    """Angles [rad] of a direction (where the neutrino came from) -> unit vector (..., 3)."""
-    return torch.stack([azimuth.cos() * zenith.sin(), azimuth.sin() * zenith.sin(), zenith.cos()], dim=-1)
-
-
-def angular_error(direction, truth):
-    """The angle [rad] between unit vectors (..., 3), with a gradient everywhere.
-
-    # DIFF(upstream): arccos of the product, clipped at 1 - 1e-4: no gradient within 0.8 degrees
-    """
-    sine = (torch.linalg.cross(direction, truth).square().sum(-1) + 1e-12).sqrt()
-    return torch.atan2(sine, (direction * truth).sum(-1))
-
-
-def one_minus_cosine(direction, truth):
-    """Of the angle between unit vectors (..., 3). 1 - their product would round small angles to 0."""
-    return (direction - truth).square().sum(-1) / 2
-
-
-def vmf_loss(direction, kappa, truth):
-    """-ln of the von Mises-Fisher density kappa / (4 pi sinh kappa) exp(kappa cos) on the sphere [1/sr].
-
-    sinh is split into exp(kappa), which joins the cosine, and 1 - exp(-2 kappa). So float32 is enough for
-    kappa from 1e-3 to 1e6.
-    """
-    log_area = torch.log(-torch.expm1(-2 * kappa) / kappa)  # ln of 2 sinh(kappa) / (kappa exp(kappa))
-    return kappa * one_minus_cosine(direction, truth) + log_area + 1.8378770664  # ln 2 pi
-
-
-# of the outputs (direction, kappa) and the true direction -> (B,)
-DIRECTION_LOSSES = {"angular": lambda direction, kappa, truth: angular_error(direction, truth),  # upstream's
-                    "cosine": lambda direction, kappa, truth: one_minus_cosine(direction, truth),
-                    "vmf": vmf_loss}
-
-
-def event_losses(outputs, batch, config):
-    """What a Reconstructor is trained on, for each event of a batch, (B,)."""
-    if config.task == "energy":
-        return (outputs["log_energy"] - torch.log10(batch["energy"])).square()  # [dex^2]
-    truth = unit_vector(batch["azimuth"], batch["zenith"])
-    return sum(DIRECTION_LOSSES[name](outputs["direction"], outputs["kappa"], truth)
-               for name in config.direction_loss.split("+"))
+        return self.outputs(self.head(cls).float())
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import common
 import model as m
 import train
 from conftest import TINY_RUN, run_ok, torchrun
+from tasks import TASKS
 from test_model import BACKBONES, doubled, make, one_batch
 from test_train import assert_same_weights, column, weights
 
@@ -73,7 +74,7 @@ def test_a_step_waits_for_nothing(kind, knobs, monkeypatch):
         for batch in batches:
             losses = net(batch)
             if kind is m.Reconstructor:
-                losses = {"loss": m.event_losses(losses, batch, config)}
+                losses = {"loss": TASKS[config.task].loss(losses, batch, config)}
             optimizer.backward(sum(loss.sum() for loss in losses.values()))
         norm = optimizer.step()
     assert norm.device.type == "meta" and all(parameter.grad is None for parameter in net.parameters())

@@ -12,6 +12,7 @@ import common
 import data
 import evaluate
 import finetune
+import tasks
 import train
 from conftest import (TINY_MODEL, TINY_RUN, random_events, random_geometry, run_ok, torchrun, user_error,
                       write_folder)
@@ -198,8 +199,8 @@ def test_calibration_of_events_that_follow_their_kappa():
         angle = rng.uniform(0, 2 * np.pi, 20_000)
         sine = np.sqrt(1 - cosine**2)
         truth = torch.from_numpy(np.stack([sine * np.cos(angle), sine * np.sin(angle), cosine], -1))
-        quantile = evaluate.vmf_quantile(torch.tensor([0.0, 0.0, 1.0]).double(), torch.tensor(kappa).double(),
-                                         truth)
+        quantile = tasks.vmf_quantile(torch.tensor([0.0, 0.0, 1.0]).double(), torch.tensor(kappa).double(),
+                                      truth)
         for level in (0.1, 0.5, 0.9):
             assert (quantile < level).double().mean().item() == pytest.approx(level, abs=0.012)
 
@@ -219,6 +220,61 @@ def test_energy(demo_data, pretrained, tmp_path):
     assert rows[0]["resolution"] == pytest.approx((np.log10(energy) - np.log10(truth)).std(), rel=1e-3)
     line = user_error("finetune.py", *args, "--task=direction")
     assert "task = 'energy'" in line and "'direction'" in line
+
+
+def test_class(demo_data, pretrained, tmp_path):
+    """Learned by heart; every number again from the predictions, the line fit's speed event by event."""
+    args = [f"--data_dir={demo_data}", *KNOBS, f"--pretrained={pretrained[0]}/ckpt.pt", "--task=class",
+            "--batch_size=50", "--max_steps=60", "--learning_rate=1e-2", "--eval_interval=30",
+            "--val_split=finetune", "--val_events=0"]
+    done = run_ok("finetune.py", *args, f"--out_dir={tmp_path}/run")
+    predict(tmp_path / "run", f"--predictions={tmp_path}/p.csv")
+    split, geometry = data.open_split(demo_data, "finetune"), data.read_geometry(demo_data).astype(float)
+    table = np.loadtxt(tmp_path / "p.csv", delimiter=",", skiprows=1)
+    assert (tmp_path / "p.csv").read_text().splitlines()[0].replace('"', "") == "event_id,p_track"
+    assert table[:, 0].tolist() == split.events["event_id"].tolist()
+    p_track, is_track, speed = table[:, 1], split.events["event_class"] == 1, []
+    for event in split.events:
+        pulses = split.pulses[event["start"]:event["start"] + event["length"]]
+        pulses = pulses[~pulses["aux"]]
+        t, x, q = pulses["time"].astype(float), geometry[pulses["dom"]], pulses["charge"].astype(float)
+        t, x = t - np.average(t, weights=q), x - np.average(x, axis=0, weights=q)
+        speed.append(np.linalg.norm((q * t) @ x) / max(q @ t**2, 100 * q.sum()))
+    rows = {row["bin"]: row for row in common.read_json(tmp_path / "run/evaluation_finetune.json")["rows"]}
+    whole = rows["all"]
+    accuracy = np.mean((p_track > 0.5) == is_track)
+    assert whole["accuracy"] == pytest.approx(accuracy) and 0.75 < accuracy
+    assert whole["accuracy_error"] == pytest.approx((accuracy * (1 - accuracy) / 150) ** 0.5, rel=0.35)
+    assert whole["roc_area"] == pytest.approx(area_of_pairs(p_track, is_track), abs=1e-4)
+    assert whole["line_fit_roc_area"] == pytest.approx(area_of_pairs(np.array(speed), is_track), abs=2e-3)
+    assert whole["guess_accuracy"] == pytest.approx(max(is_track.mean(), 1 - is_track.mean()))
+    assert rows["track"]["accuracy"] == pytest.approx((p_track > 0.5)[is_track].mean())
+    assert rows["track"]["roc_area"] is rows["track"]["roc_area_error"] is None  # no cascade to compare with
+    assert max(column(tmp_path / "run", "val_accuracy")) == pytest.approx(accuracy, abs=1e-4)
+    assert column(tmp_path / "run", "val_roc_area")[-1] > 0.8 and "guess accuracy" in done.stdout
+    # a class of 0 is unknown
+    shutil.copytree(demo_data, tmp_path / "part")
+    events = np.fromfile(tmp_path / "part/finetune_events.bin", data.EVENT)
+    events["event_class"][7] = 0
+    events.tofile(tmp_path / "part/finetune_events.bin")
+    line = user_error("finetune.py", *args, f"--data_dir={tmp_path}/part", f"--out_dir={tmp_path}/other")
+    assert "1 of 150 events have no class" in line and str(events["event_id"][7]) in line
+
+
+def area_of_pairs(number, is_positive):
+    """The ROC area by its definition: pairs that are in the right order, those of equal numbers as half."""
+    difference = number[is_positive][:, None] - number[~is_positive]
+    return ((difference > 0) + 0.5 * (difference == 0)).mean()
+
+
+def test_the_roc_area_counts_pairs():
+    rng = np.random.default_rng(0)
+    for n_values in (2, 7, 10**9):  # many ties, some, none
+        number, is_positive = rng.integers(n_values, size=201), rng.random(201) < 0.3
+        area = tasks.roc_area(number.astype(np.float32), is_positive)
+        assert area == pytest.approx(area_of_pairs(number.astype(np.float32), is_positive), abs=1e-12)
+    assert tasks.roc_area(np.arange(4), np.array([0, 0, 1, 1])) == 1
+    assert np.isnan(tasks.roc_area(np.arange(3), np.ones(3, bool)))
 
 
 def test_the_head_may_learn_faster_and_events_may_be_shifted(demo_data, pretrained, tmp_path):
@@ -244,7 +300,7 @@ def test_patience_ends_a_run_and_it_stays_ended(demo_data, pretrained, tmp_path)
 
 
 @pytest.mark.parametrize("knobs", [["--direction_loss=vmf"], ["--backbone=mamba", "--task=energy"],
-                                   ["--backbone=gru", "--direction_loss=vmf"]], ids=str)
+                                   ["--backbone=gru", "--direction_loss=vmf"], ["--task=class"]], ids=str)
 def test_an_exported_model_runs_without_this_repository(demo_data, tmp_path, knobs):
     import subprocess
     import sys
@@ -266,6 +322,8 @@ def test_an_exported_model_runs_without_this_repository(demo_data, tmp_path, kno
     found, table = torch.load(tmp_path / "found.pt"), pyarrow.parquet.read_table(tmp_path / "p.parquet")
     if "--task=energy" in knobs:
         assert found["log_energy"].numpy() == pytest.approx(np.log10(table["energy"].to_numpy()), abs=1e-4)
+    elif "--task=class" in knobs:
+        assert found["p_track"].numpy() == pytest.approx(table["p_track"].to_numpy(), abs=1e-5)
     else:
         assert found["direction"][:, 2].numpy() == pytest.approx(table["z"].to_numpy(), abs=1e-4)
         assert found["kappa"].numpy() == pytest.approx(table["kappa"].to_numpy(), rel=1e-3)

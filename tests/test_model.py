@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import data
 import model as m
+import tasks
 from common import count_parameters
 from conftest import random_events, random_geometry
 from finetune import FinetuneConfig
@@ -198,15 +199,15 @@ def test_extreme_events_stay_finite(knobs):
 
 def test_angles_and_angular_error():
     azimuth, zenith = torch.tensor([0.0, math.pi / 2, 1.0]), torch.tensor([math.pi / 2, math.pi / 2, 0.0])
-    vectors = m.unit_vector(azimuth, zenith)
+    vectors = tasks.unit_vector(azimuth, zenith)
     assert torch.allclose(vectors, torch.eye(3), atol=1e-6)
     rng = torch.Generator().manual_seed(0)
     a, b = (F.normalize(torch.randn(500, 3, generator=rng, dtype=torch.float64), dim=-1) for _ in range(2))
-    assert torch.allclose(m.angular_error(a, b), torch.arccos((a * b).sum(-1)), atol=1e-6)
-    assert m.angular_error(a, a).max() < 2e-6 and m.angular_error(a, -a).min() > math.pi - 2e-6
+    assert torch.allclose(tasks.angular_error(a, b), torch.arccos((a * b).sum(-1)), atol=1e-6)
+    assert tasks.angular_error(a, a).max() < 2e-6 and tasks.angular_error(a, -a).min() > math.pi - 2e-6
     a.requires_grad_()
     for other in (a.detach().clone(), -a.detach(), b):
-        grad, = torch.autograd.grad(m.angular_error(a, other).sum(), a)
+        grad, = torch.autograd.grad(tasks.angular_error(a, other).sum(), a)
         assert torch.isfinite(grad).all() and grad.norm(dim=-1).max() < 1.5
 
 
@@ -219,14 +220,14 @@ def test_vmf_loss_is_the_density_from_broad_to_narrow():
                                                     dtype=torch.float64) / (1 + kappa) ** 0.5, dim=-1)
         k = torch.full((400,), kappa, dtype=torch.float64)
         plain = -(k / (4 * math.pi * torch.sinh(k))).log() - k * (direction * truth).sum(-1)
-        assert torch.allclose(m.vmf_loss(direction, k, truth), plain, rtol=1e-9)
-        assert torch.allclose(m.vmf_loss(direction.float(), k.float(), truth.float()).double(), plain,
+        assert torch.allclose(tasks.vmf_loss(direction, k, truth), plain, rtol=1e-9)
+        assert torch.allclose(tasks.vmf_loss(direction.float(), k.float(), truth.float()).double(), plain,
                               rtol=2e-4, atol=1e-4)
     # float32, with gradients, also where the truth is met or missed altogether
     for kappa in (1e-3, 1e3, 1e6):
         for towards in (truth.float(), -truth.float()):
             direction, k = truth.float().requires_grad_(), torch.full((400,), kappa, requires_grad=True)
-            m.vmf_loss(direction, k, towards).sum().backward()
+            tasks.vmf_loss(direction, k, towards).sum().backward()
             assert direction.grad.isfinite().all() and k.grad.isfinite().all()
 
 

@@ -23,10 +23,11 @@ def closed_figures():
 
 @pytest.fixture(scope="module")
 def tuned(demo_data, pretrained, tmp_path_factory):
-    """Fine-tuning runs: two of the direction, with 50 and 150 labels, and one of the energy."""
+    """Fine-tuning runs: two of the direction, with 50 and 150 labels, one of the energy, one of the class."""
     folder = tmp_path_factory.mktemp("tuned")
     for name, knobs in (("50", ["--train_events=50", "--direction_loss=vmf"]),
-                        ("150", ["--direction_loss=vmf"]), ("energy", ["--task=energy"])):
+                        ("150", ["--direction_loss=vmf"]), ("energy", ["--task=energy"]),
+                        ("class", ["--task=class"])):
         run_ok("finetune.py", f"--data_dir={demo_data}", *KNOBS, f"--out_dir={folder}/{name}",
                "--max_steps=3", *knobs, f"--pretrained={pretrained[0]}/ckpt.pt")
     return folder
@@ -37,6 +38,7 @@ def test_every_figure(demo_data, pretrained, tuned, tmp_path):
     for what, runs, more in (("curves", pretrained[0], []), ("curves", both, []), ("errors", both, []),
                              ("errors", f"{tuned}/energy", []), ("calibration", both, []),
                              ("labels", both, []), ("labels", f"{tuned}/energy", []),
+                             ("errors", f"{tuned}/class", []), ("labels", f"{tuned}/class", []),
                              ("scaling", both, ["--y=val_loss"]),
                              ("scaling", str(pretrained[0]), ["--x=parameters"]),
                              ("event", f"{pretrained[0]},{tuned}/50",

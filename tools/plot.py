@@ -23,6 +23,7 @@ import numpy as np
 
 import data
 import knobs
+from tasks import TASKS, angular_error, unit_vector
 from tools.study import METRICS, best_rate, final_rows, number_in, read_evaluation, read_results, spread
 
 # Okabe & Ito: told apart by all eyes
@@ -98,6 +99,19 @@ def read_evaluations(runs, split):
     return found
 
 
+def task_of(runs, evaluations):
+    """The task of fine-tuning runs, which must share one; and the scale and unit in which it is drawn."""
+    names = [found["task"] for found in evaluations]
+    for run, name in zip(runs, names):
+        if name != names[0]:
+            common.fail(f"{run} reconstructs the {name}, the runs before it do not; they cannot share an "
+                        "axis")
+    task = TASKS[names[0]]
+    if task.unit == "rad":
+        return task, np.degrees(1), " [deg]"
+    return task, 1, f" [{task.unit}]" if task.unit else ""
+
+
 def name_of(run):
     return Path(run).name
 
@@ -155,16 +169,12 @@ def curves(config, runs, plt):
 
 
 def errors(config, runs, plt):
-    """Histogram of the errors, and their size in bins of energy and pulses, beside those of the line fit."""
+    """Histogram of the errors, and how large they are in bins of energy and pulses; beside them the line fit,
+    where that is a baseline.
+    """
     evaluations = read_evaluations(runs, config.split)
-    task = evaluations[0]["task"]
-    for run, found in zip(runs, evaluations):
-        if found["task"] != task:
-            common.fail(f"{run} reconstructs the {found['task']}, the runs before it do not; they cannot "
-                        "share an axis")
-    unit, scale, statistic = "dex", 1, "resolution"
-    if task == "direction":
-        unit, scale, statistic = "deg", np.degrees(1), "median"
+    task, scale, unit = task_of(runs, evaluations)
+    statistic = list(task.drawn)[0]
     figure, (left, *others) = plt.subplots(1, 3, figsize=(13, 4.3), layout="constrained")
     for i, (run, found) in enumerate(zip(runs, evaluations)):
         shares = {name: np.array(found["histogram"][name]) for name in found["histogram"]}
@@ -180,22 +190,21 @@ def errors(config, runs, plt):
         for i, (run, table) in enumerate(zip(runs, tables)):
             places = np.array([k for k, name in enumerate(bins) if name in table])
             rows = [table[bins[k]] for k in places]
-            axis.errorbar(places + 0.06 * i, [row[statistic] * scale for row in rows],
-                          [row[f"{statistic}_error"] * scale for row in rows], marker="o", capsize=3,
-                          **style(i))
-        if task == "direction":
+            heights, bars = (np.array([row[name] for row in rows], float) * scale  # NaN where unknown
+                             for name in (statistic, f"{statistic}_error"))
+            axis.errorbar(places + 0.06 * i, heights, bars, marker="o", capsize=3, **style(i))
+        if f"line_fit_{statistic}" in task.baselines:
             places = [k for k, name in enumerate(bins) if name in tables[0]]
-            axis.plot(places, [tables[0][bins[k]]["line_fit_median"] * scale for k in places], color="0.55",
-                      marker="s")
+            heights = np.array([tables[0][bins[k]][f"line_fit_{statistic}"] for k in places], float)
+            axis.plot(places, heights * scale, color="0.55", marker="s")
         counts = [next(table[name]["n"] for table in tables if name in table) for name in bins]
         names = [name.replace(" to ", "\nto ").replace(" or ", "\nor ") for name in bins]
         axis.set_xticks(range(len(bins)), fontsize=7,
                         labels=[f"{name}\nn = {n:,}" for name, n in zip(names, counts)])
         axis.set(xlabel=kind if kind == "energy" else "pulses of the event", ylim=(0, None),
-                 ylabel=f"{'median angular error' if task == 'direction' else 'energy resolution'} [{unit}]")
-    of_energy = "log10 of predicted over true energy [dex]"
-    left.set(xlabel="angular error [deg]" if task == "direction" else of_energy,
-             ylabel=f"share of {evaluations[0]['n_events']:,} events", xlim=(edges[0], edges[-1]))
+                 ylabel=task.drawn[statistic] + unit)
+    left.set(xlabel=task.error + unit, ylabel=f"share of {evaluations[0]['n_events']:,} events",
+             xlim=(edges[0], edges[-1]))
     left.legend()
     return figure
 
@@ -222,16 +231,13 @@ def labels(config, runs, plt):
     Several runs of one kind and size: their mean and spread. A single run: the error by the choice of its
     validation events.
     """
-    groups, tasks = {}, set()
-    for run, found in zip(runs, read_evaluations(runs, config.split)):
-        tasks.add(found["task"])
-        if len(tasks) > 1:
-            common.fail(f"{run} reconstructs the {found['task']}, the runs before it do not; they cannot "
-                        "share an axis")
+    groups, evaluations = {}, read_evaluations(runs, config.split)
+    task, scale, unit = task_of(runs, evaluations)
+    name = list(task.drawn)[-1]
+    for found in evaluations:
         frozen = "pretrained, frozen" if found["freeze_backbone"] else "pretrained"
-        name, scale = ("mean", np.degrees(1)) if found["task"] == "direction" else ("resolution", 1)
         whole = found["rows"][0]
-        point = whole[name] * scale, (whole[f"{name}_error"] or np.nan) * scale
+        point = np.array([whole[name], whole[f"{name}_error"]], float) * scale  # NaN where unknown
         groups.setdefault(frozen if found["pretrained"] else "from scratch", {}).setdefault(
             found["n_train"], []).append(point)
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
@@ -241,8 +247,7 @@ def labels(config, runs, plt):
         bars = [spread(value) if len(value) > 1 else own[0] for value, own in points]
         axis.errorbar(n, [value.mean() for value, _ in points], bars, label=kind, marker="o", capsize=3,
                       **style(i))
-    axis.set(xlabel="labelled events",
-             ylabel="mean angular error [deg]" if tasks == {"direction"} else "energy resolution [dex]")
+    axis.set(xlabel="labelled events", ylabel=task.drawn[name] + unit)
     plain_log(axis.xaxis, sorted({n for sizes in groups.values() for n in sizes}))
     axis.legend()
     return figure
@@ -389,7 +394,6 @@ def event(config, runs, plt):
     """The detector in 3-D, the pulses of one event, and what the models make of it."""
     import torch
     from evaluate import load_model
-    from model import angular_error, unit_vector
     split, geometry = data.open_split(config.data_dir, config.split), data.read_geometry(config.data_dir)
     if config.event >= len(split):
         common.fail(f"{split.path} holds {len(split):,} events, numbered from 0: there is no event "

@@ -31,10 +31,11 @@ import numpy as np
 
 import data
 import knobs
+from tasks import TASKS
 
 METRICS = ["val_loss", "val_dom_loss", "val_charge_loss", "val_center_loss", "val_perplexity", "val_top1",
-           "val_top5", "val_string", "val_distance", "val_charge_rms", "val_center_rms", "val_angle_mean",
-           "val_angle_median", "coverage_50", "coverage_90"]
+           "val_top5", "val_string", "val_distance", "val_charge_rms", "val_center_rms", "val_motion_angle",
+           *(column for task in TASKS.values() for column in task.log), "coverage_50", "coverage_90"]
 # one row for each evaluation of each run; metric decided on the learning rate; knobs is knobs_of(arguments)
 RESULTS = ["study", "arm", "learning_rate", "seed", "step", "events", "events_per_s", "parameters", *METRICS,
            "metric", "arguments", "knobs", "hardware"]
