@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 
-from tasks import TASKS, angular_error
+from tasks import TASKS, angular_error, direction_outputs, vmf_loss
 
 POSITION_SCALE = 500.0  # [m] half of IceCube's height: its scaled positions lie in about -1..1
 
@@ -457,10 +457,11 @@ CLS_TARGETS = {
     "center": ClsTarget(  # charge-weighted centre; its metric in m
         width=3, label="center", truth=lambda center: center / POSITION_SCALE,
         metric="center_rms", measure=lambda x, truth: ((x - truth) * POSITION_SCALE).square().sum(-1)),
-    "motion": ClsTarget(  # a first guess of the source's direction; its metric is the mean angle in rad
-        width=3, label="motion", truth=lambda motion: motion, metric="motion_angle",
-        measure=lambda x, truth: angular_error(F.normalize(x, dim=-1), truth), of_mean=float,
-        is_known=lambda truth: truth.any(-1)),  # zeros where no fit is possible
+    "motion": ClsTarget(  # a first guess of the source's direction, zeros where no fit is possible; metric in rad
+        width=3, label="motion", truth=lambda motion: motion, is_known=lambda truth: truth.any(-1),
+        loss=lambda x, truth: vmf_loss(**direction_outputs(x), truth=truth),  # better than squared distance
+        metric="motion_angle", measure=lambda x, truth: angular_error(F.normalize(x, dim=-1), truth),
+        of_mean=float),
 }
 
 

@@ -381,8 +381,9 @@ def test_an_event_without_a_known_motion_does_not_enter_its_loss():
     with torch.no_grad():
         found = dict(zip(net.metric_names, net.metrics(batch).tolist(), strict=True))
         guess = net.predict(batch)[1]["motion"]
-    expected = (guess - batch["motion"]).square().mean(1)
-    assert losses[1] == 0 and torch.allclose(losses[[0, 2]], expected[[0, 2]])
+    kappa = guess.norm(dim=1)
+    expected = torch.log(4 * math.pi * kappa.sinh() / kappa) - (guess * batch["motion"]).sum(1)
+    assert losses[1] == 0 and torch.allclose(losses[[0, 2]], expected[[0, 2]], rtol=1e-4)
     cosine = F.cosine_similarity(guess, batch["motion"])[[0, 2]]
     assert found["motion_metric"] == pytest.approx(cosine.arccos().sum().item(), rel=1e-3)
     assert found["motion_known"] == 2 and found["motion_loss"] == pytest.approx(losses.sum().item())
