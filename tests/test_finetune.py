@@ -395,7 +395,7 @@ def test_a_run_goes_on_in_its_own_detector_only(tuned, demo_data, pretrained, tm
 
 
 def test_what_knows_doms_by_their_positions_goes_on_in_another_detector(tmp_path):
-    """300 DOMs instead of 5160, for the masked task and a direction; a table and a linear head are refused."""
+    """300 DOMs, not 5160, for the masked task and a direction; a table and a linear head are refused."""
     rng, ours = np.random.default_rng(0), random_geometry(300)
     big = write_folder(tmp_path / "big", **{name: random_events(rng, rng.integers(3, 40, 60))
                                             for name in ("pretrain", "val")})
