@@ -54,7 +54,8 @@ ENERGY_MIN, ENERGY_MAX = 1e2, 5e6  # [GeV]
 SPECTRAL_INDEX = 1.9  # dN/dE ~ E^-1.9, flatter than nature's [toy]
 TRACK_SHARE = 0.5  # of the interactions: those with a muon [toy]
 THROUGH_SHARE = 0.5  # of these: those that lie outside the volume, so that the muon comes in [toy]
-VOLUME_RADIUS, VOLUME_HALF_HEIGHT = 600.0, 600.0  # [m] of the cylinder that holds the other vertices [toy]
+# [m] of the cylinder that holds the other vertices; it grows and shrinks with the detector [toy]
+VOLUME_RADIUS, VOLUME_HALF_HEIGHT = 600.0, 600.0
 INELASTICITY_POWER = 1.5  # a track's vertex cascade takes the share u^1.5 of the energy, 0.4 on average [toy]
 IONISATION, RADIATION = 0.24, 3.3e-4  # [GeV/m], [1/m] muon in ice: dE/dx = 0.24 + 3.3e-4 E [PDG]
 
@@ -166,7 +167,14 @@ def unit_vector(azimuth, zenith):
     return np.stack([np.cos(azimuth) * np.sin(zenith), np.sin(azimuth) * np.sin(zenith), np.cos(zenith)])
 
 
-def draw_events(n, rng) -> dict:
+def volume_of(detector):
+    """Radius and half height [m] of the cylinder in which neutrinos interact."""
+    (radius, half_height), (icecube_radius, icecube_half_height) = (
+        (np.hypot(x, y).max(), np.abs(z).max()) for x, y, z in (detector.position, build_geometry().T))
+    return VOLUME_RADIUS * (radius / icecube_radius), VOLUME_HALF_HEIGHT * (half_height / icecube_half_height)
+
+
+def draw_events(n, volume, rng) -> dict:
     """n neutrinos that interact in or near the detector. A track is a cascade at the vertex plus a muon."""
     azimuth, zenith = 2 * np.pi * rng.random(n), np.arccos(1 - 2 * rng.random(n))  # isotropic
     flight = -unit_vector(azimuth, zenith)  # the angles tell where it came from
@@ -175,9 +183,9 @@ def draw_events(n, rng) -> dict:
     is_track = rng.random(n) < TRACK_SHARE
     muon_energy = is_track * energy * (1 - rng.random(n) ** INELASTICITY_POWER)
 
-    radius, angle = VOLUME_RADIUS * np.sqrt(rng.random(n)), 2 * np.pi * rng.random(n)
+    radius, angle = volume[0] * np.sqrt(rng.random(n)), 2 * np.pi * rng.random(n)
     vertex = np.stack([radius * np.cos(angle), radius * np.sin(angle),
-                       VOLUME_HALF_HEIGHT * (2 * rng.random(n) - 1)])
+                       volume[1] * (2 * rng.random(n) - 1)])
     muon_range = np.log1p(muon_energy * RADIATION / IONISATION) / RADIATION  # [m] until dE/dx has used it up
     vertex -= flight * muon_range * rng.random(n) * (rng.random(n) < THROUGH_SHARE)
     return dict(azimuth=azimuth, zenith=zenith, flight=flight, vertex=vertex, energy=energy,
@@ -405,7 +413,7 @@ def trigger(event, dom, time, charge, aux, rng):
 
 def simulate_chunk(detector, rng):
     """CHUNK interactions -> pulse columns of those that triggered, numbered from 0; their truth."""
-    events, doms = draw_events(CHUNK, rng), detector.position
+    events, doms = draw_events(CHUNK, volume_of(detector), rng), detector.position
     vertex, flight = events["vertex"], events["flight"]
     sources = (cascade_light(vertex, flight, events["cascade_energy"], doms),
                track_light(vertex, flight, events["muon_energy"], doms))

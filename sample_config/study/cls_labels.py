@@ -11,7 +11,8 @@ arms = {f"{target}/{head}/{kind}/{n}":
                                ("frozen", 8000, 250))
         for target in ("charge", "charge_center", "charge_motion", "charge_center_motion")
         for head in ("linear", "position")}
-arms = arms | {f"scratch/{n}": f"--train_events={n} --max_steps={steps}" for n, steps in ((500, 100), (8000, 250))}
+arms = arms | {f"scratch/{n}": f"--train_events={n} --max_steps={steps}"
+               for n, steps in ((500, 100), (8000, 250))}
 learning_rates = "0.001"
 metric = "val_angle_mean"
 out_dir = "out/study/cls_labels"
