@@ -1,5 +1,4 @@
-# The paper's pretraining run, spelled out; equal to the defaults of train.py. 7.6 M parameters, 520 M events
-# seen.
+# The paper's pretraining run, spelled out; equal to the defaults of train.py. 7.6 M parameters, 520 M events.
 data_dir = "data/icecube"
 train_split = "pretrain"
 val_split = "val"

@@ -1,5 +1,5 @@
-# Direction from 8,000 labels, beginning with the encoder of demo.py; with ablation/scratch.py after it from
-# random weights.
+# Direction from 8,000 labels, beginning with the encoder of demo.py.
+# With ablation/scratch.py after it: from random weights.
 data_dir = "data/demo"
 pretrained = "out/demo/ckpt.pt"
 val_events = 4000

@@ -1,6 +1,6 @@
-# The direction from 1 M labels of the Kaggle data, 20 epochs, beginning with base.py's encoder; the learning
-# rate is the published one. Equal to the defaults of finetune.py. With ablation/scratch.py after it: the same
-# labels, no pretraining.
+# The direction from 1 M labels of the Kaggle data, 20 epochs, beginning with the encoder of base.py. Equal to
+# the defaults of finetune.py; the learning rate is the published one.
+# With ablation/scratch.py after it: the same labels, no pretraining.
 data_dir = "data/icecube"
 pretrained = "out/base/ckpt.pt"
 train_split = "finetune"

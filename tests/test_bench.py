@@ -1,26 +1,23 @@
 """bench.py runs and compares; what it measures is for people to read."""
 import re
 
-import pytest
-
 from conftest import TINY_MODEL, run_ok
+from model import MIXERS
 
 
 def ratios(output):
     """name -> ratio to the first arm of its table."""
-    return {name.strip(): float(ratio) for name, ratio in re.findall(r"^(.+?)  +[\d,.]+ events/s .*? "
-                                                                     r"([\d.]+) x", output, re.M)}
+    lines = re.findall(r"^(.+?)  +[\d,.]+ events/s .*? ([\d.]+) x", output, re.M)
+    return {name.strip(): float(ratio) for name, ratio in lines}
 
 
-@pytest.mark.parametrize("what, n_arms", [("train", 3), ("backbones", 3)])
-def test_steps(demo_data, what, n_arms):
-    done = run_ok("tools/bench.py", f"--what={what}", f"--data_dir={demo_data}", *TINY_MODEL,
-                  "--batch_size=8", "--rounds=1", "--steps=1",
-                  *(["--micro_batch_sizes=4,8"] if what == "train" else []), "--device=cpu",
-                  "--dtype=float32")
+def test_steps(demo_data):
+    done = run_ok("tools/bench.py", "--what=all", f"--data_dir={demo_data}", *TINY_MODEL, "--batch_size=8",
+                  "--rounds=1", "--steps=1", "--micro_batch_sizes=4,8", "--device=cpu", "--dtype=float32")
     found = ratios(done.stdout)
-    assert len(found) == n_arms and list(found.values())[0] == 1 and min(found.values()) > 0, done.stdout
-    assert done.stdout.count(" tokens/s") == n_arms and "masked and packed events/s" in done.stdout
+    assert list(found)[0] == "padded, all logits, float32 (baseline)" and {*MIXERS} < found.keys()
+    assert len(found) == 6 and list(found.values())[0] == 1 and min(found.values()) > 0, done.stdout
+    assert done.stdout.count(" tokens/s") == 6 and done.stdout.count("masked and packed events/s") == 2
 
 
 def test_preparing():

@@ -224,8 +224,8 @@ def test_a_folder_that_cannot_be_written_is_one_line(demo_data, tmp_path):
 # errors, ranks, devices
 # ------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("who, said", [("all", ["error: no such thing"]), ("one", ["error: rank 1: no such "
-                                                                                   "thing"])])
+@pytest.mark.parametrize("who, said", [("all", ["error: no such thing"]),
+                                       ("one", ["error: rank 1: no such thing"])])
 def test_what_all_ranks_say_is_printed_once(tmp_path, who, said):
     (tmp_path / "stage.py").write_text(
         f"import os, sys, time; sys.path.insert(0, {str(ROOT)!r}); import common\n"

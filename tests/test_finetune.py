@@ -18,8 +18,8 @@ from conftest import (TINY_MODEL, TINY_RUN, random_events, random_geometry, run_
                       write_folder)
 from test_train import assert_same_weights, column, weights
 
-KNOBS = [knob for knob in TINY_RUN if knob not in TINY_MODEL] + ["--head_hidden_size=16", "--warmup_steps=2",
-                                                                 "--learning_rate=1e-3"]
+KNOBS = [*(knob for knob in TINY_RUN if knob not in TINY_MODEL), "--head_hidden_size=16",
+         "--warmup_steps=2", "--learning_rate=1e-3"]
 
 
 def predict(out_dir, *args, **kwargs):
@@ -135,8 +135,8 @@ def test_evaluation_only_and_unlabelled_predictions(tuned, demo_data, tmp_path):
     assert (out_dir / "result.txt").read_text().strip() in again.stdout
     predict(out_dir, "--split=test", f"--predictions={tmp_path}/test.parquet")
     table = pyarrow.parquet.read_table(tmp_path / "test.parquet")
-    assert table["event_id"].to_numpy().tolist() == data.open_split(demo_data,
-                                                                    "test").events["event_id"].tolist()
+    events = data.open_split(demo_data, "test").events
+    assert table["event_id"].to_numpy().tolist() == events["event_id"].tolist()
 
 
 def test_the_evaluation_table_by_hand(tuned, demo_data):
@@ -190,9 +190,7 @@ def test_vmf_tells_its_uncertainty(demo_data, tmp_path):
 
 
 def test_calibration_of_events_that_follow_their_kappa():
-    """Directions drawn from the von Mises-Fisher law (Wood 1994) lie inside the contours as often as these
-    say.
-    """
+    """Directions drawn from the von Mises-Fisher law (Wood 1994) lie inside a contour as often as it says."""
     rng = np.random.default_rng(0)
     for kappa in (0.5, 20.0, 5000.0):
         cosine = 1 + np.log1p(rng.random(20_000) * np.expm1(-2 * kappa)) / kappa
@@ -454,8 +452,7 @@ def test_each_evaluation_keeps_to_itself(tuned, demo_data, tmp_path):
     assert common.read_json(run / "evaluation_val.json")["rows"] == before["rows"]
 
 
-def test_a_complete_run_without_its_best_weights_says_what_can_be_evaluated(tuned, demo_data, pretrained,
-                                                                            tmp_path):
+def test_a_run_without_best_weights_says_what_can_be_evaluated(tuned, demo_data, pretrained, tmp_path):
     shutil.copytree(tuned[0], tmp_path / "run")
     (tmp_path / "run/best.pt").unlink()
     line = user_error("finetune.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}/run", *KNOBS,

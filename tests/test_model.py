@@ -31,8 +31,8 @@ def one_batch(lengths, hidden_share=0.3, seed=0, n=1):
     rng = np.random.default_rng(seed)
     events, pulses = random_events(rng, lengths)
     labels = ("total_charge", "center", "motion", "azimuth", "zenith", "energy")
-    return data.micro_batches(events, pulses, -(-len(lengths) // n), labels, rng.random(len(pulses))
-                              < hidden_share)
+    hidden = rng.random(len(pulses)) < hidden_share
+    return data.micro_batches(events, pulses, -(-len(lengths) // n), labels, hidden)
 
 
 def outputs(found):
@@ -44,8 +44,8 @@ def shuffled(batch, order):
     """The events of a packed batch in another order."""
     starts, B = batch["starts"].tolist(), len(batch["row"])
     tokens = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in order])
-    new = {name: value[tokens] if len(value) == starts[-1] else value[torch.tensor(order)] for name,
-           value in batch.items()
+    new = {name: value[tokens] if len(value) == starts[-1] else value[torch.tensor(order)]
+           for name, value in batch.items()
            if torch.is_tensor(value) and name not in ("starts", "hidden", "hidden_event")}
     new["starts"] = torch.tensor([0, *np.cumsum(np.diff(starts)[order])], dtype=torch.int32)
     is_hidden = torch.zeros(starts[-1], dtype=torch.bool).index_fill(0, batch["hidden"], True)[tokens]
@@ -81,10 +81,10 @@ def test_an_event_does_not_depend_on_its_neighbours(kind, knobs):
         torch.cat(parts).square().sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]))
         found.append(torch.cat(parts).detach())
-    # which keep float32 at places
-    bound = 1e-4 if knobs.get("backbone") == "mamba" or kind is m.Reconstructor else 1e-9
-    assert torch.allclose(found[0], found[1], atol=bound) and torch.allclose(found[0][order], found[2],
-                                                                             atol=bound)
+    has_float32 = knobs.get("backbone") == "mamba" or kind is m.Reconstructor  # at places
+    bound = 1e-4 if has_float32 else 1e-9
+    assert torch.allclose(found[0], found[1], atol=bound)
+    assert torch.allclose(found[0][order], found[2], atol=bound)
     for gradient in gradients[1:]:
         assert torch.allclose(gradient, gradients[0], rtol=1e-6, atol=bound * gradients[0].abs().max())
 
@@ -110,8 +110,8 @@ def test_a_hidden_dom_cannot_be_seen_and_other_pulses_can():
     _, x = net.encoder(batch)
     changed = {**batch, "dom": batch["dom"].index_fill(0, batch["hidden"], 123)}
     assert torch.equal(x, net.encoder(changed)[1])
-    # 0 is [CLS]
-    visible = torch.ones(len(x), dtype=torch.bool).index_fill(0, batch["hidden"], False).nonzero()[1]
+    is_visible = torch.ones(len(x), dtype=torch.bool).index_fill(0, batch["hidden"], False)
+    visible = is_visible.nonzero()[1]  # the first of them is [CLS]
     changed["dom"][visible] = 123
     assert not torch.allclose(x, net.encoder(changed)[1], atol=1e-5)
 
@@ -256,9 +256,7 @@ def test_same_seed_same_weights_and_no_randomness_in_forward():
 # ------------------------------------------------------------------------------------------------------------
 
 def test_mambas_heads_remember_what_events_have():
-    """Memory of a head in pulses, 1 / (time step * decay rate), and the weight of what it reads, its time
-    step.
-    """
+    """Memory of a head in pulses, 1 / (time step * decay rate); its time step, which weighs what it reads."""
     mixer = make(backbone="mamba").encoder.backbone.blocks[0].mixer.forwards
     step = F.softplus(mixer.dt_bias)
     memory = 1 / (step * mixer.log_a.exp())
@@ -426,8 +424,7 @@ def test_mup_at_its_base_width_changes_nothing():
 
 
 def update_size(width=64, layers=2, **knobs):
-    """How much 4 Adam steps move the backbone's outputs (a coordinate check compares it over width or depth).
-    """
+    """How much 4 Adam steps move the backbone's outputs, for a coordinate check over depth."""
     batches = [one_batch([20, 40, 30], seed=seed)[0] for seed in range(2)]
     torch.manual_seed(0)
     net = m.Pretrainer(TrainConfig(embedding_dim=width, dom_embed_dim=width // 2, num_heads=4,
@@ -449,9 +446,7 @@ def update_size(width=64, layers=2, **knobs):
 
 
 def coordinates(width, heads, steps=20, **knobs):
-    """After some AdamW steps: spread of attention logits and block outputs, and of their change
-    -> (2 n_layers, 2).
-    """
+    """Spread of attention logits and block outputs after some steps, and of their change, (2 layers, 2)."""
     batches = [one_batch([20, 40, 30], seed=seed)[0] for seed in range(2)]
     torch.manual_seed(0)
     net = m.Pretrainer(TrainConfig(embedding_dim=width, dom_embed_dim=width // 2, num_heads=heads,
@@ -465,8 +460,8 @@ def coordinates(width, heads, steps=20, **knobs):
         packing, found = m.Packing(starts, batches[0]["longest"], len(x)), []
         for block in net.encoder.backbone.blocks:
             q, k, _ = block.mixer.qkv(block.norm1(x)).view(len(x), 3, heads, -1).unbind(1)
-            logits = [torch.einsum("lhd,mhd->hlm", q[a:b], k[a:b]).flatten() for a,
-                      b in zip(starts, starts[1:])]
+            logits = [torch.einsum("lhd,mhd->hlm", q[a:b], k[a:b]).flatten()
+                      for a, b in zip(starts, starts[1:])]
             x = block(x, packing)
             found += [torch.cat(logits) * block.mixer.scale, x]
         return found
@@ -482,9 +477,7 @@ def coordinates(width, heads, steps=20, **knobs):
 @pytest.mark.parametrize("heads", [lambda width: width // 32, lambda width: 1],
                          ids=["more heads", "wider heads"])
 def test_mup_keeps_the_size_of_an_update_over_width(heads):
-    """The coordinate check (Yang et al. 2022, appendix D.1): of one size over widths 32 to 256, whichever way
-    they widen.
-    """
+    """The coordinate check (Yang et al. 2022, appendix D.1): of one size for widths 32 to 256."""
     mup = [coordinates(width, heads(width), mup_base_width=32, mup_base_heads=1)
            for width in (32, 64, 128, 256)]
     assert np.max(np.max(mup, axis=0) / np.min(mup, axis=0)) < 2.1
@@ -503,9 +496,7 @@ def test_completep_keeps_the_size_of_an_update_over_depth():
 # ------------------------------------------------------------------------------------------------------------
 
 def published_state(rng, variant="table", D=32, E=16, width=64, n_layers=2):
-    """A state dict with the names and shapes of timinar/PolarBERT's flash variant, in its three forms of DOM
-    embedding.
-    """
+    """Names and shapes of timinar/PolarBERT's flash variant, in its three forms of DOM embedding."""
     shapes = {"table": {"embedding.dom_embedding.weight": (5162, E)},
               "table, own mask": {"embedding.dom_embedding.weight": (5161, E),
                                   "embedding.mask_token_embedding": (1, E)},

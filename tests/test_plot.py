@@ -1,6 +1,4 @@
-"""plot.py draws from what real runs left behind. How a figure looks is for people to judge, what stands in it
-is not.
-"""
+"""tools.plot draws from what real runs left behind. People judge how a figure looks, tests what it says."""
 import json
 import shutil
 
@@ -101,8 +99,8 @@ def study_rows(name, arms):
                                                 "seed": str(seed), "step": "600",
                                                 "events": str(100 * int(arm.rpartition("/")[2])),
                                                 "metric": "val_dom_loss", "val_dom_loss": str(loss)}
-            for arm, rates in arms.items() for rate, losses in rates.items() for seed,
-            loss in enumerate(losses, 1)]
+            for arm, rates in arms.items() for rate, losses in rates.items()
+            for seed, loss in enumerate(losses, 1)]
 
 
 def test_a_study_over_widths(tmp_path):
@@ -112,8 +110,8 @@ def test_a_study_over_widths(tmp_path):
     config = plot.PlotConfig(what="study", study="width", x="learning_rate", results=f"{tmp_path}/r.csv")
     axis = plot.study(config, [], plt).axes[0]
     lines = [container.lines[0] for container in axis.containers]
-    assert [text.get_text() for text in axis.get_legend().texts] == ["standard/32", "standard/128", "muP/32",
-                                                                     "muP/128"]
+    names = [text.get_text() for text in axis.get_legend().texts]
+    assert names == ["standard/32", "standard/128", "muP/32", "muP/128"]
     assert lines[0].get_color() == lines[2].get_color() != lines[1].get_color() == lines[3].get_color()
     styles = [line.get_linestyle() for line in lines]
     assert styles[0] == styles[1] != styles[2] == styles[3]
@@ -124,8 +122,8 @@ def test_a_study_over_widths(tmp_path):
 
 
 def test_runs_of_several_lengths_are_one_line(tmp_path):
-    study.add_results(tmp_path / "r.csv", study_rows("branches", {f"branched/{n}": {0.01: [9 - n / 1000]}
-                                                                  for n in (800, 1200, 1600)}))
+    arms = {f"branched/{n}": {0.01: [9 - n / 1000]} for n in (800, 1200, 1600)}
+    study.add_results(tmp_path / "r.csv", study_rows("branches", arms))
     config = plot.PlotConfig(what="study", study="branches", results=f"{tmp_path}/r.csv")
     container, = plot.study(config, [], plt).axes[0].containers
     assert container.get_label() == "branched"

@@ -42,8 +42,8 @@ def make_events(rng, n, lengths=(1, 2, 60, 126, 127, 128, 129, 500)):
 
 def pulse_table(events, event_id=True):
     columns = {"sensor_id": np.int16, "time": np.int64, "charge": np.float64, "auxiliary": bool}
-    table = {name: np.concatenate([event[name] for event in events]).astype(kind) for name,
-             kind in columns.items()}
+    table = {name: np.concatenate([event[name] for event in events]).astype(kind)
+             for name, kind in columns.items()}
     if event_id:
         table["event_id"] = np.repeat([event["event_id"] for event in events],
                                       [len(event["time"]) for event in events])
@@ -118,9 +118,7 @@ def fitted_motion(t, q, dom):
 
 
 def assert_equal_records(found, expected):
-    """Equal to the last bit, but for sums: they depend on the order of their terms in float64, seen in the
-    last bit.
-    """
+    """Equal to the last bit, but for sums, in which the order of their terms shows."""
     for name in expected.dtype.names:
         if name in ("total_charge", "center"):
             np.testing.assert_allclose(found[name], expected[name], rtol=3e-7, atol=1e-4, err_msg=name)
@@ -313,9 +311,9 @@ def test_events_are_whole_however_the_files_are_cut(raw, monkeypatch, chunk):
     def read():
         meta = list(prepare.kaggle_meta(raw[0] / "train_meta.parquet", {1, 2}))
         parts = list(prepare.kaggle_chunks(raw[0] / "train/batch_2.parquet", meta[1][2], 5160))
-        return [number for number, _,
-                _ in meta], [row for _, row, _ in meta], [np.concatenate(part) for part in zip(*parts)], \
-            len(parts)
+        numbers, rows, _ = zip(*meta)
+        return [*numbers], [*rows], [np.concatenate(part) for part in zip(*parts)], len(parts)
+
     numbers, rows, whole, n = read()
     assert n == 1 and numbers == [1, 2] and rows == [0, N_EVENTS[1]]
     monkeypatch.setattr(prepare, "CHUNK", chunk)

@@ -1,6 +1,4 @@
-"""simulate.py: the files are Kaggle's, the bytes are a function of the settings, the pulses look and point
-right.
-"""
+"""simulate.py: Kaggle's files, bytes that depend on the settings alone, pulses that look and point right."""
 import json
 import os
 import resource
@@ -34,9 +32,7 @@ def demo(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def events(demo):
-    """All labelled events: event (number), dom, position, time, charge, aux of the pulses; the meta table's
-    columns.
-    """
+    """All labelled events: columns of their pulses (event is a number from 0), columns of the meta table."""
     pulses = pa.concat_tables([pq.read_table(demo / f"train/batch_{batch}.parquet") for batch in range(1, 8)])
     pulses = {name: pulses[name].to_numpy() for name in pulses.column_names}
     meta = pq.read_table(demo / "train_meta.parquet")
@@ -119,8 +115,7 @@ def test_values_are_in_kaggles_range(events):
 # ------------------------------------------------------------------------------------------------------------
 
 def processes_of_group(group):
-    """Processes of a process group that are alive (a killed one may stay a zombie where nobody collects it).
-    """
+    """Processes of a process group that are alive. A killed one may stay a zombie: these do not count."""
     alive = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -133,9 +128,7 @@ def processes_of_group(group):
 
 
 def start_and_signal(out_dir, send):
-    """Start the demo with one worker in a process group of its own, call send(process) when the first batch
-    is done.
-    """
+    """Start the demo with one worker in a process group of its own; send(process) after the first batch."""
     command = [sys.executable, "simulate.py", f"--out_dir={out_dir}", "--workers=1", *SETTINGS]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                start_new_session=True, preexec_fn=hear_ctrl_c)
@@ -265,8 +258,8 @@ def test_any_detector_is_simulated_prepared_and_trained_on(tmp_path):
 
 @pytest.mark.parametrize("case", ["absent", "columns", "rows", "nan", "text", "kilometres", "depth"])
 def test_bad_geometry_is_refused(tmp_path, monkeypatch, case):
-    rows = [[str(value) for value in (dom, *xyz)] for dom,
-            xyz in enumerate(simulate.build_geometry().tolist())]
+    rows = [[str(value) for value in (dom, *xyz)]
+            for dom, xyz in enumerate(simulate.build_geometry().tolist())]
     header = ["sensor_id", "x", "y", "z"]
     if case == "columns":
         header[3] = "depth"
@@ -294,16 +287,13 @@ def test_bad_geometry_is_refused(tmp_path, monkeypatch, case):
 # ------------------------------------------------------------------------------------------------------------
 
 def line_fit(events):
-    """Fit r = r0 + v t to the aux=False pulses of each event, weighted by charge
-    -> unit vectors -v (n, 3).
-    """
+    """Fit r = r0 + v t to each event's aux=False pulses, weighted by charge -> unit vectors -v (n, 3)."""
     event, clock, weight = events["event"], events["time"] - 1e4, events["charge"] * ~events["aux"]
 
     def total(values):
         return np.bincount(event, values, minlength=events["n"])
     clock = clock - (total(weight * clock) / total(weight))[event]
-    # the fitted velocity times a positive number
-    velocity = np.stack([total(weight * clock * events["position"][:, i]) for i in range(3)], 1)
+    velocity = np.stack([total(weight * clock * events["position"][:, i]) for i in range(3)], 1)  # times > 0
     return -velocity / np.linalg.norm(velocity, axis=1, keepdims=True)
 
 

@@ -17,9 +17,7 @@ from tools import study
 
 @contextmanager
 def forked_starts():
-    """study.py starts each run as a new interpreter; here it is a fork of this one, which has loaded torch
-    already.
-    """
+    """tools.study starts an interpreter for each run; here this one forks, which has loaded torch already."""
     def start(command, stdout, n_threads):
         def child():
             os.dup2(stdout.fileno(), 1)

@@ -58,13 +58,11 @@ def test_a_run_leaves_what_the_readme_says(pretrained, demo_data):
 
 
 def test_ten_steps_give_the_known_losses(tmp_path):
-    """Any change of the masks, the model, its initial weights or the update moves these: change them only on
-    purpose.
-    """
+    """Any change of masks, model, initial weights or update moves these; change them only on purpose."""
     rng = np.random.default_rng(7)
-    folder = write_folder(tmp_path / "data", pretrain=random_events(rng, rng.integers(1, 127, 200),
-                                                                    n_doms=50),
-                          val=random_events(rng, rng.integers(1, 127, 60), n_doms=50))
+    splits = {name: random_events(rng, rng.integers(1, 127, n), n_doms=50)
+              for name, n in (("pretrain", 200), ("val", 60))}
+    folder = write_folder(tmp_path / "data", **splits)
     run_ok("train.py", f"--data_dir={folder}", f"--out_dir={tmp_path}/run", *TINY_RUN, "--max_steps=10",
            "--learning_rate=1e-2", "--eval_interval=10")
     before, after = column(tmp_path / "run", "val_loss")
@@ -105,8 +103,8 @@ def test_how_a_step_is_computed_does_not_change_it(demo_data, tmp_path, knob):
     for name, more in (("plain", []), ("other", [knob])):
         run_ok("train.py", *args, f"--out_dir={tmp_path}/{name}", *more)
     for name in ("loss", "grad_norm", "val_loss"):
-        assert column(tmp_path / "other", name) == pytest.approx(column(tmp_path / "plain", name),
-                                                                 rel=2e-4), name
+        plain = column(tmp_path / "plain", name)
+        assert column(tmp_path / "other", name) == pytest.approx(plain, rel=2e-4), name
     assert_same_weights(tmp_path / "other", tmp_path / "plain", atol=1e-4)
 
 
@@ -229,9 +227,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(straight, demo_data, tmp_path):
     shutil.copytree(straight, tmp_path / "run")
     (tmp_path / "run/ckpt_20.pt").rename(tmp_path / "run/ckpt.pt")
     before = (tmp_path / "run/ckpt.pt").read_bytes()
+    limits = (len(before) // 2, len(before) // 2)
     line = user_error("train.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}/run", *LONG_RUN,
-                      preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE,
-                                                            (len(before) // 2, len(before) // 2)))
+                      preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
     assert f"{tmp_path}/run/" in line and ".pt: cannot be written" in line
     assert (tmp_path / "run/ckpt.pt").read_bytes() == before and not list((tmp_path / "run").glob("*.part"))
 
@@ -442,8 +440,8 @@ def test_only_good_pulses_are_hidden_and_one_in_each_event_that_has_one():
 
 def test_masks_depend_on_seed_and_epoch_and_not_on_the_company():
     events, pulses, hidden = hidden_of()
-    assert not np.array_equal(hidden,
-                              hidden_of(epoch=1)[2]) and not np.array_equal(hidden, hidden_of(seed=1)[2])
+    assert not np.array_equal(hidden, hidden_of(epoch=1)[2])
+    assert not np.array_equal(hidden, hidden_of(seed=1)[2])
     half = slice(events["start"][2000], None)
     assert np.array_equal(train.hide_pulses(events[2000:], pulses[half], np.zeros(2000, int), 0.25, 0),
                           hidden[half])

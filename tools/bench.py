@@ -1,13 +1,13 @@
 """How fast is it? Ratios against a plain baseline that runs in turns with it.
 
-    python -m tools.bench                                   # training step of the base model on data/demo
-    python -m tools.bench --device=cuda --compile=True      # all that docs/speed.md wants of a GPU
-    python -m tools.bench --what=backbones                  # transformer, GRU and Mamba at base width
-    python -m tools.bench --what=prepare                    # files simulated for it, minutes
+    python -m tools.bench                                           # a training step of the base model
+    python -m tools.bench --what=backbones                          # transformer, GRU, Mamba at base width
+    python -m tools.bench --what=all --device=cuda --compile=True   # both; docs/speed.md waits for it
+    python -m tools.bench --what=prepare                            # files simulated for it, minutes
 
 The training baseline does what the published code does: every event padded to max_pulses, logits at every
 position, float32, unfused optimizer. The preparing baseline handles one event after another. Prints events/s
-(median over rounds, with the spread) and the ratio; absolute numbers depend on the machine and on what else
+(median over rounds, with the range) and the ratio; absolute numbers depend on the machine and on what else
 runs there, ratios much less. No step is measured twice, so that new shapes cost what they cost in training.
 """
 import common  # first: it sets how torch's threads wait
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -31,12 +32,12 @@ import data
 import knobs
 import prepare
 from model import MIXERS, ModelConfig, Pretrainer, parameter_groups
-from train import TrainConfig, masked_batches
+from train import TrainConfig, make_optimizers, masked_batches
 
 
 @dataclass
 class BenchConfig(ModelConfig):
-    what: str = "train"  # or "backbones", "prepare"
+    what: str = "train"  # or "backbones", "all" for both, "prepare"
     data_dir: str = "data/demo"  # folder made by prepare.py
     split: str = "pretrain"  # whose events to use
     batch_size: int = 0  # events a step; 0 = 4096 on a GPU, 64 elsewhere
@@ -52,7 +53,7 @@ class BenchConfig(ModelConfig):
         yield from super().check()
         yield from knobs.check_positive(self, "rounds", "steps", "n_events")
         yield from knobs.check_not_negative(self, "batch_size")
-        yield from knobs.check_choice(self, "what", ("train", "backbones", "prepare"))
+        yield from knobs.check_choice(self, "what", ("train", "backbones", "all", "prepare"))
         yield from knobs.check_device(self)
         if not all(size.strip().isdigit() and int(size) for size in self.micro_batch_sizes.split(",")
                    if self.micro_batch_sizes):
@@ -81,13 +82,13 @@ def padded(batch, max_pulses):
     B, L = len(lengths), max_pulses + 1
     event = torch.repeat_interleave(lengths)
     place = event * L + torch.arange(len(event)) - batch["starts"][event]
-    new = {name: value.new_zeros(B * L).index_copy(0, place, value) for name, value in batch.items()
-           if name in ("time", "charge", "dom", "aux")}
+    new = {name: batch[name].new_zeros(B * L).index_copy(0, place, batch[name])
+           for name in ("time", "charge", "dom", "aux")}
     new["hidden"] = place[batch["hidden"]]
     new["is_hidden"] = torch.zeros(B * L).index_fill(0, new["hidden"], 1.0).view(B, L)
     new["valid"] = torch.arange(L) < lengths[:, None]
     new["starts"] = torch.arange(0, B * L + 1, L, dtype=torch.int32)
-    return new | {name: batch[name] for name in ("total_charge", "n_hidden")}
+    return batch | new
 
 
 class PaddedRows:
@@ -111,14 +112,13 @@ def plain_losses(model, batch):
     x = model.encoder.final_norm(x)
     loss = F.cross_entropy(model.dom_head(x), batch["dom"], reduction="none").view_as(batch["is_hidden"])
     dom_loss = (loss * batch["is_hidden"]).sum(1) / batch["is_hidden"].sum(1).clamp(min=1)
-    log_charge = model.cls_heads["charge"](x[batch["starts"][:-1].long()])
-    return {"dom": dom_loss, **model.cls_losses({"charge": log_charge}, batch)}
+    cls = x[batch["starts"][:-1].long()]
+    answers = {name: head(cls) for name, head in model.cls_heads.items()}
+    return {"dom": dom_loss, **model.cls_losses(answers, batch)}
 
 
 def count_flops(config, batch, n_doms):
-    """Floating-point operations of the matrix products of a micro-batch, forward and backward, from the
-    shapes (transformer).
-    """
+    """Operations of a transformer's matrix products, forward and backward, by the shapes of a micro-batch."""
     D, lengths = config.embedding_dim, batch["starts"].diff().double()
     n_tokens, is_plain = lengths.sum().item(), "is_hidden" in batch
     block = n_tokens * (4 * D * D + 2 * D * config.hidden_size) + 2 * lengths.square().sum().item() * D
@@ -126,22 +126,39 @@ def count_flops(config, batch, n_doms):
     return 2 * 3 * total  # a multiply and an add each; the backward pass costs twice the forward
 
 
+class PlainOptimizer:
+    """Instead of common.GuardedOptimizer: unfused, and nothing guarded."""
+
+    def __init__(self, model, config):
+        self.model, self.grad_clip = model, config.grad_clip
+        self.adamw = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.learning_rate)
+
+    def backward(self, loss):
+        loss.backward()
+
+    def step(self):
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+
+
 class Arm:
     """One way to train: its model and optimizer, and what it measured."""
 
-    def __init__(self, config, geometry, split, process, size, dtype, is_plain=False, is_compiled=False):
+    def __init__(self, config, geometry, split, process, dtype, is_plain=False):
         torch.manual_seed(0)
-        self.config = replace(config, micro_batch_size=size)
-        self.split, self.process, self.is_plain = split, process, is_plain
-        self.model = Pretrainer(config, geometry).to(process.device)
-        self.called = torch.compile(self.model, dynamic=True) if is_compiled else self.model
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, 0.1), lr=1e-4, fused=not is_plain)
-        self.autocast = torch.autocast(process.device.type, dtype, enabled=dtype != torch.float32)
-        self.max_pulses = data.read_meta(config.data_dir)["max_pulses"]
-        self.rates, self.flops, self.n_tokens, self.n_events, self.memory, self.launches = [], 0, 0, 0, 0, 0
+        self.config, self.split, self.process, self.is_plain = config, split, process, is_plain
+        model = Pretrainer(config, geometry).to(process.device)
         if is_plain:
-            for block in self.model.encoder.backbone.blocks:
-                block.mixer.can_flash = False  # it takes no mask
+            self.losses, self.optimizer = partial(plain_losses, model), PlainOptimizer(model, config)
+            for block in model.encoder.backbone.blocks:
+                block.mixer.can_flash = False  # the flash kernel takes no mask
+        else:
+            self.losses = common.compiled_and_distributed(model, config, process)
+            self.optimizer = common.GuardedOptimizer(model, make_optimizers(model, config), config, process)
+        self.autocast = torch.autocast(process.device.type, dtype, enabled=dtype != torch.float32)
+        self.max_pulses, self.n_doms = data.read_meta(config.data_dir)["max_pulses"], len(geometry)
+        self.rates, self.flops, self.n_tokens, self.n_events, self.memory, self.launches = [], 0, 0, 0, 0, 0
 
     def load(self, step):
         index, epoch = data.step_events(step, self.config.batch_size, len(self.split), seed=0)
@@ -151,11 +168,9 @@ class Arm:
     def train(self, batches):
         for batch in batches:
             with self.autocast:
-                losses = plain_losses(self.model, batch) if self.is_plain else self.called(batch)
-            (sum(loss.sum() for loss in losses.values()) / self.config.batch_size).backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+                losses = self.losses(batch)
+            self.optimizer.backward(sum(loss.sum() for loss in losses.values()) / self.config.batch_size)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
 
     def measure(self, steps):
         """Train on these steps, prefetched as train.py does."""
@@ -172,7 +187,7 @@ class Arm:
             torch.cuda.synchronize()
             self.memory = torch.cuda.max_memory_allocated() / 1e9
         self.rates.append(len(steps) * self.config.batch_size / (time.perf_counter() - start))
-        self.flops += sum(count_flops(self.config, batch, len(self.model.string)) for batch in seen)
+        self.flops += sum(count_flops(self.config, batch, self.n_doms) for batch in seen)
         self.n_tokens += sum(int(batch["starts"][-1]) for batch in seen)
         self.n_events += len(steps) * self.config.batch_size
 
@@ -195,28 +210,27 @@ def bench_train(config):
     train_config = TrainConfig(**{key: value for key, value in asdict(config).items() if key in model_knobs},
                                batch_size=config.batch_size or (4096 if on_cuda else 64),
                                data_dir=config.data_dir)
-    sizes = [int(size)
-             for size in (config.micro_batch_sizes or ("64,512,1024" if on_cuda else "32")).split(",")]
+    sizes = config.micro_batch_sizes or ("64,512,1024" if on_cuda else "32")
+    sizes = [int(size) for size in sizes.split(",")]
     name_of_dtype = str(process.dtype).removeprefix("torch.")
     arms = {}
 
-    def add(name, size, dtype, arm_config=train_config, **more):
-        arms[name] = Arm(arm_config, geometry, split, process, size, dtype, **more)
+    def add(name, size, dtype=process.dtype, is_plain=False, **knobs):
+        arm_config = replace(train_config, micro_batch_size=size, **knobs)
+        arms[name] = Arm(arm_config, geometry, split, process, dtype, is_plain)
 
     if config.what == "backbones":
         for backbone in MIXERS:
-            add(backbone, sizes[-1], process.dtype, replace(train_config, backbone=backbone),
-                is_compiled=config.compile)
+            add(backbone, sizes[-1], backbone=backbone, compile=config.compile)
     else:
-        size = min(sizes[-1], 512)
+        size = min(sizes[-1], 512)  # more would not fit into a GPU's memory
         add("padded, all logits, float32 (baseline)", size, torch.float32, is_plain=True)
         if process.dtype != torch.float32:
-            add(f"padded, all logits, {name_of_dtype}", size, process.dtype, is_plain=True)
+            add(f"padded, all logits, {name_of_dtype}", size, is_plain=True)
         for size in sizes:
-            for is_compiled in (False, True) if config.compile else (False,):
-                name = (f"train.py: packed, {size} at once, "
-                        f"{name_of_dtype}{', compiled' if is_compiled else ''}")
-                add(name, size, process.dtype, is_compiled=is_compiled)
+            add(f"train.py: packed, {size} at once, {name_of_dtype}", size)
+            if config.compile:
+                add(f"train.py: packed, {size} at once, {name_of_dtype}, compiled", size, compile=True)
     with common.progress_bar((config.rounds + 1) * len(arms), "bench", "measurement") as bar:
         for i in range(config.rounds + 1):  # round 0 warms up
             for arm in arms.values():
@@ -226,6 +240,7 @@ def bench_train(config):
         arm.rates = arm.rates[1:]
         if on_cuda:
             arm.count_launches((config.rounds + 1) * config.steps)
+
     where = torch.cuda.get_device_name() if on_cuda else f"{torch.get_num_threads()} CPU threads"
     peak = next((flops for name, flops in PEAK_FLOPS.items() if name in where), None)
 
@@ -236,6 +251,7 @@ def bench_train(config):
             flops = arm.flops / arm.n_events * rate
             text += f" | {flops / 1e12:.3g} TFLOP/s" + (f", {flops / peak:.1%} of the peak" if peak else "")
         return text + (f" | {arm.launches:,} launches a step | {arm.memory:.1f} GB" if on_cuda else "")
+
     print(f"torch {torch.__version__}, {where}, {train_config.batch_size} events a step, "
           f"{split.events['length'].mean():.0f} pulses an event, at most "
           f"{data.read_meta(config.data_dir)['max_pulses']}")
@@ -294,18 +310,16 @@ def seconds_of(function, *args):
 
 
 def bench_prepare(config, folder):
-    """The rule for events in memory, and whole runs of prepare.py over full-size batches, against a plain
-    loop over events.
+    """The rule for events in memory, and whole runs of prepare.py, against a plain loop over events.
 
-    The floor of a whole run is the decoding of the four columns, which the plain loop with reading is charged
-    with as well.
+    The floor of a whole run is the decoding of the four columns; the plain loop is charged with it as well.
     """
     simulate_batches(folder / "raw", config.n_events)
     settings = prepare.PrepareConfig(input_dir=f"{folder}/raw", data_dir=f"{folder}/0",
                                      splits={"all": (1, N_BATCHES)})
     detector = prepare.read_detector(folder / "raw/sensor_geometry.csv")
     batch, events = next(prepare.kaggle_jobs(settings, prepare.plan_kaggle(settings)))
-    chunks = list(islice(prepare.kaggle_chunks(batch.path, events), 16))
+    chunks = list(islice(prepare.kaggle_chunks(batch.path, events, len(detector)), 16))
     n_chunk_events = sum(len(part) for part, *_ in chunks)
     n_pulses = events["n_pulses"].sum(dtype=np.int64)
     print(f"{N_BATCHES} batch files of {config.n_events:,} events, {n_pulses:,} pulses")
@@ -356,9 +370,8 @@ def bench_prepare(config, folder):
 
     split, rng = data.open_split(folder / "0", "all"), np.random.default_rng(0)
     for run_length in (1, data.RUN_LENGTH):
-        indices = [(rng.integers(0, len(split) - run_length, (4096 // run_length, 1))
-                    + np.arange(run_length)).ravel()
-                   for _ in range(200)]
+        runs = rng.integers(0, len(split) - run_length, (200, 4096 // run_length, 1))
+        indices = (runs + np.arange(run_length)).reshape(200, -1)
         for _ in range(2):  # the first time maps the pages
             seconds = seconds_of(lambda: [data.read_events(split, index) for index in indices])
         print(f"loader, random runs of {run_length}: {200 * 4096 / seconds / 1e6:.2f} M events/s from mapped "
@@ -367,9 +380,10 @@ def bench_prepare(config, folder):
 
 def main():
     config = knobs.load_config(BenchConfig, __doc__)
-    if config.what != "prepare":
-        bench_train(config)
-    else:
+    for what in ("train", "backbones"):
+        if config.what in (what, "all"):
+            bench_train(replace(config, what=what))
+    if config.what == "prepare":
         with tempfile.TemporaryDirectory(prefix="bench_prepare") as folder:
             bench_prepare(config, Path(folder))
 

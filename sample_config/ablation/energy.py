@@ -1,3 +1,3 @@
-# log10 of the neutrino's energy instead of its direction. Put after a fine-tuning config; needs labels
-# (simulated, Prometheus).
+# log10 of the neutrino's energy instead of its direction. Needs labels, as simulate.py and Prometheus have.
+# Put after a fine-tuning config.
 task = "energy"

@@ -1,3 +1,3 @@
-# Hide half of the good pulses instead of a quarter. Put after a pretraining config; its dom_loss counts other
-# pulses, and more of them.
+# Hide half of the good pulses instead of a quarter. The dom_loss is then of other pulses, and more of them.
+# Put after a pretraining config.
 mask_prob = 0.5

@@ -1,5 +1,4 @@
-# muP: carries a learning rate tuned at width 256 to width 512. Put after base.py; after demo.py put adamw.py
-# as well.
+# muP: carries a learning rate tuned at width 256 to 512. Put after base.py; after demo.py adamw.py first.
 mup_base_width = 256
 embedding_dim = 512
 dom_embed_dim = 256

@@ -1,3 +1,3 @@
-# A learned table of the 5160 DOMs instead of their positions. Put after a pretraining config; expect a slower
-# start.
+# A learned table of the 5160 DOMs instead of their positions. Expect a slower start.
+# Put after a pretraining config.
 use_dom_positions = False

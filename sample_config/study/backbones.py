@@ -1,5 +1,4 @@
-# Attention, GRU or Mamba? Backbones of 0.15 M parameters each, with as many micro-batches as make each fast
-# on the CPU. Over time:
+# Attention, GRU or Mamba? Backbones of 0.15 M parameters each. Over time:
 #     python -m tools.plot --what=study --study=backbones --x=seconds
 shared = "sample_config/study/train.py --eval_interval=100"
 arms = {"transformer": "", "gru": "sample_config/ablation/gru.py", "mamba": "sample_config/ablation/mamba.py"}

@@ -1,5 +1,5 @@
-# Angle, cosine or von Mises-Fisher: which loss gives the smaller angle, and does vmf's kappa tell the truth?
-# 8,000 labels.
+# Angle, cosine or von Mises-Fisher: which loss gives the smaller angle with 8,000 labels?
+# And does vmf's kappa tell the truth?
 script = "finetune.py"
 shared = ("sample_config/study/finetune.py --pretrained=out/study/pretrain/long/seed{seed}/ckpt.pt "
           "--train_events=8000 --max_steps=800")
