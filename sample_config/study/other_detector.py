@@ -1,5 +1,5 @@
 # Events of another detector in the same ice, sparser than IceCube along its strings and denser across: 121
-# strings of 18 DOMs, 90 m and 36 m apart, the spacing of KM3NeT's ARCA. For simulate.py. First write its table:
+# strings of 18 DOMs, 90 m and 36 m apart, ARCA's spacing. For simulate.py; first write its table:
 #     python -c "
 #     import numpy as np
 #     i, j = np.meshgrid(np.arange(-8, 9), np.arange(-8, 9))
