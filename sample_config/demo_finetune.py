@@ -14,12 +14,12 @@ head_hidden_size = 256
 direction_loss = "vmf"
 
 batch_size = 64
-max_steps = 500  # 4 epochs of 8,000
+max_steps = 250  # 2 epochs of 8,000
 learning_rate = 1e-3
 beta2 = 0.98
 warmup_steps = 50
 schedule = "cosine"
 
-eval_interval = 500
+eval_interval = 250
 log_interval = 10
-save_interval = 100
+save_interval = 50

@@ -132,6 +132,11 @@ def test_base_is_the_default(monkeypatch):
     assert dataclasses.replace(config, out_dir="") == TrainConfig()
 
 
+def test_the_demo_follows_the_best_recipe():
+    demo, best = (knobs.read_config_file(ROOT / f"sample_config/{name}.py") for name in ("demo", "best"))
+    assert best and best.items() <= demo.items()
+
+
 def schedule_config(**knobs):
     return dataclasses.replace(TrainConfig(), learning_rate=0.1, max_steps=100, **knobs)
 

@@ -7,8 +7,7 @@ shared = ("sample_config/study/finetune.py --direction_loss=vmf --batch_size=64 
 arms = {f"{target}/{head}/{kind}/{n}":
         f"--pretrained=out/study/cls/{target}/{head}/seed{{seed}}/ckpt.pt --train_events={n} "
         f"--max_steps={steps} --freeze_backbone={kind == 'frozen'}"
-        for kind, n, steps in (("tuned", 500, 100), ("frozen", 500, 100), ("tuned", 8000, 250),
-                               ("frozen", 8000, 250))
+        for kind, n, steps in (("tuned", 500, 100), ("tuned", 8000, 250), ("frozen", 2000, 150))
         for target in ("charge", "charge_center", "charge_motion", "charge_center_motion")
         for head in ("linear", "position")}
 arms = arms | {f"scratch/{n}": f"--train_events={n} --max_steps={steps}"
