@@ -56,7 +56,9 @@ def test_what_waits_is_caught(plant, words):
 
 
 @pytest.mark.parametrize("knobs", [*BACKBONES, {"cls_target": "center"}, {"cls_target": "charge+center"},
-                                   {"dom_loss": "ce+emd"}, {"use_dom_positions": False}], ids=str)
+                                   {"dom_loss": "ce+emd+chamfer"}, {"use_dom_positions": False},
+                                   {"cls_target": "charge+motion", "dom_head": "position",
+                                    "fourier_features": True}], ids=str)
 @pytest.mark.parametrize("kind", [m.Pretrainer, m.Reconstructor])
 def test_a_step_waits_for_nothing(kind, knobs, monkeypatch):
     """Forward, backward and the guarded step, of a model on the meta device."""
@@ -190,7 +192,8 @@ def test_a_bad_gradient_in_float16_moves_nothing(place, harm):
 # ------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("knobs", [{}, {"backbone": "mamba"},
-                                   {"cls_target": "charge+center", "qk_norm": True}], ids=str)
+                                   {"cls_target": "charge+center", "qk_norm": True},
+                                   {"cls_target": "charge+motion", "dom_head": "position"}], ids=str)
 def test_one_graph_for_thirty_micro_batches(knobs):
     from torch._dynamo.testing import CompileCounter
     torch._dynamo.reset()
@@ -227,7 +230,7 @@ def gradients_of(net, batch, context=nullcontext()):
 
 
 @needs_cuda
-@pytest.mark.parametrize("knobs", BACKBONES, ids=str)
+@pytest.mark.parametrize("knobs", [*BACKBONES, {"cls_target": "charge+motion", "dom_head": "position"}], ids=str)
 def test_cuda_computes_what_the_cpu_does(knobs):
     net, (batch,) = make(**knobs), one_batch([3, 50, 17, 1, 127])
     losses, gradient = gradients_of(net.double(), doubled(batch))
