@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 import common
+import data
 import model as m
 import train
 from conftest import TINY_RUN, run_ok, torchrun
@@ -55,11 +56,16 @@ def test_what_waits_is_caught(plant, words):
         plant(torch.empty(4, device="meta"))
 
 
-@pytest.mark.parametrize("knobs", [*BACKBONES, {"cls_target": "center"}, {"cls_target": "charge+center"},
-                                   {"dom_loss": "ce+emd+chamfer"}, {"use_dom_positions": False},
-                                   {"cls_target": "charge+motion", "dom_head": "position",
-                                    "fourier_features": True}], ids=str)
-@pytest.mark.parametrize("kind", [m.Pretrainer, m.Reconstructor])
+STEPS = [*((m.Pretrainer, knobs) for knobs in BACKBONES),
+         *((m.Pretrainer, {"cls_target": name}) for name in m.CLS_TARGETS),
+         *((m.Pretrainer, {"dom_loss": name}) for name in m.DOM_LOSSES),
+         (m.Pretrainer, {"dom_head": "position", "fourier_features": True}),
+         (m.Pretrainer, {"use_dom_positions": False, "loss_weighting": "per_pulse"}),
+         *((m.Reconstructor, knobs) for knobs in BACKBONES),
+         *((m.Reconstructor, {"task": name}) for name in TASKS)]
+
+
+@pytest.mark.parametrize("kind, knobs", STEPS, ids=str)
 def test_a_step_waits_for_nothing(kind, knobs, monkeypatch):
     """Forward, backward and the guarded step, of a model on the meta device."""
     class Unfused(torch.optim.AdamW):  # the fused kernel does not exist for meta
@@ -69,17 +75,51 @@ def test_a_step_waits_for_nothing(kind, knobs, monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
     net = make(kind, **knobs).to("meta")
     process = SimpleNamespace(device=torch.device("meta"), dtype=torch.float32)
-    config = SimpleNamespace(grad_clip=1.0, max_bad_steps=3, task="direction", direction_loss="angular+vmf")
+    config = SimpleNamespace(grad_clip=1.0, max_bad_steps=3, direction_loss="angular+cosine+vmf")
     optimizer = common.GuardedOptimizer(net, [Unfused(net.parameters())], config, process)
     batches = [to_meta(batch) for batch in one_batch([3, 50, 17, 1, 127], n=2)]
     with NothingWaits():
         for batch in batches:
             losses = net(batch)
             if kind is m.Reconstructor:
-                losses = {"loss": TASKS[config.task].loss(losses, batch, config)}
+                losses = {"loss": TASKS[knobs.get("task", "direction")].loss(losses, batch, config)}
             optimizer.backward(sum(loss.sum() for loss in losses.values()))
         norm = optimizer.step()
     assert norm.device.type == "meta" and all(parameter.grad is None for parameter in net.parameters())
+
+
+def test_copies_overlap_and_go_to_the_ranks_device(monkeypatch):
+    """prefetch with CUDA stood in: pinned copies, a stream of its own, nothing freed while it is read."""
+    seen = []
+
+    class Stream:
+        def __init__(self, device):
+            self.device = device
+
+        def record_event(self):
+            return "all copied"
+
+        def wait_event(self, event):
+            seen.append(event)
+
+    def note(name):
+        return lambda value, *args, **kwargs: seen.append((name, *map(str, args), kwargs)) or value
+
+    present = Stream(None)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: present)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: seen.append(("device", str(device)))
+                        or nullcontext())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: seen.append(("stream", str(stream.device)))
+                        or nullcontext())
+    for name in ("pin_memory", "to", "record_stream"):
+        monkeypatch.setattr(torch.Tensor, name, note(name))
+    batch, = next(data.prefetch(lambda step: [{"x": torch.zeros(step), "longest": 3}], [5],
+                                torch.device("cuda:1")))
+    assert len(batch["x"]) == 5 and batch["longest"] == 3
+    assert seen == [("device", "cuda:1"), ("stream", "cuda:1"), ("pin_memory", {}),
+                    ("to", "cuda:1", {"non_blocking": True}), "all copied",
+                    ("record_stream", str(present), {})]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -264,14 +304,25 @@ def test_logits_far_below_zero_have_finite_gradients():
 
 
 @needs_cuda
+def test_batches_arrive_on_cuda_as_they_were():
+    def load(step):
+        return one_batch([3, 50, 17, 1, 127], seed=step, n=2)
+
+    for step, batches in enumerate(data.prefetch(load, range(8), torch.device("cuda:0"))):
+        for batch, expected in zip(batches, load(step), strict=True):
+            for name, value in expected.items():
+                if torch.is_tensor(value):
+                    assert batch[name].is_cuda and torch.equal(batch[name].cpu(), value)
+
+
+@needs_cuda
 def test_the_hot_loop_does_not_wait_on_cuda():
     net, batches = make().cuda(), [to_cuda(batch) for batch in one_batch([3, 50, 17, 1, 127], n=2)]
     config = train.TrainConfig()
     process = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
     optimizer = common.GuardedOptimizer(net, train.make_optimizers(net, config), config, process)
     for step in range(3):
-        # the first step makes the optimizer's state
-        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        torch.cuda.set_sync_debug_mode("error" if step else "default")  # first the optimizer's state is made
         try:
             for batch in batches:
                 with torch.autocast("cuda", torch.bfloat16):

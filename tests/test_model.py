@@ -30,7 +30,7 @@ def one_batch(lengths, hidden_share=0.3, seed=0, n=1):
     """n micro-batches of as many events, as equal as can be."""
     rng = np.random.default_rng(seed)
     events, pulses = random_events(rng, lengths)
-    labels = ("total_charge", "center", "motion", "azimuth", "zenith", "energy")
+    labels = ("total_charge", "center", "motion", "azimuth", "zenith", "energy", "event_class")
     hidden = rng.random(len(pulses)) < hidden_share
     return data.micro_batches(events, pulses, -(-len(lengths) // n), labels, hidden)
 
