@@ -407,13 +407,14 @@ def event(config, runs, plt):
     figure = plt.figure(figsize=(8.5, 7.5), layout="constrained")
     axis = figure.add_subplot(projection="3d")
     draw_detector(axis, geometry)
+    reach = 1.05 * np.abs(geometry["position"]).max()  # [m] the detector stands around 0
     shown = draw_pulses(axis, pulses, place, good)
     figure.colorbar(shown, ax=axis, shrink=0.6, pad=0.04, label="time [ns]")
     axis.view_init(elev=12, azim=-60)
     true = None
     if not np.isnan(truth["azimuth"]):
         true = unit_vector(*torch.tensor([float(truth["azimuth"]), float(truth["zenith"])]))
-        draw_direction(axis, center, true.numpy(), COLORS[1], "true direction (dot: source)")
+        draw_direction(axis, center, 0.75 * reach * true.numpy(), COLORS[1], "true direction (dot: source)")
         axis.view_init(elev=12, azim=np.degrees(truth["azimuth"]) + 90)  # from the side of the flight
     for run in runs:
         model, run_config, _ = load_model(f"{run}/best.pt", config.data_dir)
@@ -429,14 +430,14 @@ def event(config, runs, plt):
                 label = name_of(run)
                 if true is not None:
                     label += f", off by {np.degrees(angular_error(found, true).item()):.0f} deg"
-                draw_direction(axis, center, found.numpy(), COLORS[0], label, linestyle="--")
+                draw_direction(axis, center, 0.75 * reach * found.numpy(), COLORS[0], label, linestyle="--")
     title = f"event {truth['event_id']}: {truth['n_pulses']:,} pulses, {truth['total_charge']:.0f} p.e."
     axis.set(xlabel="x [m]", ylabel="y [m]", zlabel="z [m]", title=title)
     axis.locator_params(nbins=3)
     axis.grid(False)
     axis.set_box_aspect((1, 1, 1), zoom=1.1)
     for limits in (axis.set_xlim, axis.set_ylim, axis.set_zlim):
-        limits(-600, 600)
+        limits(-reach, reach)
     axis.legend(loc="upper left", fontsize=8)
     return figure
 
@@ -460,9 +461,9 @@ def draw_pulses(axis, pulses, place, good):
 
 def draw_direction(axis, center, towards, color, label, **line):
     """A line through the middle of the pulses, with a dot at the end where the neutrino came from."""
-    axis.plot(*np.stack([center - 450 * towards, center + 450 * towards]).T, linewidth=2, color=color,
-              label=label, **line)
-    axis.plot(*(center + 450 * towards)[:, None], marker="o", markersize=6, color=color)
+    ends = np.stack([center - towards, center + towards])  # towards (3,) [m]
+    axis.plot(*ends.T, linewidth=2, color=color, label=label, **line)
+    axis.plot(*(center + towards)[:, None], marker="o", markersize=6, color=color)
 
 
 def draw_guesses(axis, doms, guesses, position):
