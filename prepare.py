@@ -366,14 +366,24 @@ def pack(events, time, charge, dom, aux, detector, config):
         order = np.lexsort((time, np.repeat(np.arange(len(n)), n)))  # stable: ties stay as in the file
         time, charge, dom, aux = time[order], charge[order], dom[order], aux[order]
 
+    # motion: position = r + v time is fitted to the good pulses, weighted by charge; -v is a first guess of where
+    # the neutrino came from (astro-ph/0407044, section 3.1.3). v is sum(charge * position * lever), but for a
+    # factor; with fewer than two times or two DOMs nothing but rounding is left of it
     charge = charge.astype(np.float64, copy=False)
-    total = np.add.reduceat(charge, offset)
+    weight = charge * ~aux
+    total, good_total = np.add.reduceat(charge, offset), np.add.reduceat(weight, offset)
+    mean_time = np.add.reduceat(weight * time, offset) / np.where(good_total > 0, good_total, 1)
+    lever = (time - np.repeat(mean_time, n)) * ~aux
+    v = np.empty((len(n), 3))
     place = dom.astype(np.intp)  # as take wants it, converted once for the three; "clip" spares a check
     for axis in range(3):
-        moment = np.add.reduceat(charge * detector.position[axis].take(place, mode="clip"), offset)
-        events["center"][:, axis] = moment / np.where(total > 0, total, 1)
+        moment = charge * detector.position[axis].take(place, mode="clip")
+        events["center"][:, axis] = np.add.reduceat(moment, offset) / np.where(total > 0, total, 1)
+        v[:, axis] = np.add.reduceat(moment * lever, offset)
+    speed = np.linalg.norm(v, axis=1)
+    can_fit = speed > 1e-6 * good_total  # [m ns]; rounding is below 1e-8, two DOMs 7 m apart are far above
+    events["motion"] = np.where(can_fit[:, None], -v / np.where(can_fit, speed, 1)[:, None], 0)
     events["total_charge"] = total
-    events["motion"] = motion_of_light(offset, time, charge, place, ~aux, detector)
     events["length"] = np.minimum(n, config.max_pulses)
 
     keep = slice(None)
@@ -395,31 +405,6 @@ def pack(events, time, charge, dom, aux, detector, config):
     for name, values in (("time", time), ("charge", charge), ("dom", dom), ("aux", aux)):
         pulses[name] = values[keep]
     return pulses
-
-
-def motion_of_light(offset, time, charge, dom, good, detector):
-    """Fit position = r + v time to each event's good pulses, weighted by charge -> unit vectors (n, 3), -v.
-
-    IceCube's first guess of where the neutrino came from (astro-ph/0407044, section 3.1.3). Zeros where no
-    fit is possible: fewer than two times or two DOMs. offset: first pulse of each event.
-    """
-    found, count = np.zeros((len(offset), 3)), np.add.reduceat(good, offset, dtype=np.int64)
-    lit, kept = np.flatnonzero(count), np.flatnonzero(good)
-    if len(lit) == 0:
-        return found
-    count, time, charge, dom = count[lit], time[kept].astype(np.float64), charge[kept], dom[kept]
-    first = np.cumsum(count) - count  # all of them have good pulses, as reduceat needs it
-    total = np.add.reduceat(charge, first)
-    mean = np.add.reduceat(charge * time, first) / np.where(total > 0, total, 1)
-    lever = charge * (time - np.repeat(mean, count))
-    # v but for a positive factor
-    v = np.stack([np.add.reduceat(lever * x.take(dom), first) for x in detector.position], axis=1)
-    can_fit = np.maximum.reduceat(time, first) > np.minimum.reduceat(time, first)
-    can_fit &= np.maximum.reduceat(dom, first) > np.minimum.reduceat(dom, first)
-    length = np.linalg.norm(v, axis=1)
-    can_fit &= length > 0
-    found[lit[can_fit]] = -v[can_fit] / length[can_fit, None]
-    return found
 
 
 # ------------------------------------------------------------------------------
