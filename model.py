@@ -445,8 +445,13 @@ class ClsTarget:
     measure: Callable  # prediction, truth (B, width) -> (B,)
     of_mean: Callable = math.sqrt  # mean of that over the events -> the number in the column
     loss: Callable = lambda x, truth: (x - truth).square().mean(-1)  # prediction, truth (B, width) -> (B,)
-    # truth (B, width) -> bool (B,); events of which it is not known do not enter the loss
-    is_known: Callable = lambda truth: truth[:, 0].isfinite()
+    is_known: Callable = lambda truth: truth[:, 0].isfinite()  # truth (B, width) -> bool (B,)
+
+    def known_truth(self, batch):
+        """-> truth (B, width), 0 where it is not known; whether it is known, bool (B,)."""
+        truth = self.truth(batch[self.label])
+        is_known = self.is_known(truth)
+        return torch.where(is_known[:, None], truth, 0.0), is_known
 
 
 # to add one: an entry here, its weight lambda_<name> in train.py
@@ -513,8 +518,8 @@ class Pretrainer(nn.Module):
         """Dict name of a ClsTarget to the loss of each event (B,), 0 where the truth is not known."""
         losses = {}
         for name, target in self.targets.items():
-            truth = target.truth(batch[target.label])
-            losses[name] = target.loss(answers[name], truth) * target.is_known(truth)
+            truth, is_known = target.known_truth(batch)
+            losses[name] = target.loss(answers[name], truth) * is_known
         return losses
 
     @property
@@ -534,8 +539,7 @@ class Pretrainer(nn.Module):
                 F.cross_entropy(logits, dom, reduction="sum")]
         losses = self.cls_losses(answers, batch)
         for name, target in self.targets.items():
-            truth = target.truth(batch[target.label])
-            is_known = target.is_known(truth)
+            truth, is_known = target.known_truth(batch)
             found = target.measure(answers[name], truth) * is_known
             sums += [losses[name].sum(), found.sum(), is_known.sum()]
         return torch.stack(sums)

@@ -348,6 +348,22 @@ def test_other_losses_agree_with_the_plain_formulas():
                               rtol=1e-4)
 
 
+def test_a_target_that_some_events_lack(monkeypatch):
+    """Those events have loss 0, and the NaN of their truth does not reach the gradient."""
+    monkeypatch.setitem(m.CLS_TARGETS, "energy", m.ClsTarget(
+        width=1, label="energy", truth=lambda energy: torch.log10(energy)[:, None], metric="energy_rms",
+        measure=lambda x, truth: (x - truth).square().sum(-1)))
+    net, (batch,) = make(cls_target="energy"), one_batch([5, 9, 7])
+    batch["energy"] = torch.tensor([float("nan"), 100.0, 1e4])
+    losses = net(batch)["energy"]
+    answers = net.predict(batch)[1]["energy"].flatten()
+    assert losses.tolist() == pytest.approx([0, (answers[1] - 2).item() ** 2, (answers[2] - 4).item() ** 2])
+    losses.sum().backward()
+    gradients = [parameter.grad for parameter in net.parameters() if parameter.grad is not None]
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert net.metrics(batch)[net.metric_names.index("energy_known")] == 2
+
+
 def test_metrics_by_hand():
     (batch,) = one_batch([30, 50, 17], seed=4)
     batch["dom"] %= 70  # many on the first string
