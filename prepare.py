@@ -366,9 +366,9 @@ def pack(events, time, charge, dom, aux, detector, config):
         order = np.lexsort((time, np.repeat(np.arange(len(n)), n)))  # stable: ties stay as in the file
         time, charge, dom, aux = time[order], charge[order], dom[order], aux[order]
 
-    # motion: position = r + v time is fitted to the good pulses, weighted by charge; -v is a first guess of where
-    # the neutrino came from (astro-ph/0407044, section 3.1.3). v is sum(charge * position * lever), but for a
-    # factor; with fewer than two times or two DOMs nothing but rounding is left of it
+    # motion: position = r + v time is fitted to the good pulses, weighted by charge; -v is a first guess of
+    # where the neutrino came from (astro-ph/0407044, section 3.1.3). v is sum(charge * position * lever), but
+    # for a factor; with fewer than two times or two DOMs nothing but rounding is left of it
     charge = charge.astype(np.float64, copy=False)
     weight = charge * ~aux
     total, good_total = np.add.reduceat(charge, offset), np.add.reduceat(weight, offset)
