@@ -9,9 +9,6 @@ arms = {f"{target}/{head}/{kind}/{n}":
         f"--max_steps={steps} --freeze_backbone={kind == 'frozen'}"
         for kind, n, steps in (("tuned", 500, 100), ("tuned", 8000, 250), ("frozen", 2000, 150))
         for target in ("charge", "charge_motion") for head in ("linear", "position")}
-arms = arms | {f"charge_center_motion/position/tuned/{n}":
-               f"--pretrained=out/study/cls/charge_center_motion/position/seed{{seed}}/ckpt.pt "
-               f"--train_events={n} --max_steps={steps}" for n, steps in ((500, 100), (8000, 250))}
 arms = arms | {f"scratch/{n}": f"--train_events={n} --max_steps={steps}"
                for n, steps in ((500, 100), (8000, 250))}
 learning_rates = "0.001"
