@@ -15,6 +15,8 @@ each worker writes its own slice, and nothing is merged at the end.
 The rule (upstream's): an event keeps all its pulses if they are at most max_pulses. Else all its good ones
 (aux = False, in local coincidence) and random others; or, if the good ones alone are too many, a random
 max_pulses of those. The time order stays. Total charge, centre and motion are those of the full event.
+With keep = "brightest", a too long event keeps first of all the earliest good pulse of each DOM, that of the
+DOM with most charge first. A kept pulse then has the charge of all good ones up to the DOM's next kept one.
 """
 import math
 import os
@@ -51,6 +53,7 @@ class PrepareConfig:
     splits: dict = field(default_factory=lambda: {  # name: (first, last) batch, both included; or "test"
         "pretrain": (1, 500), "finetune": (601, 605), "val": (651, 655)})
     max_pulses: int = 127  # pulses kept of an event: 128 positions with [CLS]
+    keep: str = "paper"  # of too many pulses: random good ones, or "brightest": one per DOM with its charge
     seed: int = 0  # of the random choice among too many pulses
     workers: int = 0  # processes, each with a batch file of its own and 0.3 GB of memory; 0 = one per core
 
@@ -58,6 +61,8 @@ class PrepareConfig:
         yield from check_not_negative(self, "seed", "workers")
         if not 1 <= self.max_pulses <= 65535:
             yield f"max_pulses = {self.max_pulses}: must lie between 1 and 65535"
+        if self.keep not in ("paper", "brightest"):
+            yield f"keep = {self.keep!r}: must be 'paper' or 'brightest'"
         if not self.splits:
             yield "splits is empty: nothing to prepare"
         for name, batches in self.splits.items():
@@ -394,17 +399,38 @@ def pack(events, time, charge, dom, aux, detector, config):
         in_long, n_long = np.repeat(is_long, n), n[is_long]
         draw = uniform_runs(config.seed, events["event_id"][is_long], n_long)
         draw += aux[in_long]
+        if config.keep == "brightest":  # before all others: each DOM's first, in order of the DOMs' charge
+            order, first = sort_by_dom(np.repeat(np.arange(len(n_long)), n_long), place[in_long],
+                                       aux[in_long])
+            summed = charge[in_long]
+            draw[order[first]] *= 1e-3  # decides between DOMs of equal charge
+            draw[order[first]] -= np.add.reduceat(summed[order], first)
         begin, ordered = np.cumsum(n_long) - n_long, draw.copy()
         for a, b in zip(begin.tolist(), (begin + n_long).tolist()):
             ordered[a:b].partition(config.max_pulses - 1)
         keep = ~in_long
         keep[in_long] = draw <= np.repeat(ordered[begin + config.max_pulses - 1], n_long)
+        if config.keep == "brightest":  # the charge of what is dropped goes to the one kept before it
+            begins = keep[in_long][order]
+            begins[first] = True  # that of a whole DOM to none
+            begins = np.flatnonzero(begins)
+            summed[order[begins]] = np.add.reduceat(summed[order], begins)
+            charge = charge.copy()
+            charge[in_long] = summed
         keep = np.flatnonzero(keep)  # once, for four columns
 
     pulses = np.empty(events["length"].sum(dtype=np.int64), PULSE)  # equal draws, once in 10^9 batches, raise
     for name, values in (("time", time), ("charge", charge), ("dom", dom), ("aux", aux)):
         pulses[name] = values[keep]
     return pulses
+
+
+def sort_by_dom(event, dom, aux):
+    """Good pulses in order of time -> their indices by event, DOM and time; where in these a DOM begins."""
+    good = np.flatnonzero(~aux)
+    channel = event[good] * (MAX_DOMS + 1) + dom[good]
+    order = np.argsort(channel, kind="stable")
+    return good[order], np.flatnonzero(np.diff(channel[order], prepend=-1))
 
 
 # ------------------------------------------------------------------------------
@@ -522,7 +548,7 @@ def main():
     unfinished = data_dir / UNFINISHED
     # the settings that the bytes depend on, as they will be read back
     settings = {"source": "kaggle", "input_dir": str(Path(config.input_dir).resolve()),
-                "max_pulses": config.max_pulses, "seed": config.seed,
+                "max_pulses": config.max_pulses, "keep": config.keep, "seed": config.seed,
                 "splits": {name: batches if batches == "test" else list(batches)
                            for name, batches in config.splits.items()}}
     if (data_dir / "meta.json").exists():

@@ -33,8 +33,8 @@ def make_events(rng, n, lengths=(1, 2, 60, 126, 127, 128, 129, 500)):
         times = rng.integers(6000, 6000 + (length // 3 + 1 if i % 5 == 0 else 9000), length)
         events.append({"event_id": int(rng.integers(2**40)), "time": times if i % 7 == 0 else np.sort(times),
                        "charge": np.round(rng.integers(1, 80, length) * 0.025, 3),
-                       "sensor_id": rng.integers(0, 5160, length), "auxiliary": rng.random(length)
-                       < aux_share, "azimuth": rng.uniform(0, 2 * np.pi),
+                       "sensor_id": rng.integers(0, 5160 if i % 3 else 40, length),
+                       "auxiliary": rng.random(length) < aux_share, "azimuth": rng.uniform(0, 2 * np.pi),
                        "zenith": np.arccos(rng.uniform(-1, 1)), "energy": 10 ** rng.uniform(2, 6),
                        "event_class": 1 + i % 2})
     return events
@@ -81,7 +81,7 @@ def write_kaggle(folder, train, test=None, row_group_size=1000):
     return folder
 
 
-def reference(events, max_pulses=127, seed=0):
+def reference(events, max_pulses=127, seed=0, rule="paper"):
     """The rule, one event after another -> (EVENT records, PULSE records)."""
     records, kept, start = np.zeros(len(events), data.EVENT), [], 0
     for record, event in zip(records, events):
@@ -91,6 +91,8 @@ def reference(events, max_pulses=127, seed=0):
         good, bad = np.flatnonzero(~aux), np.flatnonzero(aux)
         if len(t) <= max_pulses:
             keep = np.arange(len(t))
+        elif rule == "brightest":
+            keep, q = brightest(t, q, dom, good, bad, draw, max_pulses)
         elif len(good) >= max_pulses:
             keep = np.sort(good[np.argsort(draw[good])[:max_pulses]])
         else:
@@ -102,10 +104,30 @@ def reference(events, max_pulses=127, seed=0):
         for name in ("event_id", "azimuth", "zenith", "energy", "event_class"):
             record[name] = event[name]
         record["start"], record["length"], record["n_pulses"] = start, len(keep), len(t)
+        q = event["charge"][order]
         record["total_charge"], record["center"] = q.sum(), (q[:, None] * GEOMETRY[dom]).sum(axis=0) / q.sum()
         record["motion"] = fitted_motion(t[good], q[good], dom[good])
         start += len(keep)
     return records, np.concatenate(kept)
+
+
+def brightest(t, q, dom, good, bad, draw, max_pulses):
+    """What keep = "brightest" keeps of an event that is too long -> indices in order of time, new charges."""
+    of_dom = {}  # good pulses of each DOM, which are in order of time
+    for i in good:
+        of_dom.setdefault(dom[i], []).append(i)
+    ranked = sorted(of_dom.values(), key=lambda pulses: 1e-3 * draw[pulses[0]] - sum(q[pulses]))
+    firsts = [pulses[0] for pulses in ranked]
+    others = [*sorted(set(good) - set(firsts), key=lambda i: draw[i]), *sorted(bad, key=lambda i: draw[i])]
+    keep, charge = sorted((firsts + others)[:max_pulses]), q.copy()
+    for pulses in of_dom.values():
+        last = None
+        for i in pulses:
+            if i in keep:
+                last = i
+            elif last is not None:
+                charge[last] += q[i]
+    return np.array(keep), charge
 
 
 def fitted_motion(t, q, dom):
@@ -156,16 +178,17 @@ def straight(raw, tmp_path_factory):
 # the rule and the format
 # ------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("max_pulses, seed", [(127, 0), (3, 5)])
-def test_the_rule_event_by_event(raw, straight, tmp_path, max_pulses, seed):
+@pytest.mark.parametrize("max_pulses, seed, rule", [(127, 0, "paper"), (3, 5, "paper"),
+                                                    (127, 0, "brightest"), (20, 5, "brightest")])
+def test_the_rule_event_by_event(raw, straight, tmp_path, max_pulses, seed, rule):
     folder = straight[0]
-    if max_pulses != 127:
+    if (max_pulses, rule) != (127, "paper"):
         folder = tmp_path / "data"
         run_ok("prepare.py", f"--input_dir={raw[0]}", f"--data_dir={folder}", SPLITS,
-               f"--max_pulses={max_pulses}", f"--seed={seed}", "--workers=2")
+               f"--max_pulses={max_pulses}", f"--seed={seed}", f"--keep={rule}", "--workers=2")
     for name, batches in (("pretrain", (1, 2)), ("val", (3,))):
         events, pulses = reference([event for number in batches for event in raw[1][number]], max_pulses,
-                                   seed)
+                                   seed, rule)
         split = data.open_split(folder, name)
         assert_equal_records(split.events, events)
         assert_equal_records(split.pulses, pulses)
@@ -345,9 +368,13 @@ def test_local_coincidence_pair_by_pair(kind):
 # workers, interruptions, settings
 # ------------------------------------------------------------------------------------------------------------
 
-def test_the_bytes_do_not_depend_on_the_workers(raw, straight, tmp_path):
-    run_ok("prepare.py", f"--input_dir={raw[0]}", f"--data_dir={tmp_path}/data", SPLITS, "--workers=3")
-    assert contents(tmp_path / "data") == contents(straight[0])
+@pytest.mark.parametrize("rule", ["paper", "brightest"])
+def test_the_bytes_do_not_depend_on_the_workers(raw, straight, tmp_path, rule):
+    flags = [f"--input_dir={raw[0]}", SPLITS, f"--keep={rule}"]
+    run_ok("prepare.py", *flags, f"--data_dir={tmp_path}/data", "--workers=3")
+    if rule != "paper":
+        run_ok("prepare.py", *flags, f"--data_dir={tmp_path}/one", "--workers=1")
+    assert contents(tmp_path / "data") == contents(straight[0] if rule == "paper" else tmp_path / "one")
 
 
 @pytest.fixture(scope="module")
@@ -406,6 +433,7 @@ def test_a_complete_folder_is_left_alone(raw, straight, tmp_path):
     shutil.copytree(raw[0], tmp_path / "other")
     for flags, words in (([SPLITS, "--seed=4"], "seed = 0, now it is 4"),
                          ([SPLITS, "--max_pulses=64"], "max_pulses = 127"),
+                         ([SPLITS, "--keep=brightest"], "keep = 'paper'"),
                          (["--splits={'val': (3, 3)}"], "splits = "),
                          ([SPLITS, f"--input_dir={tmp_path}/other"], "input_dir = ")):
         line = user_error("prepare.py", f"--input_dir={raw[0]}", f"--data_dir={target}", *flags)
