@@ -120,7 +120,7 @@ def head_and_encoder(model, config):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# training
+# what the loop needs
 # ------------------------------------------------------------------------------------------------------------
 
 def shift_at_random(events, pulses, index, epoch, config):
@@ -172,7 +172,7 @@ def main():
 
     # ---- checkpoint, model, optimizer ----------------------------------------------------------------------
     pretrained = None
-    if config.pretrained:  # of a run that goes on its own checkpoint will do
+    if config.pretrained:  # tells the architecture; if the run goes on, its own checkpoint does
         begin = checkpoint_path if os.path.exists(checkpoint_path) else config.pretrained
         pretrained = common.load_checkpoint(begin)
         knobs.take_architecture(config, ModelConfig, pretrained, begin)

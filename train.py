@@ -270,7 +270,7 @@ def main():
     config = knobs.load_config(TrainConfig, __doc__)
     process = common.start_process(config)
     checkpoint_path = f"{config.out_dir}/ckpt.pt"
-    if config.pretrained:  # tells the architecture; of a run that goes on its own checkpoint does
+    if config.pretrained:  # tells the architecture; if the run goes on, its own checkpoint does
         begin = checkpoint_path if os.path.exists(checkpoint_path) else config.pretrained
         pretrained = common.load_checkpoint(begin)
         if "task" in pretrained["config"]:
