@@ -166,55 +166,6 @@ def read_geometry(data_dir):
     return np.fromfile(path, GEOMETRY)
 
 
-def check_geometry(saved, geometry, path, data_dir):
-    """A run goes on in the detector in which it began. saved: its checkpoint."""
-    if difference := difference_of_detectors(saved, geometry):
-        fail(f"{path} was trained on another detector than {data_dir}: {difference}; choose the data_dir it "
-             "belongs to")
-
-
-def difference_of_detectors(saved, geometry):
-    """What tells a checkpoint's detector from this one, in words; "" if nothing does."""
-    known, position = saved["model"]["encoder.embedding.geometry"].numpy(), geometry["position"]  # (V, 3) [m]
-    if len(known) != len(position):
-        return f"it has {len(known):,} DOMs, not {len(position):,}"
-    apart = np.linalg.norm(known - position, axis=1)
-    if not apart.any():
-        return ""
-    return (f"{np.count_nonzero(apart):,} DOMs lie elsewhere, by {np.median(apart):.1f} m (median) to "
-            f"{apart.max():.1f} m")
-
-
-def weights_for(saved, geometry, path, data_dir, part=""):
-    """A checkpoint's weights whose names begin with `part`, for a model of this detector.
-
-    It may be another than the one trained in: an encoder that knows DOMs by their positions alone goes on
-    anywhere, and so does dom_head = "position", but for its bias, which begins anew. A table of DOMs, or a
-    weight vector per DOM, would give numbers without a meaning.
-    """
-    import torch
-    weights = {name: value for name, value in saved["model"].items() if name.startswith(part)}
-    difference = difference_of_detectors(saved, geometry)
-    if not difference:
-        return weights
-    why = ("its table of DOMs is" if "encoder.embedding.dom_table.weight" in weights
-           else "its dom_head = 'linear' is" if "dom_head.weight" in weights else "")
-    if why:
-        fail(f"{path} was trained on another detector than {data_dir}: {difference}; {why} of no use there. "
-             "Only use_dom_positions = True without use_dom_table, and dom_head = 'position', carry over")
-    weights["encoder.embedding.geometry"] = torch.from_numpy(geometry["position"].copy())
-    if "dom_head.bias" in weights:
-        weights["dom_head.bias"] = torch.zeros(len(geometry))
-    return weights
-
-
-def check_events(saved, path, data_dir):
-    """A run that goes on must find the events it began with. saved: its checkpoint; old ones do not tell."""
-    if saved.get("data", fingerprint(data_dir)) != fingerprint(data_dir):
-        fail(f"{path} was trained on other events than {data_dir} holds (their meta.json differ); choose the "
-             "data_dir it belongs to, or another out_dir")
-
-
 # ------------------------------------------------------------------------------------------------------------
 # which events make up a step
 # ------------------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def load_model(path, data_dir=""):
     run = SimpleNamespace(**(asdict(ModelConfig()) | saved["config"]))  # a knob younger than it was off
     geometry = data.read_geometry(data_dir or run.data_dir)
     model = (Reconstructor if hasattr(run, "task") else Pretrainer)(run, geometry)
-    model.load_state_dict(data.weights_for(saved, geometry, path, data_dir or run.data_dir))
+    model.load_state_dict(common.weights_for(saved, geometry, path, data_dir or run.data_dir))
     return model.eval(), run, saved
 
 

@@ -120,7 +120,7 @@ def head_and_encoder(model, config):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# training
+# what the loop needs
 # ------------------------------------------------------------------------------------------------------------
 
 def shift_at_random(events, pulses, index, epoch, config):
@@ -172,15 +172,15 @@ def main():
 
     # ---- checkpoint, model, optimizer ----------------------------------------------------------------------
     pretrained = None
-    if config.pretrained:  # of a run that goes on its own checkpoint will do
+    if config.pretrained:  # tells the architecture; if the run goes on, its own checkpoint does
         begin = checkpoint_path if os.path.exists(checkpoint_path) else config.pretrained
         pretrained = common.load_checkpoint(begin)
         knobs.take_architecture(config, ModelConfig, pretrained, begin)
     saved = common.find_run(config, checkpoint_path, MAY_CHANGE)
     if saved:
         common.check_same(checkpoint_path, "labels in train_split", saved["n_train"], n_train)
-        data.check_geometry(saved, geometry, checkpoint_path, config.data_dir)
-        data.check_events(saved, checkpoint_path, config.data_dir)
+        common.check_geometry(saved, geometry, checkpoint_path, config.data_dir)
+        common.check_events(saved, fingerprint, checkpoint_path, config.data_dir)
         is_out_of_patience = ran_out_of_patience(saved["step"], saved["best_step"], config)
         if saved["step"] >= config.max_steps or is_out_of_patience:
             if process.is_main:
@@ -196,7 +196,7 @@ def main():
     torch.manual_seed(config.seed)
     raw_model = Reconstructor(config, geometry)
     if pretrained and not saved:
-        encoder = data.weights_for(pretrained, geometry, config.pretrained, config.data_dir, "encoder.")
+        encoder = common.weights_for(pretrained, geometry, config.pretrained, config.data_dir, "encoder.")
         load_encoder(raw_model, encoder, config.pretrained)
     raw_model.encoder.requires_grad_(not config.freeze_backbone)
     raw_model.to(process.device)

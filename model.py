@@ -100,11 +100,12 @@ class PulseEmbedding(nn.Module):
     def __init__(self, config, geometry):
         super().__init__()
         D, E = config.embedding_dim, config.dom_embed_dim
-        # kept in the checkpoint: a model of one detector must not be used on another
-        self.register_buffer("geometry", torch.from_numpy(geometry["position"].copy()))  # (V, 3) [m]
-        self.waves = config.fourier_features
-        n_position, n_features = (3 + 6 * POSITION_WAVES, 3 + 2 * (TIME_WAVES + CHARGE_WAVES)) if self.waves \
-            else (3, 3)
+        # (V, 3) [m], kept in the checkpoint: it tells in which detector the model was trained
+        self.register_buffer("geometry", torch.from_numpy(geometry["position"].copy()))
+        self.has_waves, n_position, n_features = config.fourier_features, 3, 3
+        if self.has_waves:  # a sine and a cosine each
+            n_position += 3 * 2 * POSITION_WAVES
+            n_features += 2 * TIME_WAVES + 2 * CHARGE_WAVES
         self.position = nn.Linear(n_position, E) if config.use_dom_positions else None
         if config.use_dom_positions:
             self.mask = nn.Parameter(torch.empty(1, E))  # a hidden DOM has no position
@@ -120,9 +121,10 @@ class PulseEmbedding(nn.Module):
         with torch.autocast(dom.device.type, enabled=False):  # bfloat16 would round 12,000 ns by up to 7 ns
             dom_part = F.embedding(dom, self.dom_vectors())  # (T, E)
             features = scale_pulses(batch)  # (T, 3)
-            if self.waves:  # 30 us to 30 ns, 4 to 0.5 decades
-                time = waves(features[:, :1], 1.0, TIME_WAVES)
-                features = torch.cat([features, time, waves(features[:, 1:2], 4 / 3, CHARGE_WAVES)], dim=-1)
+            if self.has_waves:
+                time = waves(features[:, :1], 1.0, TIME_WAVES)  # wavelengths of 30 us to 30 ns
+                charge = waves(features[:, 1:2], 4 / 3, CHARGE_WAVES)  # 4 to 0.5 decades
+                features = torch.cat([features, time, charge], dim=-1)
             x = torch.cat([dom_part, self.features(features)], dim=-1)  # (T, D)
         first = batch["starts"][:-1].long()
         return x.index_copy(0, first, self.cls.expand(first.shape[0], -1))
@@ -131,7 +133,7 @@ class PulseEmbedding(nn.Module):
         """One vector for each DOM and for MASK, (V + 1, E)."""
         if self.position is None:
             return self.dom_table.weight
-        position = position_features(self.geometry) if self.waves else self.geometry / POSITION_SCALE
+        position = position_features(self.geometry) if self.has_waves else self.geometry / POSITION_SCALE
         vectors = torch.cat([self.position(position), self.mask])
         return vectors if self.dom_table is None else vectors + self.dom_table.weight
 

@@ -1,4 +1,4 @@
-"""Stage 2: pretraining without labels. Hide DOM ids and predict them; predict the total charge from [CLS].
+"""Stage 2: pretraining without labels. Hide DOM ids and predict them; predict the event's charge from [CLS].
 
     python train.py sample_config/demo.py                                  a small model on simulated events
     torchrun --nproc_per_node=8 train.py config/base.py                    the paper's run on 8 GPUs
@@ -14,6 +14,7 @@ import common  # first: it sets how torch's threads wait
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -134,7 +135,7 @@ def loss_weights(config):
 def evaluate(model, split, n_events, config, process):
     """Losses and metrics over exactly the first n_events, with the same masks each time -> dict of val_*."""
     mine = common.share_of_rank(n_events, process)
-    n_chunks = -(-len(mine) * process.world_size // config.batch_size)  # a step's memory is enough
+    n_chunks = -(-len(mine) * process.world_size // config.batch_size)  # at most as many events as in a step
     chunks = np.array_split(mine, n_chunks) if n_chunks else []  # a rank may have none
 
     def load(i):
@@ -269,6 +270,12 @@ def main():
     config = knobs.load_config(TrainConfig, __doc__)
     process = common.start_process(config)
     checkpoint_path = f"{config.out_dir}/ckpt.pt"
+    if config.pretrained:  # tells the architecture; if the run goes on, its own checkpoint does
+        begin = checkpoint_path if os.path.exists(checkpoint_path) else config.pretrained
+        pretrained = common.load_checkpoint(begin)
+        if "task" in pretrained["config"]:
+            common.fail(f"{begin} is a fine-tuned checkpoint; begin with one of train.py")
+        knobs.take_architecture(config, ModelConfig, pretrained, begin)
     saved = common.find_run(config, checkpoint_path, MAY_CHANGE)
     begins_from = checkpoint_path if saved else config.branch_from
     if config.branch_from:
@@ -285,11 +292,6 @@ def main():
     val_split, n_val = data.open_first_events(config.data_dir, config.val_split, config.val_events,
                                               at_most=True)
     geometry, fingerprint = data.read_geometry(config.data_dir), data.fingerprint(config.data_dir)
-    if config.pretrained:
-        pretrained = saved or common.load_checkpoint(config.pretrained)
-        if "task" in pretrained["config"]:
-            common.fail(f"{config.pretrained} is a fine-tuned checkpoint; begin with one of train.py")
-        knobs.take_architecture(config, ModelConfig, pretrained, config.pretrained)
     config.micro_batch_size = config.micro_batch_size or common.suited_micro_batch_size(
         process, data.read_meta(config.data_dir)["max_pulses"], config)
 
@@ -303,13 +305,14 @@ def main():
     torch.manual_seed(config.seed)
     raw_model = Pretrainer(config, geometry).to(process.device)
     if config.pretrained and not saved:
-        raw_model.load_state_dict(data.weights_for(pretrained, geometry, config.pretrained, config.data_dir))
+        weights = common.weights_for(pretrained, geometry, config.pretrained, config.data_dir)
+        raw_model.load_state_dict(weights)
     optimizer = common.GuardedOptimizer(raw_model, make_optimizers(raw_model, config), config, process)
     first_step, best_val = 0, float("inf")
     if saved:
         common.check_same(begins_from, "events in train_split", saved["n_train"], n_train)
-        data.check_geometry(saved, geometry, begins_from, config.data_dir)
-        data.check_events(saved, begins_from, config.data_dir)
+        common.check_geometry(saved, geometry, begins_from, config.data_dir)
+        common.check_events(saved, fingerprint, begins_from, config.data_dir)
         raw_model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved)
         first_step, best_val = saved["step"], saved["best_val"]

@@ -15,7 +15,8 @@ import torch
 import common
 import data
 import train
-from conftest import ROOT, TINY_RUN, hear_ctrl_c, random_events, run_ok, torchrun, user_error, write_folder
+from conftest import (ROOT, TINY_MODEL, TINY_RUN, hear_ctrl_c, random_events, run_ok, torchrun, user_error,
+                      write_folder)
 
 
 def read_log(out_dir):
@@ -291,6 +292,17 @@ def test_muon_learns_and_resumes(demo_data, tmp_path):
     before, *_, after = column(tmp_path / "run", "val_loss")
     assert after < before - 1.5
     assert "optimizer = 'muon'" in user_error("train.py", *args, "--max_steps=30", "--optimizer=adamw")
+
+
+def test_a_run_from_pretrained_weights_goes_on(pretrained, demo_data, tmp_path):
+    """It begins where the other ended; no knob has to repeat the architecture, which the checkpoint tells."""
+    args = [f"--data_dir={demo_data}", f"--pretrained={pretrained[0]}/ckpt.pt", "--schedule=constant",
+            *(knob for knob in TINY_RUN if knob not in TINY_MODEL)]
+    run_ok("train.py", *args, f"--out_dir={tmp_path}/a", "--max_steps=3")
+    run_ok("train.py", *args, f"--out_dir={tmp_path}/a")
+    run_ok("train.py", *args, f"--out_dir={tmp_path}/b")
+    assert_same_weights(tmp_path / "a", tmp_path / "b")
+    assert column(tmp_path / "b", "val_loss")[0] == pytest.approx(column(pretrained[0], "val_loss")[-1])
 
 
 def test_what_may_not_change_when_a_run_goes_on(pretrained, demo_data):

@@ -96,7 +96,7 @@ def main():
     except (KeyError, RuntimeError) as error:
         common.fail(f"{config.checkpoint}: published PolarBERT weights, but not of the plain flash variant: "
                     f"{' '.join(str(error).split())[:200]}; not supported")
-    data.check_geometry({"model": weights}, geometry, config.checkpoint, config.data_dir)
+    common.check_geometry({"model": weights}, geometry, config.checkpoint, config.data_dir)
     common.save_checkpoint(config.out, model=weights, config=asdict(run), step=0, n_train=0, optimizer=[],
                            scaler={}, bad_steps=0, best_val=float("inf"))
     print(f"written {config.out}: {common.count_parameters(weights) / 1e6:.2f} M parameters, for "
