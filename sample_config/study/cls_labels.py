@@ -9,8 +9,12 @@ arms = {f"{target}/{head}/{kind}/{n}":
         f"--max_steps={steps} --freeze_backbone={kind == 'frozen'}"
         for kind, n, steps in (("tuned", 500, 100), ("tuned", 8000, 250), ("frozen", 2000, 150))
         for target in ("charge", "charge_motion") for head in ("linear", "position")}
+arms = arms | {f"{target}/tuned/{n}":
+               f"--pretrained=out/study/cls/{target}/seed{{seed}}/ckpt.pt --train_events={n} --max_steps={steps}"
+               for n, steps in ((2000, 200), (32000, 500))
+               for target in ("charge/linear", "charge_motion/position")}
 arms = arms | {f"scratch/{n}": f"--train_events={n} --max_steps={steps}"
-               for n, steps in ((500, 100), (8000, 250))}
+               for n, steps in ((500, 100), (8000, 250), (2000, 200), (32000, 500))}
 learning_rates = "0.001"
 metric = "val_angle_mean"
 out_dir = "out/study/cls_labels"
