@@ -46,6 +46,7 @@ class PlotConfig:
     results: str = "out/study/results.csv"  # study: the file that study.py wrote
     fit: bool = False  # scaling, study: a power law through the points
     x_label: str = ""  # study: what the number in an arm's name means; "" = x
+    arms: dict = field(default_factory=dict)  # study: the lines to draw, name to words for it; {} = all
     baselines: dict = field(default_factory=dict)  # study: horizontal lines to draw, name to height
     data_dir: str = "data/demo"  # event: the data folder it is in
     event: int = 0  # event: its place in the split
@@ -346,6 +347,9 @@ def study(config, runs, plt):
     names = [name.strip() for name in config.study.split(",")]
     for name in names:
         for line, x, row in points_of_study(config, results, name):
+            if config.arms and line not in config.arms:
+                continue
+            line = config.arms.get(line, line)
             if row["step"] == "0":
                 print(f"note: {name}, arm {row['arm']}, learning rate {row['learning_rate']}, seed "
                       f"{row['seed']} diverged, it is not drawn")
