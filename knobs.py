@@ -90,7 +90,7 @@ def hint_for(key, fields):
     """What to say of an unknown knob: it belongs to another script, or is misspelt."""
     for script, name in (("simulate", "SimulateConfig"), ("prepare", "PrepareConfig"),
                          ("train", "TrainConfig"), ("finetune", "FinetuneConfig"),
-                         ("tools.prometheus", "PrometheusConfig")):
+                         ("tools.prometheus", "PrometheusConfig"), ("tools.graphnet", "GraphnetConfig")):
         if key in getattr(importlib.import_module(script), name).__dataclass_fields__:
             return f"; {key} is a knob of {script.replace('.', '/')}.py"
     near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)

@@ -470,6 +470,13 @@ META_SCHEMA = pa.schema([
     ("energy", pa.float64()), ("event_class", pa.uint8())])  # not in Kaggle's: [GeV]; 1 track, 2 cascade
 
 
+def write_detector(out_dir, detector):
+    columns = [*detector.position.tolist(), detector.string.tolist()]
+    lines = [",".join(map(str, row)) for row in zip(range(len(detector)), *columns)]
+    text = "\n".join(["sensor_id,x,y,z,string", *lines, ""])
+    write_atomic(out_dir / "sensor_geometry.csv", lambda part: part.write_text(text))
+
+
 def batch_paths(out_dir, split, batch):
     return out_dir / split / f"batch_{batch}.parquet", out_dir / ".parts" / f"meta_{batch}.parquet"
 
@@ -554,8 +561,7 @@ def main():
     lock = hold_lock(out_dir / ".parts")  # held until main() ends
     print_knobs(config)
     write_json(record, {"complete": False} | settings)
-    rows = "".join(f"{dom},{x},{y},{z},{string:.0f}\n" for dom, (x, y, z, string) in enumerate(doms.tolist()))
-    write_atomic(outputs[0], lambda path: path.write_text("sensor_id,x,y,z,string\n" + rows))
+    write_detector(out_dir, detector)
     todo = [task for task in tasks if not all(map(os.path.exists, batch_paths(*task[:3])))]
     n_all, n_todo = (sum(task[4] for task in some) for some in (tasks, todo))
     with progress_bar(n_all, "simulate", "event", initial=n_all - n_todo) as bar:

@@ -18,6 +18,7 @@ from finetune import FinetuneConfig
 from prepare import PrepareConfig
 from simulate import SimulateConfig
 from tools.export import ExportConfig
+from tools.graphnet import GraphnetConfig
 from tools.plot import PlotConfig
 from tools.prometheus import PrometheusConfig
 from tools.study import StudyConfig
@@ -26,7 +27,7 @@ from train import TrainConfig, learning_rate
 CONFIGS = {"simulate": SimulateConfig, "prepare": PrepareConfig, "tools/prometheus": PrometheusConfig,
            "train": TrainConfig, "finetune": FinetuneConfig}
 OTHERS = {"evaluate": EvaluateConfig, "tools/study": StudyConfig, "tools/plot": PlotConfig,
-          "tools/export": ExportConfig}
+          "tools/export": ExportConfig, "tools/graphnet": GraphnetConfig}
 
 
 def load(monkeypatch, cls, *args):

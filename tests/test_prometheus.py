@@ -13,11 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 
 import data
+import prepare
 import simulate
 from conftest import ROOT, TINY_RUN, run_ok, user_error
 from test_finetune import KNOBS
 from test_prepare import GEOMETRY, assert_equal_records, reference, write_geometry
-from tools import prometheus
+from tools import layout, prometheus
 
 TOOL = "tools.prometheus"
 
@@ -48,7 +49,7 @@ KINDS_OF_EVENTS = [([13, HADRONS], 1), ([-11, HADRONS], 2), ([-15, HADRONS], 0)]
 
 def write_photons(path, events, angles="flight", final_states=True, list_type=pa.large_list, spoil=None):
     """A Prometheus file of (azimuth, zenith of the source, energy, dom, time)."""
-    azimuth_sign, zenith_sign = prometheus.READINGS[angles]
+    azimuth_sign, zenith_sign = layout.READINGS[angles]
     truth, photons = [], []
     for i, (azimuth, zenith, energy, dom, times) in enumerate(events):
         flight = azimuth + np.pi, np.pi - zenith
@@ -63,12 +64,10 @@ def write_photons(path, events, angles="flight", final_states=True, list_type=pa
         truth.append(row)
         position = GEOMETRY[dom] + [0, 0, -1948.07]
         photons.append({"sensor_pos_x": position[:, 0], "sensor_pos_y": position[:, 1],
-                        "sensor_pos_z": position[:, 2], "string_id": dom // 60 + 1, "sensor_id": dom % 60 + 1,
-                        "t": times})
+                        "sensor_pos_z": position[:, 2], "t": times})
     if spoil:
         spoil(truth, photons)
-    kinds = {"string_id": pa.int64(), "sensor_id": pa.int64()}
-    struct = pa.struct([(name, list_type(kinds.get(name, pa.float64()))) for name in photons[0]])
+    struct = pa.struct([(name, list_type(pa.float64())) for name in photons[0]])
     columns = {"mc_truth": pa.array(truth), "photons": pa.array(photons, struct)}
     path.parent.mkdir(exist_ok=True)
     pq.write_table(pa.table(columns), path, row_group_size=7)
@@ -142,7 +141,8 @@ def test_photons_become_pulses_and_go_through_prepare(photons, straight, tmp_pat
     assert f" {81 - n_lit} events without a photon were left out" in done.stdout
     numbers = pq.read_table(out_dir / "train_meta.parquet")["batch_id"].to_numpy()
     assert np.bincount(numbers).tolist() == [0, 20, 1, 20, 1, 20, 1, 3]  # files of 21, 21, 21 and 3
-    assert (out_dir / "sensor_geometry.csv").read_bytes() == (photons[0] / "sensor_geometry.csv").read_bytes()
+    found, given = (prepare.read_detector(folder / "sensor_geometry.csv") for folder in (out_dir, photons[0]))
+    assert np.array_equal(found.position, given.position) and np.array_equal(found.string, given.string)
     assert not (out_dir / ".parts").exists()
 
     command = f"python prepare.py --input_dir={out_dir} --data_dir=data/prometheus "
@@ -171,7 +171,7 @@ def test_the_first_local_coincidence_lies_near_10000(straight):
 def test_a_pulse_long_before_the_coincidence_does_not_become_negative():
     event, time = np.array([0, 0, 0, 1]), np.array([5.0, 20_000.0, 20_100.5, 7.0])
     aux = np.array([True, False, False, True])
-    shifted = prometheus.shift_times(event, time, aux, np.array([3, 4]), 0)
+    shifted = layout.shift_times(event, time, aux, np.array([3, 4]), 0)
     assert shifted[:3].tolist() == [0, 19_995, 20_096] and abs(shifted[3] - 10_000) <= 300
     assert shifted.dtype == np.int64
 
@@ -225,9 +225,10 @@ def test_events_are_whole_however_files_and_batches_are_cut(photons, monkeypatch
     """A few events at a time, of which a batch takes four: all have four, the last one the rest."""
     monkeypatch.setattr(prometheus, "count_events", lambda n: None)  # it counts for a bar, in workers
     config, files = prometheus.PrometheusConfig(), [(1, photons[0] / "files/0.parquet", 25)]
+    detector = layout.read_doms(photons[0] / "sensor_geometry.csv")
 
     def read():
-        return list(prometheus.convert_files(config, simulate.choose_detector(""), files, []))
+        return list(prometheus.convert_files(config, *detector, files, []))
     (events, pulses), = read()
     monkeypatch.setattr(prometheus, "CHUNK", chunk)
     chunks = read()
@@ -246,29 +247,31 @@ def test_events_are_whole_however_files_and_batches_are_cut(photons, monkeypatch
 # ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("final_states", [False, True])
-@pytest.mark.parametrize("written", list(prometheus.READINGS))
+@pytest.mark.parametrize("written", list(layout.READINGS))
 def test_the_light_or_the_final_states_tell_the_reading(tmp_path, monkeypatch, written, final_states):
     """Tracks, light alone; and single photons, where only the final states can tell."""
     monkeypatch.setattr(prometheus, "count_events", lambda n: None)  # it counts for a bar, in workers
     events = list(make_photons(np.random.default_rng(9), 25, (1,) if final_states else (300, 0, 100, 1)))
     write_photons(tmp_path / "a.parquet", events, written, final_states)
+    write_geometry(tmp_path)
+    detector = layout.read_doms(tmp_path / "sensor_geometry.csv")
     lit = [event for event in events if len(event[4])]
-    for angles in prometheus.READINGS:
+    for angles in layout.READINGS:
         config, readings = prometheus.PrometheusConfig(angles=angles), []
         files = [(1, tmp_path / "a.parquet", 25)]
-        tables = prometheus.convert_files(config, simulate.choose_detector(""), files, readings)
+        tables = prometheus.convert_files(config, *detector, files, readings)
         labels = pa.concat_tables([table for table, _ in tables])
         assert readings == [("a.parquet", written, "final states" if final_states else "light")]
         right = [np.allclose(labels[name].to_numpy(), [event[i] for event in lit], atol=1e-6)
                  for i, name in enumerate(("azimuth", "zenith"))]
-        signs = zip(prometheus.READINGS[angles], prometheus.READINGS[written])
+        signs = zip(layout.READINGS[angles], layout.READINGS[written])
         assert right == [sign == truth for sign, truth in signs]  # the knob decides, whatever the light says
 
 
 def test_a_wrong_knob_is_a_warning(tmp_path):
     rng = np.random.default_rng(5)
     write_geometry(tmp_path)
-    for i, angles in enumerate(prometheus.READINGS):  # flight, source, zenith_flight, azimuth_flight
+    for i, angles in enumerate(layout.READINGS):  # flight, source, zenith_flight, azimuth_flight
         events = list(make_photons(rng, 25, (300, 1000)))
         write_photons(tmp_path / f"files/{i}.parquet", events, angles, False)
     write_photons(tmp_path / "files/4.parquet", list(make_photons(rng, 6, (1, 0))), "source")
@@ -403,9 +406,9 @@ def other_detector(truth, photons):
 @pytest.mark.parametrize("spoil, words", [
     (spoil_photon("t", np.nan), ["row 3", "t is nan"]), (spoil_photon("t", -5.0), ["row 3", "t is -5.0"]),
     (spoil_photon("t", 1e20), ["row 3", "t is 1e+20"]),
-    (spoil_photon("string_id", 87), ["row 3", "string 87", "nowhere", "another detector"]),
-    (spoil_photon("sensor_id", 0), ["row 3", "sensor 0", "another detector"]),
-    (other_detector, ["row 2", "string ", "another detector"]), (shorten, ["row 3", "photons.string_id"]),
+    (spoil_photon("sensor_pos_z", -90.0), ["row 3", ", -90.00, where", " m away", "another detector"]),
+    (spoil_photon("sensor_pos_x", np.nan), ["row 3", "at nan, ", "another detector"]),
+    (other_detector, ["row 2", "no DOM (the nearest is "]), (shorten, ["row 3", "photons.sensor_pos_x"]),
     (spoil_truth("initial_state_zenith", np.nan), ["row 3", "initial_state_zenith is nan"]),
     (spoil_truth("initial_state_zenith", 91.0), ["row 3", "initial_state_zenith is 91"]),
     (spoil_truth("initial_state_azimuth", np.inf), ["row 3", "initial_state_azimuth is inf"]),

@@ -1,4 +1,4 @@
-"""Prometheus' photon files (parquet, IceCube-86) -> event files in the Kaggle layout, which prepare.py reads.
+"""Prometheus' photon files (parquet) -> event files in the Kaggle layout, which prepare.py reads.
 
     python -m tools.prometheus --input_dir=photons --geometry=data/kaggle/sensor_geometry.csv
     python -m tools.prometheus sample_config/prometheus.py --angles=zenith_flight    # see below
@@ -10,7 +10,8 @@ number of workers. A run that was stopped goes on from its finished files; a com
 So that a model pretrained on Kaggle's events can be fine-tuned on these, and the other way round: photons of
 a DOM that come close together are one pulse, 1 p.e. each; aux is the rule of local coincidence that
 simulate.py follows too; each event is shifted so that its first local coincidence lies near 10,000 ns, where
-Kaggle's trigger lies. Not added: noise, the spread of charges, the trigger itself.
+Kaggle's trigger lies. Not added: noise, the spread of charges, the trigger itself. DOMs are found by their
+position, in IceCube or, with the table that GraphNeT has of it (parquet, csv), any other detector.
 
 Versions of Prometheus disagree on which way the angles point. --angles says it: both along the flight, both
 to the source, or only the zenith or only the azimuth along the flight. Each file is checked: a line fit to
@@ -20,7 +21,6 @@ momentum of the final states lies along it too. If they contradict the knob, a w
 import math
 import os
 import shutil
-import sys
 import zlib
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -30,27 +30,23 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from common import (check_settings, count_cores, count_events, fail, hold_lock, progress_bar,
-                    read_json, run_in_workers, run_stage, write_atomic, write_json)
-from data import uniform_hash
+from common import (count_cores, count_events, fail, hold_lock, progress_bar, read_json, run_in_workers,
+                    run_stage, write_atomic, write_json)
 from knobs import check_choice, check_not_negative, check_positive, load_config, print_knobs
-from prepare import (CHUNK, ICECUBE_DOMS_PER_STRING, KINDS, MAX_FLOAT, open_parquet, read_batches,
-                     read_detector, refuse, refuse_outside, to_numpy)
-from simulate import (META_SCHEMA, PULSE_SCHEMA, TRIGGER_AT, TRIGGER_SHAKE, batch_paths, join_meta,
-                      local_coincidence, number_along_strings, unit_vector)
+from prepare import CHUNK, KINDS, MAX_FLOAT, open_parquet, read_batches, refuse, refuse_outside, to_numpy
+from simulate import (META_SCHEMA, batch_paths, join_meta, local_coincidence, number_along_strings,
+                      unit_vector, write_detector)
+from tools.layout import (MAX_TIME, READINGS, describe_geometry, describe_place, event_tables, find_doms,
+                          find_reading, find_record, flight_cosines, print_next_command, print_readings,
+                          print_summary, read_doms, score_readings, write_pulses)
 
-SURFACE_Z = -1948.07  # [m] z of IceCube's centre for Prometheus, which counts from the surface
-MAX_TIME = 1e6  # [ns] no light of an event is this late
 ROWS_PER_FILE = 10_000_000  # event_id = this * number of the file, from 1 in sorted order, + row in it
-MIN_PULSES = 8  # good ones, for a line fit that is worth asking
-# what angles can mean: does (azimuth, zenith) point along the flight (1) or back to the source (-1)?
-READINGS = {"flight": (1, 1), "source": (-1, -1), "zenith_flight": (-1, 1), "azimuth_flight": (1, -1)}
 
 
 @dataclass
 class PrometheusConfig:
     input_dir: str = "data/prometheus_photons"  # folder of photon files, *.parquet
-    geometry: str = "data/kaggle/sensor_geometry.csv"  # with sensor_id,x,y,z, as Kaggle's; copied to out_dir
+    geometry: str = "data/kaggle/sensor_geometry.csv"  # with sensor_id,x,y,z; or a table of GraphNeT's
     out_dir: str = "data/prometheus_raw"  # folder to write
     events_per_batch: int = 10_000  # at most, per file to write: small files share one, large ones are cut
     merge_window: float = 3.3  # [ns] photons this close are one pulse: a 300 MHz sample, 0810.4930; 0 = none
@@ -69,7 +65,6 @@ class PrometheusConfig:
 # ------------------------------------------------------------------------------
 
 PHOTONS = {**{f"mc_truth.initial_state_{name}": "number" for name in ("energy", "azimuth", "zenith")},
-           **{f"photons.{name}": "list of integers" for name in ("string_id", "sensor_id")},
            **{f"photons.{name}": "list of numbers"
               for name in ("t", "sensor_pos_x", "sensor_pos_y", "sensor_pos_z")}}
 FINAL_STATES = {f"mc_truth.final_state_{name}": "list of numbers"  # optional
@@ -81,8 +76,7 @@ def list_of(is_kind):
 
 
 def open_photons(path):
-    lists = {"list of integers": list_of(KINDS["integer"]), "list of numbers": list_of(KINDS["number"])}
-    return open_parquet(path, PHOTONS, FINAL_STATES, KINDS | lists)
+    return open_parquet(path, PHOTONS, FINAL_STATES, KINDS | {"list of numbers": list_of(KINDS["number"])})
 
 
 def plan_groups(files, events_per_batch):
@@ -102,12 +96,14 @@ def plan_groups(files, events_per_batch):
 # read: photons and what caused them
 # ------------------------------------------------------------------------------
 
-def read_photons(path, detector):
+def read_photons(path, places, n_doms):
     """Yield some events at a time: row of the first, truth (dict); of each photon event (0..n-1), dom, time.
 
     The truth: energy, azimuth, zenith (n,) as in the file; momentum (n, 3), event_class (n,) of final states.
+    places: of the DOMs, see read_doms.
     """
     file, columns = open_photons(path)
+    known = {}  # positions and their DOMs
     meta = file.metadata
     leaf = [meta.schema.column(i).path.startswith("photons.t.") for i in range(len(meta.schema))].index(True)
     n_photons = sum(meta.row_group(i).column(leaf).num_values for i in range(meta.num_row_groups))
@@ -130,23 +126,15 @@ def read_photons(path, detector):
         truth |= read_final_states(len(table), columns, items)
 
         time, event = items("photons.t", "photons.t")
-        string, sensor, *position = (items(f"photons.{name}", "photons.t")[0] for name in (
-            "string_id", "sensor_id", "sensor_pos_x", "sensor_pos_y", "sensor_pos_z"))
+        position = np.array([items(f"photons.sensor_pos_{axis}", "photons.t")[0] for axis in "xyz"])
         bad = ~((time >= 0) & (time <= MAX_TIME))
         if bad.any():
             fail(f"{path}: row {row + event[bad][0]}: a photon's t is {time[bad][0]}, must lie in "
                  f"0..{MAX_TIME:g}; make it anew")
-        known = (string >= 1) & (string <= len(detector) // ICECUBE_DOMS_PER_STRING)
-        known &= (sensor >= 1) & (sensor <= ICECUBE_DOMS_PER_STRING)
-        dom = np.where(known, (string - 1) * ICECUBE_DOMS_PER_STRING + sensor - 1, 0)
-        expected = detector.position[:, dom] + [[0], [0], [SURFACE_Z]]
-        bad = ~(known & (np.abs(np.array(position) - expected) < 1).all(axis=0))  # [m]
-        if bad.any():
-            i = int(np.argmax(bad))
-            by_file = ", ".join(f"{x:.2f}" for x in expected[:, i]) if known[i] else "nowhere"
-            fail(f"{path}: row {row + event[i]}: string {string[i]} sensor {sensor[i]} lies at "
-                 f"{', '.join(f'{x[i]:.2f}' for x in position)}, by the geometry file {by_file}; this is "
-                 "another detector, only IceCube-86 can be converted")
+        dom = find_doms(position, places, n_doms, known)
+        if len(dom) and dom.min() < 0:
+            i = int(dom.argmin())
+            fail(f"{path}: row {row + event[i]}: a photon was seen {describe_place(position[:, i], places)}")
         yield row, truth, event, dom, time
 
 
@@ -192,82 +180,19 @@ def photons_to_pulses(event, dom, time, window):
     return event[first][order], dom[first][order], time[first][order], charge[order]
 
 
-def shift_times(event, time, aux, event_id, seed):
-    """Times [ns, integer] with each event's first local coincidence, or else its first pulse, near 10,000.
-
-    Pulses are by event (0..n-1, each has one) and time. No pulse is put before 0: that event is shifted less.
-    """
-    first = time[np.flatnonzero(np.diff(event, prepend=-1))]
-    start, good = first.copy(), np.flatnonzero(~aux)[::-1]
-    start[event[good]] = time[good]  # the last value of an event stays: the earliest
-    shake = np.rint(TRIGGER_SHAKE * (2 * uniform_hash(seed, event_id, 0) - 1))
-    return np.rint(time + np.maximum(TRIGGER_AT + shake - start, -first)[event]).astype(np.int64)
-
-
-# ------------------------------------------------------------------------------
-# which way do the angles point?
-# ------------------------------------------------------------------------------
-
-def flight_cosines(vector, label):
-    """Cosines (4, n) of vectors (n, 3) and the flight by each of READINGS of labels (n, 3); no vector: 0."""
-    signs = np.array([(azimuth, azimuth, zenith) for azimuth, zenith in READINGS.values()])
-    norm = np.maximum(np.linalg.norm(vector, axis=1), 1e-12)
-    return np.einsum("ni,ni,ri->rn", vector, label, signs) / norm
-
-
-def fit_velocity(n, event, position, time):
-    """Line fits to the pulses of n events -> velocity (n, 3) but for a factor, 0 where they are too few."""
-    count = np.bincount(event, minlength=n)
-    time = time - (np.bincount(event, time, n) / np.maximum(count, 1))[event]
-    velocity = np.stack([np.bincount(event, time * x, n) for x in position], axis=1)
-    return np.where(count[:, None] >= MIN_PULSES, velocity, 0)
-
-
-def find_reading(light, momentum):
-    """flight_cosines of the line fits and of the momenta of a file -> name of the reading, and who tells it.
-
-    Each reading scores the sum of -ln(chance that a random direction lies as near to the fit); the best must
-    beat the second by 3 standard deviations. The light of cascades does not tell; then the momentum may.
-    """
-    light, names = light[:, light.any(axis=0)], list(READINGS)
-    score = -np.log((1 - light) / 2 + 1e-3).sum(axis=1)  # 1e-3: a fit is not better than 4 degrees
-    second, best = np.argsort(score)[-2:]
-    n = light.shape[1]
-    if n >= 3 and score[best] - score[second] > 3 * math.sqrt(2 * n):
-        return names[best], "light"
-    best = int(momentum.sum(axis=1).argmax())
-    if momentum[best].sum() > 0.9 * momentum.shape[1]:
-        return names[best], "final states"
-    return None, None
-
-
-def print_readings(config, found):
-    """found: [reading, who tells it, number of files, name of the first one] of each kind that occurred."""
-    for reading, teller, n_files, first in found:
-        files = f"{n_files} file{'s' if n_files > 1 else ''} ({first}{', ...' if n_files > 1 else ''})"
-        if reading == config.angles:
-            print(f"angles = {reading!r}: confirmed by the {teller} of {files}")
-        elif reading is None:
-            print(f"warning: neither light nor final states tell which way the angles of {files} point; "
-                  f"angles = {config.angles!r} was believed", file=sys.stderr)
-        else:
-            print(f"warning: angles = {config.angles!r} contradicts the {teller} of {files}: wrong labels; "
-                  f"remove {config.out_dir} and convert them with --angles={reading}", file=sys.stderr)
-
-
 # ------------------------------------------------------------------------------
 # what a worker does with a group of files
 # ------------------------------------------------------------------------------
 
-def convert_group(config, detector, group, files):
+def convert_group(config, detector, places, group, files):
     """Write the batches of a group of files aside -> what the main process needs to know of them."""
     pa.set_cpu_count(1)
     readings, n_lit, n_batches = [], 0, 0
-    tables = convert_files(config, detector, files, readings)
+    tables = convert_files(config, detector, places, files, readings)
     for _, pieces in groupby(cut(tables, config.events_per_batch), key=lambda piece: piece[0]):
         pulse_path, meta_path = part_paths(Path(config.out_dir), group, n_batches)
         metas = []
-        write_atomic(pulse_path, lambda part: metas.append(write_pulses(part, pieces)))
+        write_atomic(pulse_path, lambda part: metas.append(write_pulses(part, (both for _, *both in pieces))))
         write_atomic(meta_path, lambda part: pq.write_table(metas[0], part))
         n_lit += len(metas[0])
         n_batches += 1
@@ -275,37 +200,27 @@ def convert_group(config, detector, group, files):
     return {"n_batches": n_batches, "n_dark": n_dark, "readings": readings}
 
 
-def convert_files(config, detector, files, readings):
+def convert_files(config, detector, places, files, readings):
     """Yield tables of events and of their pulses, some events at a time; note the reading of each file."""
     rung = number_along_strings(detector)
     for number, path, _ in files:
         light, momentum = [np.zeros((len(READINGS), 0))], [np.zeros((len(READINGS), 0))]
-        for row, truth, event, dom, time in read_photons(path, detector):
+        for row, truth, event, dom, time in read_photons(path, places, len(detector)):
             count_events(len(truth["energy"]))
             lit, event = np.unique(event, return_inverse=True)  # the others have nothing to learn from
             truth = {name: values[lit] for name, values in truth.items()}
+            label = unit_vector(truth["azimuth"], truth["zenith"]).T
+            momentum.append(flight_cosines(truth.pop("momentum"), label))
             event, dom, time, charge = photons_to_pulses(event, dom, time, config.merge_window)
             aux = ~local_coincidence(event, rung[dom], time)
-
-            label = unit_vector(truth["azimuth"], truth["zenith"]).T
-            velocity = fit_velocity(len(lit), event[~aux], detector.position[:, dom[~aux]], time[~aux])
-            light.append(flight_cosines(velocity, label))
-            momentum.append(flight_cosines(truth.pop("momentum"), label))
-
-            azimuth_sign, zenith_sign = READINGS[config.angles]
-            if azimuth_sign == 1:  # labels point to the source
-                truth["azimuth"] = truth["azimuth"] + math.pi
-            if zenith_sign == 1:
-                truth["zenith"] = math.pi - truth["zenith"]
-            truth["azimuth"] = truth["azimuth"] % (2 * math.pi)
             event_id = number * ROWS_PER_FILE + row + lit
-            time = shift_times(event, time, aux, event_id, config.seed)
-            events = {"event_id": event_id, "n_pulses": np.bincount(event, minlength=len(lit)), **truth}
-            pulses = [dom.astype(np.int16), time, charge, aux, event_id[event]]
-            yield pa.table(events), pa.table(pulses, PULSE_SCHEMA)
+            events, pulses, cosines = event_tables(config, detector, event_id, truth, event, dom, time,
+                                                   charge, aux)
+            light.append(cosines)
+            yield events, pulses
         light, momentum = np.hstack(light), np.hstack(momentum)
         if light.size:  # any event with light
-            readings.append((path.name, *find_reading(light, momentum)))
+            readings.append((path.name, *find_reading(score_readings(light), momentum)))
 
 
 def cut(chunks, n_events):
@@ -318,21 +233,6 @@ def cut(chunks, n_events):
             yield n_done // n_events, head, pulses.slice(0, n_pulses)
             events, pulses = events.slice(len(head)), pulses.slice(n_pulses)
             n_done += len(head)
-
-
-def write_pulses(path, pieces):
-    """Write a batch file -> its rows of the meta table, whose batch_id is still 0."""
-    events = []
-    with pq.ParquetWriter(path, PULSE_SCHEMA, use_dictionary=["sensor_id", "charge", "event_id"]) as writer:
-        for _, part, pulses in pieces:
-            writer.write_table(pulses)
-            events.append(part)
-    events = pa.concat_tables(events)
-    n = events["n_pulses"].to_numpy()
-    end = np.cumsum(n)
-    places = {"batch_id": np.zeros_like(n), "first_pulse_index": end - n, "last_pulse_index": end - 1}
-    columns = places | {name: events[name] for name in events.column_names}
-    return pa.table([columns[name] for name in META_SCHEMA.names], META_SCHEMA)
 
 
 # ------------------------------------------------------------------------------
@@ -361,20 +261,18 @@ def number_batches(out_dir, results):
     return metas
 
 
-def print_next_command(out_dir, n_batches):
-    n_val = math.ceil(n_batches / 10)
-    splits = {"pretrain": (1, n_batches - n_val), "val": (n_batches - n_val + 1, n_batches)}
-    if n_batches == 1:
-        splits = {"val": (1, 1)}
+def split_batches(n):
+    if n == 1:
         print("one batch cannot be split: for training as well, use a smaller --events_per_batch")
-    print(f"to go on, run: python prepare.py --input_dir={out_dir} --data_dir=data/prometheus "
-          f'--splits="{splits}"')
+        return {"val": (1, 1)}
+    n_val = math.ceil(n / 10)
+    return {"pretrain": (1, n - n_val), "val": (n - n_val + 1, n)}
 
 
 def main():
     config = load_config(PrometheusConfig, __doc__)
     out_dir, input_dir = Path(config.out_dir), Path(config.input_dir)
-    detector = read_detector(Path(config.geometry))
+    detector, places = read_doms(Path(config.geometry))
     files = sorted(input_dir.glob("*.parquet"))
     if not files:
         fail(f"{input_dir}: holds no .parquet files; input_dir is the folder of Prometheus' photon files")
@@ -384,49 +282,43 @@ def main():
     settings = {key: value for key, value in asdict(config).items() if key not in ("out_dir", "workers")}
     names = "".join(f"{path.name} {path.stat().st_size}\n" for path in files)
     settings["input_dir"] = f"{len(files)} files, names and sizes with crc32 {zlib.crc32(names.encode()):08x}"
-    settings["geometry"] = f"positions with crc32 {zlib.crc32(detector.position.astype('<f8').tobytes()):08x}"
-    record, meta_path = out_dir / "prometheus.json", out_dir / "train_meta.parquet"
-    if record.exists():
-        found = read_json(record)
-        check_settings(out_dir, found, settings, "out_dir")
-        paths = [batch_paths(out_dir, "train", i + 1)[0] for i in range(found.get("n_batches", 0))]
-        if paths and all(path.exists() for path in (meta_path, *paths)):
-            print_readings(config, found["readings"])
-            print(f"{out_dir} is complete, nothing to do")
-            print_next_command(out_dir, len(paths))
-            return
-    elif any((out_dir / name).exists() for name in ("train", "train_meta.parquet", "sensor_geometry.csv")):
-        fail(f"{out_dir} holds data that tools.prometheus did not write; choose another --out_dir")
+    settings["geometry"] = describe_geometry(detector)
+    record = out_dir / "prometheus.json"
+    found = find_record(record, settings, "tools.prometheus")
+    if found:
+        print_readings(config, found["readings"])
+        print(f"{out_dir} is complete, nothing to do")
+        print_next_command(out_dir, "data/prometheus", split_batches(found["n_batches"]))
+        return
 
     lock = hold_lock(out_dir)  # held until main() ends
     print_knobs(config)
     write_json(record, settings)
-    write_atomic(out_dir / "sensor_geometry.csv", lambda part: shutil.copyfile(config.geometry, part))
+    write_detector(out_dir, detector)
     records = [out_dir / ".parts" / f"group_{group}.json" for group in range(len(groups))]
     todo = [group for group, path in enumerate(records) if not path.exists()]
     n_events = [sum(n_rows for *_, n_rows in group) for group in groups]
     n_left = sum(n_events[group] for group in todo)
     with progress_bar(sum(n_events), "prometheus", "event", initial=sum(n_events) - n_left) as bar:
-        run_in_workers(convert_group, [(config, detector, group, groups[group]) for group in todo],
+        run_in_workers(convert_group, [(config, detector, places, group, groups[group]) for group in todo],
                        max(1, min(config.workers or count_cores(), len(todo))), bar,
-                       lambda job, result: write_json(records[job[2]], result))
+                       lambda job, result: write_json(records[job[3]], result))
 
     results = [read_json(path) for path in records]
     metas = number_batches(out_dir, results)
     if not metas:
         fail(f"{input_dir}: no event with light in {len(files)} files; nothing to prepare")
-    lengths = join_meta(meta_path, META_SCHEMA, metas)
+    lengths = join_meta(out_dir / "train_meta.parquet", META_SCHEMA, metas)
     readings = {}
     for name, reading, teller in (entry for result in results for entry in result["readings"]):
         readings.setdefault((reading, teller), []).append(name)
     readings = [(*key, len(names), names[0]) for key, names in readings.items()]
     n_dark = sum(result["n_dark"] for result in results)
-    print(f"{out_dir / 'train'}: {len(metas)} files, {len(lengths):,} events, {lengths.sum():,} pulses, "
-          f"median {np.median(lengths):.0f} an event; {n_dark:,} events without a photon were left out")
+    print_summary(out_dir, len(metas), lengths, n_dark, "photon")
     print_readings(config, readings)
     write_json(record, settings | {"n_batches": len(metas), "readings": readings})
     shutil.rmtree(out_dir / ".parts")
-    print_next_command(out_dir, len(metas))
+    print_next_command(out_dir, "data/prometheus", split_batches(len(metas)))
 
 
 if __name__ == "__main__":
