@@ -283,7 +283,7 @@ def test_photon_files_of_another_detector(tmp_path):
     icecube, other = (contents(tmp_path / f"{name}_raw") for name in tables)
     for name in ("train/batch_1.parquet", "train_meta.parquet"):
         assert icecube[name] == other[name]
-    assert icecube["sensor_geometry.csv"] != other["sensor_geometry.csv"]  # z from Kaggle's origin, the middle
+    assert icecube["sensor_geometry.csv"] != other["sensor_geometry.csv"]  # another origin of z
 
 
 # ------------------------------------------------------------------------------

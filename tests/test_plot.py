@@ -126,6 +126,9 @@ def test_runs_of_several_lengths_are_one_line(tmp_path):
     study.add_results(tmp_path / "r.csv", study_rows("branches", arms))
     config = plot.PlotConfig(what="study", study="branches", results=f"{tmp_path}/r.csv")
     container, = plot.study(config, [], plt).axes[0].containers
+    config.arms = {"nothing": "else"}
+    with pytest.raises(SystemExit, match="is empty in branches"):
+        plot.study(config, [], plt)
     assert container.get_label() == "branched"
     assert container.lines[0].get_xdata().tolist() == [80_000, 120_000, 160_000]
 

@@ -10,7 +10,8 @@ arms = {f"{target}/{head}/{kind}/{n}":
         for kind, n, steps in (("tuned", 500, 100), ("tuned", 8000, 250), ("frozen", 2000, 150))
         for target in ("charge", "charge_motion") for head in ("linear", "position")}
 arms = arms | {f"{target}/tuned/{n}":
-               f"--pretrained=out/study/cls/{target}/seed{{seed}}/ckpt.pt --train_events={n} --max_steps={steps}"
+               f"--pretrained=out/study/cls/{target}/seed{{seed}}/ckpt.pt --train_events={n} "
+               f"--max_steps={steps}"
                for n, steps in ((2000, 200), (32000, 500))
                for target in ("charge/linear", "charge_motion/position")}
 arms = arms | {f"scratch/{n}": f"--train_events={n} --max_steps={steps}"
