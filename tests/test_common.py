@@ -102,9 +102,10 @@ def test_help_explains_every_knob(stage):
 
 @pytest.mark.parametrize("stage", CONFIGS | OTHERS)
 def test_every_knob_is_read(stage):
-    files = [f"{stage}.py",
-             *{"train": ["common.py", "model.py"], "finetune": ["common.py", "model.py", "train.py"],
-                              "evaluate": ["common.py"]}.get(stage, [])]
+    others = {"train": ["common.py", "model.py"], "finetune": ["common.py", "model.py", "train.py"],
+              "evaluate": ["common.py"], "tools/prometheus": ["tools/layout.py"],
+              "tools/graphnet": ["tools/layout.py"]}
+    files = [f"{stage}.py", *others.get(stage, [])]
     source = "".join((ROOT / file).read_text() for file in files)
     for field in dataclasses.fields((CONFIGS | OTHERS)[stage]):
         is_weight = field.name.startswith("lambda_")  # read by loss_weights, for the names in cls_target

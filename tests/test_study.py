@@ -288,9 +288,8 @@ def test_user_errors(tmp_path):
     assert "arm 'a': No closing quotation" in user_error("tools/study.py", "--arms={'a': \"--mlp='relu\"}")
     assert "did you mean 'train.py'" in user_error("tools/study.py", arms, "--script=trian.py")
     (tmp_path / "results.csv").write_text("a,b\n1,2\n")
-    assert "results.csv: not a file of results" in user_error("tools/study.py", arms,
-                                                              f"--results={tmp_path}/results.csv",
-                                                              f"--out_dir={tmp_path}")
+    line = user_error("tools/study.py", arms, f"--results={tmp_path}/results.csv", f"--out_dir={tmp_path}")
+    assert "results.csv: not a file of results" in line
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "sample_config/study").glob("*.py")),
@@ -303,7 +302,8 @@ def test_study_configs_load(path, monkeypatch):
     import simulate
     import train
     stages = {"simulate": simulate.SimulateConfig, "prepare": prepare.PrepareConfig,
-              "train": train.TrainConfig, "finetune": finetune.FinetuneConfig}
+              "train": train.TrainConfig, "finetune": finetune.FinetuneConfig,
+              "other_detector": simulate.SimulateConfig, "other_prepare": prepare.PrepareConfig}
     monkeypatch.chdir(ROOT)
 
     def load(stage, *args):
