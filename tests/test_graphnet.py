@@ -283,7 +283,7 @@ def test_photon_files_of_another_detector(tmp_path):
     icecube, other = (contents(tmp_path / f"{name}_raw") for name in tables)
     for name in ("train/batch_1.parquet", "train_meta.parquet"):
         assert icecube[name] == other[name]
-    assert icecube["sensor_geometry.csv"] != other["sensor_geometry.csv"]  # another origin of z
+    assert icecube["sensor_geometry.csv"] != other["sensor_geometry.csv"]  # z from its middle
 
 
 # ------------------------------------------------------------------------------
@@ -435,7 +435,7 @@ def small(events, tmp_path_factory):
     ("UPDATE mc_truth SET initial_state_energy = NULL WHERE event_no = 4", ["initial_state_energy is nan"]),
     ("UPDATE mc_truth SET initial_state_zenith = 91 WHERE event_no = 4", ["initial_state_zenith is 91.0"]),
     ("DELETE FROM mc_truth WHERE event_no IN (4, 7)",
-     ["2 events of table merged_photons have no row in table mc_truth, first event 4"]),
+     ["2 events of table merged_photons have no row in table mc_truth, the first is event 4"]),
     ("DELETE FROM merged_photons", ["no event of table merged_photons has a pulse"]),
 ])
 def test_hostile_databases_are_one_clear_line(small, tmp_path, sql, words):
@@ -488,9 +488,10 @@ def test_selections_that_make_no_sense(small, tmp_path):
     def refused(files, pulsemap="merged_photons"):
         selections = {split: f"{tmp_path}/{file}" for split, file in zip("xyz", files.split())}
         return user_error(TOOL, *flags, f"--selections={selections}", f"--pulsemap={pulsemap}")
-    assert "1 events of selection 'y' have been in a selection before it, first event 3" in refused(
+    assert "1 events of selection 'y' have been selected before, the first is event 3" in refused(
         "a.parquet b.parquet")
-    assert "1 events of selection 'x' have no row in table mc_truth, first event 10" in refused("c.parquet")
+    assert "1 events of selection 'x' have no row in table mc_truth, the first is event 10" in refused(
+        "c.parquet")
     assert "no column event_no of integers" in refused("d.parquet")
     assert "only event; write it anew" in refused("e.parquet")
     assert "not a readable table" in refused("f.csv") and "no such file" in refused("g.csv")
