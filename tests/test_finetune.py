@@ -97,8 +97,8 @@ def test_a_frozen_encoder_stays_and_the_head_moves(demo_data, pretrained, tmp_pa
 def test_it_learns_direction(demo_data, tmp_path):
     """On 150 events, learned by heart: the labels, the loss and the head belong together."""
     run_ok("finetune.py", f"--data_dir={demo_data}", *KNOBS, *TINY_MODEL, f"--out_dir={tmp_path}",
-           "--pretrained=", "--batch_size=50", "--max_steps=150", "--eval_interval=150", "--log_interval=50",
-           "--save_interval=150", "--learning_rate=5e-3", "--val_split=finetune", "--val_events=0")
+           "--pretrained=", "--batch_size=50", "--max_steps=300", "--eval_interval=300", "--log_interval=50",
+           "--save_interval=300", "--learning_rate=5e-3", "--val_split=finetune", "--val_events=0")
     before, after = column(tmp_path, "val_angle_mean")
     assert abs(before - np.pi / 2) < 0.25 and after < 1.0
 
