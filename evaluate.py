@@ -238,6 +238,7 @@ def print_evaluation(rows, left_out, config):
     for row in rows:
         cells = [with_error(row, name, ".4g", ".2g") for name in task.statistics]
         cells += [f"{row[name]:.4g}" for name in task.baselines]
+        cells = ["-" if cell == "nan" else cell for cell in cells]  # ROC area of a bin of one class
         print(f"{row['kind']:<8}{row['bin']:<18}{row['n']:>9,}" + "".join(f"{cell:>20}" for cell in cells))
     small = [f"{row['kind']} {row['bin']} ({row['n']})" for row in left_out if row["n"]]
     if small:

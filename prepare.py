@@ -1,7 +1,7 @@
 """Stage 1: event files in the Kaggle layout -> a data folder of .bin files that train.py maps into memory.
 
     python prepare.py sample_config/demo_prepare.py          # what simulate.py wrote, seconds
-    python prepare.py config/kaggle_prepare.py --workers=16  # the paper's splits: 102 M events, 77 GB
+    python prepare.py config/kaggle_prepare.py --workers=16  # the paper's splits: 102 M events, 81 GB
     python prepare.py sample_config/prometheus_prepare.py    # what tools/prometheus.py made of photon files
 
 Prints one bar over the events, then a table of what each split holds, so that a wrong input is seen at once.
