@@ -466,7 +466,7 @@ CLS_TARGETS = {
         metric="center_rms", measure=lambda x, truth: ((x - truth) * POSITION_SCALE).square().sum(-1)),
     "motion": ClsTarget(  # a first guess of the source's direction, zeros where there is none; metric in rad
         width=3, label="motion", truth=lambda motion: motion, is_known=lambda truth: truth.any(-1),
-        loss=lambda x, truth: vmf_loss(**direction_outputs(x), truth=truth),  # better than squared distance
+        loss=lambda x, truth: vmf_loss(**direction_outputs(x), truth=truth),  # docs/studies.md, cls
         metric="motion_angle", measure=lambda x, truth: angular_error(F.normalize(x, dim=-1), truth),
         of_mean=float),
 }

@@ -215,7 +215,7 @@ def to_numpy(array, path, row, name):
     return array.to_numpy(zero_copy_only=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed by identity: what follows from a detector is cached
 class Detector:
     position: np.ndarray  # (3, V) float64 [m], one row per coordinate, for speed; column = sensor_id
     string: np.ndarray  # (V,) number of the string, counted from 0
@@ -386,7 +386,7 @@ def pack(events, time, charge, dom, aux, detector, config):
         events["center"][:, axis] = np.add.reduceat(moment, offset) / np.where(total > 0, total, 1)
         v[:, axis] = np.add.reduceat(moment * lever, offset)
     speed = np.linalg.norm(v, axis=1)
-    can_fit = speed > 1e-6 * good_total  # [m ns]; rounding is below 1e-8, two DOMs 7 m apart are far above
+    can_fit = speed > 1e-6 * good_total  # [m ns]; rounding makes 1e-8, neighbours 1 ns apart 6e-5
     events["motion"] = np.where(can_fit[:, None], -v / np.where(can_fit, speed, 1)[:, None], 0)
     events["total_charge"] = total
     events["length"] = np.minimum(n, config.max_pulses)

@@ -18,6 +18,7 @@ import os
 import shutil
 import zlib
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +70,9 @@ DEEP_DIRT = 0.55  # dust below the layer relative to above it: the deep ice is t
 DUST_Z, DUST_WIDTH = -102.0, 40.0  # [m] middle and width of the dust layer, 2000-2100 m deep [I]
 DUST_DIRT = 3.5  # what the layer adds where it is worst, relative to the ice above it [I]
 PANDEL_LENGTH, PANDEL_TIME = 33.3, 557.0  # [m], [ns] scattering delay: gamma law of shape path / 33.3 m [A]
-CASCADE_COSINE = 0.66  # mean cosine between a cascade and the photons it emits (arXiv:1210.5140)
+# mean cosine between a cascade and the photons it emits, integrated over a profile that other code ascribes
+# to arXiv:1210.5140; not checked against the paper's table
+CASCADE_COSINE = 0.66
 MIN_EXPECTED = 1e-2  # [p.e.] sources are followed to where a mean DOM sees this
 
 # electronics
@@ -152,6 +155,7 @@ def check_sensor_ids(detector, path):
         fail(f"{path}: {len(detector):,} DOMs; in Kaggle's layout sensor_id is an int16, so 32,767 at most")
 
 
+@lru_cache(maxsize=1)
 def efficiency_of(detector):
     """Of each DOM against IceCube's usual one, (V,). DeepCore's is known by the detector's size."""
     is_deepcore = (len(detector) == ICECUBE_DOMS) & (detector.string >= 78)
@@ -167,6 +171,7 @@ def unit_vector(azimuth, zenith):
     return np.stack([np.cos(azimuth) * np.sin(zenith), np.sin(azimuth) * np.sin(zenith), np.cos(zenith)])
 
 
+@lru_cache(maxsize=1)
 def volume_of(detector):
     """Radius and half height [m] of the cylinder in which neutrinos interact."""
     (radius, half_height), (icecube_radius, icecube_half_height) = (
@@ -355,6 +360,7 @@ COINCIDENCE_TIME = 1000  # [ns] local coincidence: a hit on a neighbour within 1
 COINCIDENCE_REACH = 2  # the two DOMs above and the two below on the string
 
 
+@lru_cache(maxsize=1)
 def number_along_strings(detector):
     """Numbers of the DOMs by string and depth (V,), with gaps: neighbours in reach differ by 1 or 2."""
     order = np.lexsort((-detector.position[2], detector.string))
@@ -470,6 +476,12 @@ META_SCHEMA = pa.schema([
     ("energy", pa.float64()), ("event_class", pa.uint8())])  # not in Kaggle's: [GeV]; 1 track, 2 cascade
 
 
+def describe_geometry(detector):
+    """What a record tells of the DOMs, on which the bytes depend."""
+    doms = np.column_stack([*detector.position, detector.string]).astype("<f8")
+    return f"DOMs with crc32 {zlib.crc32(doms.tobytes()):08x}"
+
+
 def write_detector(out_dir, detector):
     columns = [*detector.position.tolist(), detector.string.tolist()]
     lines = [",".join(map(str, row)) for row in zip(range(len(detector)), *columns)]
@@ -542,8 +554,7 @@ def main():
     # all that the bytes depend on: knobs, geometry, and the constants above, which a reader may change
     settings = {key: value for key, value in asdict(config).items()
                 if key not in ("out_dir", "workers", "geometry")}
-    doms = np.column_stack([*detector.position, detector.string])
-    settings["geometry"] = f"DOMs with crc32 {zlib.crc32(doms.astype('<f8').tobytes()):08x}"
+    settings["geometry"] = describe_geometry(detector)
     settings |= {key: value for key, value in globals().items() if key.isupper()
                  and type(value) in (int, float, tuple)}
     settings = json.loads(json.dumps(settings))  # as they will be read back

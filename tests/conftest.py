@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -88,6 +89,19 @@ def user_error(script, *args, status=1, **kwargs):
 def hear_ctrl_c():
     """For preexec_fn: a shell lets what runs in its background ignore Ctrl-C, and processes inherit that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def kill_when_there_is(pattern, folder, *command):
+    """Start a command, SIGKILL it as soon as the folder has such a file -> how many it has then."""
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not list(folder.glob(pattern)):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=30)
+    n_found = len(list(folder.glob(pattern)))
+    time.sleep(0.5)  # its worker ends with it
+    return n_found
 
 
 def torchrun(n):

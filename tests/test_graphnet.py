@@ -3,11 +3,9 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import sqlite3
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +15,7 @@ import pytest
 
 import data
 import simulate
-from conftest import ROOT, run_ok, user_error
+from conftest import kill_when_there_is, run_ok, user_error
 from test_prometheus import contents, make_photons, write_photons
 from tools import graphnet, layout
 
@@ -373,16 +371,8 @@ def test_a_complete_folder_is_left_alone(nubench, straight, tmp_path):
 
 def test_killed_and_gone_on_is_as_never_killed(nubench, tmp_path):
     flags = [*nubench[1], "--events_per_batch=10", "--workers=1"]
-    process = subprocess.Popen([sys.executable, "-m", TOOL, *flags, f"--out_dir={tmp_path}/a"], cwd=ROOT,
-                               stderr=subprocess.PIPE, text=True)
-    parts = tmp_path / "a/.parts"
-    while not list(parts.glob("batch_*.json")):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=30)
-    assert len(list(parts.glob("batch_*.json"))) < 50
-    time.sleep(0.5)  # the worker ends with it
+    command = [sys.executable, "-m", TOOL, *flags, f"--out_dir={tmp_path}/a"]
+    assert kill_when_there_is("batch_*.json", tmp_path / "a/.parts", *command) < 50
     assert "seed = 0, now it is 1" in user_error(TOOL, *flags, f"--out_dir={tmp_path}/a", "--seed=1")
     run_ok(TOOL, *flags, f"--out_dir={tmp_path}/a")
     run_ok(TOOL, *flags, f"--out_dir={tmp_path}/b", "--workers=2")

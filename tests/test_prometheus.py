@@ -2,10 +2,8 @@
 import os
 import resource
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +13,7 @@ import pytest
 import data
 import prepare
 import simulate
-from conftest import ROOT, TINY_RUN, run_ok, user_error
+from conftest import ROOT, TINY_RUN, kill_when_there_is, run_ok, user_error
 from test_finetune import KNOBS
 from test_prepare import GEOMETRY, assert_equal_records, reference, write_geometry
 from tools import layout, prometheus
@@ -348,17 +346,8 @@ def test_killed_and_gone_on_is_as_never_killed(tmp_path):
         write_photons(tmp_path / f"files/{i:02}.parquet", events)
     flags = [f"--input_dir={tmp_path}/files", f"--geometry={tmp_path}/sensor_geometry.csv",
              "--events_per_batch=40", "--workers=1"]
-    process = subprocess.Popen([sys.executable, "-m", TOOL, *flags, f"--out_dir={tmp_path}/a"], cwd=ROOT,
-                               stderr=subprocess.PIPE, text=True)
-    parts = tmp_path / "a/.parts"
-    while not list(parts.glob("group_*.json")):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=30)
-    n_done = len(list(parts.glob("group_*.json")))
-    assert n_done < 8
-    time.sleep(0.5)  # the worker ends with it
+    command = [sys.executable, "-m", TOOL, *flags, f"--out_dir={tmp_path}/a"]
+    assert kill_when_there_is("group_*.json", tmp_path / "a/.parts", *command) < 8
     assert "seed = 0, now it is 1" in user_error(TOOL, *flags, f"--out_dir={tmp_path}/a", "--seed=1")
     run_ok(TOOL, *flags, f"--out_dir={tmp_path}/a")
     run_ok(TOOL, *flags, f"--out_dir={tmp_path}/b")

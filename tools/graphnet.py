@@ -31,7 +31,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet as pq
 
 from common import (count_cores, count_events, fail, first_line, hold_lock, progress_bar, read_json,
@@ -39,11 +38,11 @@ from common import (count_cores, count_events, fail, first_line, hold_lock, prog
 from data import uniform_hash
 from knobs import check_choice, check_not_negative, check_positive, load_config, print_knobs
 from prepare import CHUNK, MAX_FLOAT, to_numpy
-from simulate import (META_SCHEMA, batch_paths, join_meta, local_coincidence, number_along_strings,
-                      write_detector)
-from tools.layout import (MAX_TIME, READINGS, describe_geometry, describe_place, event_tables, find_doms,
-                          find_reading, find_record, print_next_command, print_readings, print_summary,
-                          read_doms, score_readings, write_pulses)
+from simulate import (META_SCHEMA, batch_paths, describe_geometry, join_meta, local_coincidence,
+                      number_along_strings, write_detector)
+from tools.layout import (MAX_TIME, READINGS, describe_place, event_tables, find_doms, find_reading,
+                          find_record, print_next_command, print_readings, print_summary, read_doms,
+                          read_table, score_readings, write_pulses)
 
 # what a column may be called: in NuBench and what else comes from Prometheus, in IceCube's databases
 PULSES = {"x": ("sensor_pos_x", "dom_x"), "y": ("sensor_pos_y", "dom_y"), "z": ("sensor_pos_z", "dom_z"),
@@ -177,12 +176,7 @@ def events_with_pulses(database, table):
 
 def read_selection(path):
     """The column event_no of a parquet or csv file -> int64, ascending, each once."""
-    if not path.is_file():
-        fail(f"{path}: no such file; selections are files with a column event_no")
-    try:
-        table = pa.csv.read_csv(path) if path.suffix == ".csv" else pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        fail(f"{path}: not a readable table ({first_line(error)}); get it anew")
+    table = read_table(path, "selections are files with a column event_no")
     if "event_no" not in table.column_names or not pa.types.is_integer(table["event_no"].type):
         fail(f"{path}: no column event_no of integers, only {', '.join(table.column_names)}; write it anew")
     return np.unique(to_numpy(table["event_no"].combine_chunks(), path, 0, "event_no"))

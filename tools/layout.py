@@ -5,7 +5,6 @@ of a run.
 """
 import math
 import sys
-import zlib
 
 import numpy as np
 import pyarrow as pa
@@ -29,18 +28,23 @@ READINGS = {"flight": (1, 1), "source": (-1, -1), "zenith_flight": (-1, 1), "azi
 # where the DOMs lie
 # ------------------------------------------------------------------------------
 
+def read_table(path, what):
+    """A table from a parquet or csv file. what: says what the file must be, if there is none."""
+    if not path.is_file():
+        fail(f"{path}: no such file; {what}")
+    try:
+        return pa.csv.read_csv(path) if path.suffix == ".csv" else pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        fail(f"{path}: not a readable table ({first_line(error)}); get it anew")
+
+
 def read_doms(path):
     """Kaggle's sensor_geometry.csv, or a table of GraphNeT's (parquet, csv) -> Detector, places (3, n) [m].
 
     Places are where the events may have the DOMs: DOM k lies at place k, k + V, ... GraphNeT's tables and
     Prometheus count depth from elsewhere; the Detector's z is counted from the middle, as Kaggle's is.
     """
-    if not path.is_file():
-        fail(f"{path}: no such file; geometry is Kaggle's sensor_geometry.csv or a table of GraphNeT's")
-    try:
-        table = pa.csv.read_csv(path) if path.suffix == ".csv" else pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        fail(f"{path}: not a readable table ({first_line(error)}); get it anew")
+    table = read_table(path, "geometry is Kaggle's sensor_geometry.csv or a table of GraphNeT's")
     names = [[f"{kind}{axis}" for axis in "xyz"] for kind in ("sensor_pos_", "dom_")]
     names = next((three for three in names if set(three) <= set(table.column_names)), None)
     if names is None and path.suffix == ".csv":
@@ -208,12 +212,6 @@ def write_pulses(path, pieces, batch=0):
     places = {"batch_id": np.full_like(n, batch), "first_pulse_index": end - n, "last_pulse_index": end - 1}
     columns = places | {name: events[name] for name in events.column_names}
     return pa.table([columns[name] for name in META_SCHEMA.names], META_SCHEMA)
-
-
-def describe_geometry(detector):
-    """What a record tells of the DOMs, on which the bytes depend."""
-    doms = np.column_stack([*detector.position, detector.string]).astype("<f8")
-    return f"DOMs with crc32 {zlib.crc32(doms.tobytes()):08x}"
 
 
 def find_record(record, settings, tool):
