@@ -460,11 +460,8 @@ class GuardedOptimizer:
         is_bad = ~grad_norm.isfinite()
         # not scaler.step, which asks each optimizer for itself: here one bad gradient makes all of them skip
         for optimizer in self.optimizers:
-            if isinstance(optimizer, torch.optim.AdamW):
-                optimizer.found_inf = is_bad.float()  # the fused kernel then changes nothing
-                optimizer.step()
-            elif not is_bad.item():  # Muon has no such kernel: this waits for the GPU
-                optimizer.step()
+            optimizer.found_inf = is_bad.float()  # fused AdamW and train.Muon then change nothing
+            optimizer.step()
         self.scaler.update()
         self.model.zero_grad(set_to_none=True)
         self.n_bad = self.n_bad + is_bad

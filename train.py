@@ -218,14 +218,41 @@ def make_optimizers(model, config):
     if config.optimizer == "muon":  # its updates are as large as AdamW's: one learning rate serves both
         matrices = [parameter for parameter in groups[0]["params"] if parameter.ndim == 2]
         groups[0]["params"] = [parameter for parameter in groups[0]["params"] if parameter.ndim != 2]
-        optimizers = [torch.optim.Muon(matrices, weight_decay=config.weight_decay, momentum=0.95,
-                                       adjust_lr_fn="match_rms_adamw")]
+        optimizers = [Muon(matrices, weight_decay=config.weight_decay)]
     return [make_adamw(groups, config), *optimizers]
 
 
 def make_adamw(groups, config):
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2),
                              eps=config.adam_eps, fused=True)
+
+
+class Muon(torch.optim.Muon):
+    """torch's, but in float32 on a CPU, where that is faster; and whether a step is bad is not waited for."""
+
+    @torch.no_grad()
+    def step(self):
+        good = 1.0 - self.found_inf  # of the device: 1, or 0 to change nothing
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                gradient = torch.where(good > 0, matrix.grad, 0.0)
+                momentum = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
+                momentum.lerp_(gradient, good * (1 - group["momentum"]))
+                update = orthogonal(gradient.lerp(momentum, group["momentum"])).to(matrix.dtype)
+                matrix.mul_(1 - good * group["lr"] * group["weight_decay"])
+                # as large as an update of AdamW (Liu et al. 2025, arXiv:2502.16982)
+                matrix.sub_(update * (good * group["lr"] * 0.2 * max(matrix.shape) ** 0.5))
+
+
+def orthogonal(matrix):
+    """About U V^T of a matrix U S V^T: five Newton-Schulz steps, coefficients of Muon (Jordan et al. 2024)."""
+    x = matrix.bfloat16() if matrix.is_cuda else matrix.float()
+    x = x.T if len(x) > x.shape[1] else x
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
+    return x.T if len(matrix) > matrix.shape[1] else x
 
 
 # ------------------------------------------------------------------------------------------------------------

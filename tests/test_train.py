@@ -281,6 +281,24 @@ def test_bad_steps_are_skipped_counted_and_end_the_run_if_they_go_on(demo_data, 
     assert ok["step"] == 2 and all(value.isfinite().all() for value in ok["model"].values())
 
 
+def test_muon_is_torchs():
+    # which orthogonalises in bfloat16: a few of 100 apart
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(48, 16), (16, 64), (32, 32)]
+    mine, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
+    optimizer = train.Muon(mine, lr=0.02, weight_decay=0.1)
+    reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    optimizer.found_inf = torch.zeros(())
+    for _ in range(4):
+        for a, b in zip(mine, theirs):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        optimizer.step()
+        reference.step()
+    for a, b in zip(mine, theirs):
+        assert (a - b).abs().max() < 0.1 * (b - 1).abs().max()
+
+
 def test_muon_learns_and_resumes(demo_data, tmp_path):
     args = [f"--data_dir={demo_data}", f"--out_dir={tmp_path}/run", *TINY_RUN, "--optimizer=muon",
             "--schedule=constant", "--learning_rate=1e-2", "--val_split=pretrain", "--val_events=0",
