@@ -245,7 +245,7 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonal(matrix):
-    """About U V^T of U S V^T, a matrix: five Newton-Schulz steps with Muon's coefficients (Jordan et al. 2024)."""
+    """About U V^T of U S V^T: five Newton-Schulz steps with Muon's coefficients (Jordan et al. 2024)."""
     x = matrix.bfloat16() if matrix.is_cuda else matrix.float()
     x = x.T if len(x) > x.shape[1] else x
     x = x / x.norm().clamp(min=1e-7)
