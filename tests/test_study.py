@@ -86,6 +86,15 @@ def test_a_run_that_diverged_is_never_the_best_and_only_its_last_evaluation_coun
     assert study.final_rows(rows, "another") == {}
 
 
+def test_wide_table_has_a_column_for_what_follows_the_last_slash():
+    rows = [row(arm, 1, seed, value + seed)
+            for arm, value in (("a/b/500", 1.0), ("a/b/2000", 0.5), ("c/500", 4.0)) for seed in (1, 2)]
+    config = study.StudyConfig(arms=dict.fromkeys(["a/b/500", "a/b/2000", "c/500"], ""))
+    assert list(study.wide_table(config, study.final_rows(rows, "s"))) == [
+        "| val_dom_loss | 500 | 2000 |", "|---|---|---|", "| a/b | 2.5 +- 0.71 | 2 +- 0.71 |",
+        "| c | 5.5 +- 0.71 |  |"]
+
+
 @pytest.fixture(scope="module")
 def small_study(demo_data, tmp_path_factory):
     """A config of a study with two arms, and the command that runs it."""

@@ -52,6 +52,7 @@ class StudyConfig:
     widen: int = 2  # so often the range may grow
     seeds: int = 3  # seeds 1 to this number
     metric: str = "val_dom_loss"  # the lower the better: it decides on the learning rate
+    wide: bool = False  # print the metric alone, arms that differ after the last / side by side
     out_dir: str = ""  # where runs are kept; its last part is the study's name in the results
     results: str = "out/study/results.csv"  # file that all studies share
     jobs: int = 1  # runs at a time, which share the cores
@@ -274,11 +275,34 @@ def keep_best(config, arm, rate, seed):
     return folder.exists()
 
 
+def best_runs(config, final):
+    """The runs of each arm with its best learning rate, dict arm to rows of results."""
+    best = {arm: best_rate(final, arm) for arm in config.arms}
+    return {arm: [row for (name, rate, _), row in final.items() if (name, rate) == (arm, best[arm])]
+            for arm in config.arms}
+
+
+def over_seeds(rows, metric):
+    """Mean and standard deviation as text; empty if a run has no such number."""
+    numbers = [number_in(row, metric) for row in rows]
+    text = "" if math.isnan(np.mean(numbers)) else f"{np.mean(numbers):.4g}"
+    return f"{text} +- {spread(numbers):.2g}" if text and len(rows) > 1 else text
+
+
+def wide_table(config, final):
+    """Yield lines of markdown: the metric of arm a/b/c in row a/b, column c."""
+    cells = {tuple(arm.rpartition("/")[::2]): over_seeds(rows, config.metric)
+             for arm, rows in best_runs(config, final).items()}
+    names, columns = (list(dict.fromkeys(place)) for place in zip(*cells))
+    yield f"| {config.metric} | " + " | ".join(columns) + " |"
+    yield "|---" * (len(columns) + 1) + "|"
+    for name in names:
+        yield f"| {name} | " + " | ".join(cells.get((name, column), "") for column in columns) + " |"
+
+
 def table(config, final):
     """Yield lines of markdown, one per arm: mean and standard deviation over seeds, the tuning of seed 1."""
-    best = {arm: best_rate(final, arm) for arm in config.arms}
-    runs = {arm: [row for (name, rate, _), row in final.items() if (name, rate) == (arm, best[arm])]
-            for arm in config.arms}
+    runs = best_runs(config, final)
     known = {metric for rows in runs.values() for row in rows for metric in METRICS
              if number_in(row, metric) > 0}
     shown = [metric for metric in METRICS
@@ -287,11 +311,7 @@ def table(config, final):
     yield "| " + " | ".join(["arm", "learning rate", "seeds", *shown, tuning_head]) + " |"
     yield "|---" * (len(shown) + 4) + "|"
     for arm, rows in runs.items():
-        cells = []
-        for metric in shown:
-            numbers = [number_in(row, metric) for row in rows]
-            text = "" if math.isnan(np.mean(numbers)) else f"{np.mean(numbers):.4g}"
-            cells.append(f"{text} +- {spread(numbers):.2g}" if text and len(rows) > 1 else text)
+        cells = [over_seeds(rows, metric) for metric in shown]
         tuning = sorted((rate, number_in(row, config.metric)) for (name, rate, seed), row in final.items()
                         if (name, seed) == (arm, 1))
         yield "| " + " | ".join([arm, rows[0]["learning_rate"], str(len(rows)), *cells,
@@ -334,7 +354,7 @@ def main():
                 for seed in range(1, config.seeds + 1)]):
         print(f"note: not all runs are in {config.out_dir}; a study that begins from one that is missing "
               "cannot run")
-    print(*table(config, final), sep="\n")
+    print(*(wide_table if config.wide else table)(config, final), sep="\n")
 
 
 if __name__ == "__main__":
