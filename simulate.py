@@ -3,6 +3,7 @@
     python simulate.py                                               # 200,000 events into data/demo_raw
     python simulate.py --n_events=2000 --events_per_batch=500 --out_dir=data/tiny_raw
     python simulate.py --geometry=sensor_geometry.csv --out_dir=data/true_raw    # any detector, from a file
+    python simulate.py --scattering=1.3 --afterpulses=0.06 --out_dir=data/real_raw   # other ice, other tubes
 
 Prints a bar and what was written; about 2,000 events a second and core. The bytes are the same for any number
 of workers. A run that was stopped goes on from its finished batches; a complete folder is left as it is.
@@ -10,8 +11,9 @@ of workers. A run that was stopped goes on from its finished batches; a complete
 What it is: a muon or a cascade at a random place, light that falls with distance and comes late by
 scattering, noise, local coincidence, a trigger. Enough for pulses that look like the real ones and carry
 direction and energy. What it is not: a simulation of IceCube. No photon is tracked, the ice is one curve,
-energies and event classes are mixed so that events look right; no cosmic-ray muons, no broken DOMs, no
-afterpulses. No physics result may rest on it.
+energies and event classes are mixed so that events look right; no cosmic-ray muons, no broken DOMs,
+afterpulses only if asked for. No physics result may rest on it. Ice and tubes have knobs: two folders can
+differ by known amounts, as data and their simulation do by unknown ones.
 """
 import json
 import os
@@ -83,6 +85,7 @@ CHARGE_MEAN, CHARGE_WIDTH = 1.0, 0.3  # [p.e.] of a photon: a Gaussian [SPE]
 LOW_CHARGE_SHARE, LOW_CHARGE_MEAN = 0.25, 0.3  # of the photons; [p.e.] these have an exponential [SPE]
 CHARGE_MIN, CHARGE_STEP = 0.025, 0.05  # [p.e.] the values that occur [K]
 NOISE_RATE = 5e-7  # [1/ns] dark pulses of a DOM, about 500 Hz [D]
+AFTERPULSE_DELAY = 300, 11_000  # [ns] after its photo-electron, uniform; real ones come in peaks [toy]
 TRIGGER_PULSES, TRIGGER_TIME = 8, 5000  # so many coincident pulses within so many [ns] [D]
 READOUT_BEFORE, READOUT_AFTER = 4000, 6000  # [ns] kept before the trigger's first, after its last pulse [D]
 TRIGGER_AT, TRIGGER_SHAKE = 10_000, 300  # [ns] its first pulse on the event's clock, give or take [K]
@@ -106,9 +109,20 @@ class SimulateConfig:
     geometry: str = ""  # a sensor_geometry.csv with sensor_id,x,y,z (and string); "" = IceCube, built in
     workers: int = 0  # processes; 0 = one per core
 
+    # another ice and other tubes, compared with the constants above
+    scattering: float = 1.0  # times the built-in ice's: 2 = half the scattering length, twice the delays
+    absorption: float = 1.0  # times the built-in ice's: 2 = half the absorption length
+    dust: float = 1.0  # times what the dust layer adds to both; 0 = no layer
+    efficiency: float = 1.0  # times that of all tubes
+    noise: float = 1.0  # times the rate of dark pulses
+    afterpulses: float = 0.0  # chance of a late pulse per photo-electron, same DOM; IceCube's clsim: 0.0593
+
     def check(self):
-        yield from check_positive(self, "n_events", "events_per_batch")
-        yield from check_not_negative(self, "n_test_events", "seed", "workers")
+        yield from check_positive(self, "n_events", "events_per_batch", "scattering", "absorption",
+                                  "efficiency")
+        yield from check_not_negative(self, "n_test_events", "seed", "workers", "dust", "noise")
+        if not 0 <= self.afterpulses < 1:
+            yield f"afterpulses = {self.afterpulses}: must be 0 or a share below 1"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -213,46 +227,53 @@ def pick(vectors, index):
 # path [m], dirt (dust on the way relative to the upper ice).
 
 CONE = np.arccos(1 / REFRACTIVE_INDEX)  # [rad] Cherenkov angle
-DIFFUSION_LENGTH = SCATTERING_LENGTH / 3  # [m]
-DECAY_LENGTH = np.sqrt(ABSORPTION_LENGTH * SCATTERING_LENGTH / 3)  # [m] of light that walks at random
 
 
-def dirt_integral(z):
+def lengths_of(config):
+    """Of the upper ice, [m]: scattering, diffusion, and decay of light that walks at random."""
+    scattering, absorption = SCATTERING_LENGTH / config.scattering, ABSORPTION_LENGTH / config.absorption
+    return scattering, scattering / 3, np.sqrt(absorption * scattering / 3)
+
+
+def dirt_integral(z, dust):
     x = (z - DUST_Z) / DUST_WIDTH
     root = np.sqrt(1 + x * x)  # x / root is a step, 1 / root^3 a bell, and neither integral needs exp
-    return (1 + DEEP_DIRT) / 2 * z + DUST_WIDTH * ((1 - DEEP_DIRT) / 2 * root + DUST_DIRT * x / root)
+    return (1 + DEEP_DIRT) / 2 * z + DUST_WIDTH * ((1 - DEEP_DIRT) / 2 * root + dust * DUST_DIRT * x / root)
 
 
-def mean_dirt(z_from, z_to):
+def mean_dirt(z_from, z_to, dust):
     """Dust between two depths relative to the upper ice; scattering and absorption are proportional to it."""
     z_from = np.where(np.abs(z_to - z_from) < 0.1, z_to - 0.1, z_from)
-    return (dirt_integral(z_to) - dirt_integral(z_from)) / (z_to - z_from)
+    return (dirt_integral(z_to, dust) - dirt_integral(z_from, dust)) / (z_to - z_from)
 
 
-def point_light(distance, dirt):
+def point_light(distance, dirt, config):
     """Photons/m^2 per photon of a cascade: 1/r^2 close by, exp(-r/decay)/r where the light is diffuse."""
-    r = distance * dirt / DIFFUSION_LENGTH
-    return np.exp(-distance * dirt / DECAY_LENGTH) * r / np.tanh(r) / (4 * np.pi * distance ** 2)
+    _, diffusion, decay = lengths_of(config)
+    r = distance * dirt / diffusion
+    return np.exp(-distance * dirt / decay) * r / np.tanh(r) / (4 * np.pi * distance ** 2)
 
 
-def line_light(distance, dirt):
+def line_light(distance, dirt, config):
     """Photons/m^2 per photon/m of a track: 1/r close by, exp(-r/decay)/sqrt(r) where the light is diffuse."""
-    length = (DIFFUSION_LENGTH / np.sin(CONE)) ** 2 * 2 / (np.pi * DECAY_LENGTH)
+    _, diffusion, decay = lengths_of(config)
+    length = (diffusion / np.sin(CONE)) ** 2 * 2 / (np.pi * decay)
     r = np.sqrt(distance * dirt / length)
-    return np.exp(-distance * dirt / DECAY_LENGTH) * r / np.tanh(r) / (2 * np.pi * np.sin(CONE) * distance)
+    return np.exp(-distance * dirt / decay) * r / np.tanh(r) / (2 * np.pi * np.sin(CONE) * distance)
 
 
 def response(upward):
     return DOM_AREA * (1 + UPWARD_RESPONSE * upward)
 
 
-def pairs_in_reach(vertex, axis, light, strength, doms):
+def pairs_in_reach(vertex, axis, light, strength, doms, config):
     """Pairs of event and DOM close enough to the line from vertex along axis -> event, dom (n_pairs,).
 
     A zero axis makes the line a point. Whole blocks of DOMs are tested, so some pairs are too far apart.
     """
     grid = np.geomspace(1, 2000, 400)  # [m]
-    reach = np.interp(np.log(strength / MIN_EXPECTED), -np.log(DOM_AREA * light(grid, DEEP_DIRT)), grid)
+    clear = light(grid, DEEP_DIRT, config)
+    reach = np.interp(np.log(strength / MIN_EXPECTED), -np.log(DOM_AREA * clear), grid)
     n_doms = doms.shape[1]
     full = np.minimum(np.arange(-(-n_doms // BLOCK) * BLOCK), n_doms - 1)  # the last DOM fills the last block
     blocks = pick(doms, full).reshape(3, -1, BLOCK)
@@ -267,27 +288,28 @@ def pairs_in_reach(vertex, axis, light, strength, doms):
     return event, dom
 
 
-def cascade_light(vertex, flight, energy, doms):
-    event, dom = pairs_in_reach(vertex, 0 * flight, point_light, PHOTONS_PER_GEV * energy, doms)
+def cascade_light(vertex, flight, energy, doms, config):
+    event, dom = pairs_in_reach(vertex, 0 * flight, point_light, PHOTONS_PER_GEV * energy, doms, config)
     to_dom = pick(doms, dom) - pick(vertex, event)
     distance = np.sqrt(dot(to_dom, to_dom) + 1)  # + 1 m^2: never zero
     cosine = dot(to_dom, pick(flight, event)) / distance
-    dirt = mean_dirt(vertex[2][event], doms[2][dom])
+    dirt = mean_dirt(vertex[2][event], doms[2][dom], config.dust)
     # light goes a step forward before it walks at random, so its centre lies ahead of the vertex: DOMs there
     # see more of it, and earlier. slope: of log(point_light) over that step; photons tracked one by one agree
-    ahead = CASCADE_COSINE * SCATTERING_LENGTH / dirt  # [m]
-    slope = ahead * dirt / DECAY_LENGTH + ahead / (distance + DIFFUSION_LENGTH / dirt)
+    scattering, diffusion, decay = lengths_of(config)
+    ahead = CASCADE_COSINE * scattering / dirt  # [m]
+    slope = ahead * dirt / decay + ahead / (distance + diffusion / dirt)
     forward = slope / np.sinh(slope) * np.exp(slope * cosine)  # 1 on average
     photons = PHOTONS_PER_GEV * energy[event] * forward
-    expected = photons * point_light(distance, dirt) * response(to_dom[2] / distance)
+    expected = photons * point_light(distance, dirt, config) * response(to_dom[2] / distance)
     time = distance * REFRACTIVE_INDEX / LIGHT_SPEED
     return event, dom, expected, time, distance + ahead * (1 - cosine), dirt
 
 
-def track_light(vertex, flight, energy, doms):
+def track_light(vertex, flight, energy, doms, config):
     has_muon = energy > 0
     strength = np.where(has_muon, PHOTONS_PER_METRE + PHOTONS_PER_GEV * RADIATION * energy, 1e-9)  # [1/m]
-    event, dom = pairs_in_reach(vertex, flight, line_light, strength, doms)
+    event, dom = pairs_in_reach(vertex, flight, line_light, strength, doms, config)
     to_dom = pick(doms, dom) - pick(vertex, event)
     along = dot(to_dom, pick(flight, event))
     distance = np.sqrt(np.maximum(dot(to_dom, to_dom) - along ** 2, 0) + 1)  # + 1 m^2: never zero
@@ -300,9 +322,9 @@ def track_light(vertex, flight, energy, doms):
 
     path = distance / np.sin(CONE)
     z_dom, z_emitted = doms[2][dom], vertex[2][event] + emitted * flight[2][event]
-    dirt = mean_dirt(z_emitted, z_dom)
+    dirt = mean_dirt(z_emitted, z_dom, config.dust)
     photons = PHOTONS_PER_METRE + PHOTONS_PER_GEV * RADIATION * left  # [1/m] as if its losses were smooth
-    expected = photons * line_light(distance, dirt) * response((z_dom - z_emitted) / path)
+    expected = photons * line_light(distance, dirt, config) * response((z_dom - z_emitted) / path)
     time = (along + distance * np.tan(CONE)) / LIGHT_SPEED  # 0 is the muon at the vertex
     return event, dom, expected, time, path, dirt
 
@@ -311,25 +333,32 @@ def track_light(vertex, flight, energy, doms):
 # pulses
 # ------------------------------------------------------------------------------------------------------------
 
-def draw_photons(event, dom, expected, time, path, dirt, rng):
+def draw_photons(event, dom, expected, time, path, dirt, config, rng):
     """Detected photons -> event, dom, time [ns], weight (photons that each of them stands for)."""
     n = rng.poisson(expected / (1 + expected / SATURATION))
     hit = np.flatnonzero(n)
     drawn = np.minimum(n[hit], MAX_PHOTONS)
     pair = np.repeat(hit, drawn)
     # Pandel's law: shape ~ scatterings on the way, and long detours are absorbed
-    scale = 1 / (1 / PANDEL_TIME + LIGHT_SPEED / REFRACTIVE_INDEX * dirt[pair] / ABSORPTION_LENGTH)  # [ns]
-    delay = scale * rng.standard_gamma(path[pair] * dirt[pair] / PANDEL_LENGTH)
+    absorbed = LIGHT_SPEED / REFRACTIVE_INDEX * dirt[pair] * config.absorption / ABSORPTION_LENGTH  # [1/ns]
+    scale = 1 / (1 / PANDEL_TIME + absorbed)  # [ns]
+    delay = scale * rng.standard_gamma(path[pair] * dirt[pair] * config.scattering / PANDEL_LENGTH)
     return event[pair], dom[pair], time[pair] + delay, np.repeat(n[hit] / drawn, drawn)
 
 
-def draw_noise(event, time, n_doms, rng):
+def draw_afterpulses(event, dom, time, weight, share, rng):
+    """Each photo-electron makes a late one in its DOM, with probability `share` -> event, dom, time [ns]."""
+    cause = np.repeat(np.arange(len(time)), rng.poisson(share * weight))
+    return event[cause], dom[cause], time[cause] + rng.uniform(*AFTERPULSE_DELAY, len(cause))
+
+
+def draw_noise(event, time, n_doms, rate, rng):
     """Dark pulses, from well before to well after the photons of each event -> event, dom, time [ns]."""
     first, last = np.full(CHUNK, np.inf), np.full(CHUNK, -np.inf)
     np.minimum.at(first, event, time)
     np.maximum.at(last, event, time)
     span = np.maximum(last - first + READOUT_BEFORE + READOUT_AFTER, 0)  # events without photons: -inf, so 0
-    noise = np.repeat(np.arange(CHUNK), rng.poisson(NOISE_RATE * n_doms * span))
+    noise = np.repeat(np.arange(CHUNK), rng.poisson(rate * n_doms * span))
     time = first[noise] - READOUT_BEFORE + span[noise] * rng.random(len(noise))
     return noise, rng.integers(n_doms, size=len(noise)), time
 
@@ -417,20 +446,22 @@ def trigger(event, dom, time, charge, aux, rng):
     return event[keep], dom[keep], (time + shift[event])[keep], charge[keep], aux[keep]
 
 
-def simulate_chunk(detector, rng):
+def simulate_chunk(detector, config, rng):
     """CHUNK interactions -> pulse columns of those that triggered, numbered from 0; their truth."""
     events, doms = draw_events(CHUNK, volume_of(detector), rng), detector.position
     vertex, flight = events["vertex"], events["flight"]
-    sources = (cascade_light(vertex, flight, events["cascade_energy"], doms),
-               track_light(vertex, flight, events["muon_energy"], doms))
+    sources = (cascade_light(vertex, flight, events["cascade_energy"], doms, config),
+               track_light(vertex, flight, events["muon_energy"], doms, config))
     event, dom, expected, *rest = map(np.concatenate, zip(*sources))
-    expected = expected * efficiency_of(detector)[dom]
-    event, dom, time, weight = draw_photons(event, dom, expected, *rest, rng)
+    expected = expected * config.efficiency * efficiency_of(detector)[dom]
+    event, dom, time, weight = draw_photons(event, dom, expected, *rest, config, rng)
     bright = (np.bincount(event, minlength=CHUNK) >= TRIGGER_PULSES)[event]  # the others can hardly trigger
     if not bright.any():
-        return simulate_chunk(detector, rng)  # only where a given geometry is much thinner than IceCube's
+        return simulate_chunk(detector, config, rng)  # a geometry much thinner than IceCube's, or blind tubes
     event, dom, time, weight = event[bright], dom[bright], time[bright], weight[bright]
-    noise = draw_noise(event, time, len(detector), rng)
+    late = draw_afterpulses(event, dom, time, weight, config.afterpulses, rng)
+    event, dom, time = (np.concatenate(pair) for pair in zip((event, dom, time), late))
+    noise = draw_noise(event, time, len(detector), config.noise * NOISE_RATE, rng)
     event, dom, time = (np.concatenate(pair) for pair in zip((event, dom, time), noise))
     weight = np.append(weight, np.ones(len(time) - len(weight)))
     event, dom, time, charge = make_pulses(event, dom, time, weight, len(detector), rng)
@@ -440,11 +471,11 @@ def simulate_chunk(detector, rng):
     return (event, *columns), {name: values[..., triggered] for name, values in events.items()}
 
 
-def simulate_events(n, detector, rng):
+def simulate_events(n, detector, config, rng):
     """Exactly n triggered events -> pulse columns event (0..n-1), dom, time, charge, aux; their truth."""
     chunks, n_found = [], 0
     while n_found < n:
-        (event, *columns), truth = simulate_chunk(detector, rng)
+        (event, *columns), truth = simulate_chunk(detector, config, rng)
         chunks.append(((event + n_found, *columns), truth))
         n_found += len(truth["energy"])
     pulses, truths = zip(*chunks)
@@ -493,9 +524,9 @@ def batch_paths(out_dir, split, batch):
     return out_dir / split / f"batch_{batch}.parquet", out_dir / ".parts" / f"meta_{batch}.parquet"
 
 
-def simulate_batch(out_dir, split, batch, first_event, n_events, seed, detector):
+def simulate_batch(out_dir, split, batch, first_event, n_events, config, detector):
     """Write a batch file and its rows of the meta table. Runs in a worker process."""
-    rng = np.random.default_rng(np.random.SeedSequence([seed, batch]))
+    rng = np.random.default_rng(np.random.SeedSequence([config.seed, batch]))
     meta = []
 
     def write_pulses(path):
@@ -504,7 +535,7 @@ def simulate_batch(out_dir, split, batch, first_event, n_events, seed, detector)
         with pq.ParquetWriter(path, PULSE_SCHEMA, use_dictionary=dictionaries) as writer:
             while n_done < n_events:
                 n = min(EVENTS_PER_GROUP, n_events - n_done)
-                (event, dom, time, charge, aux), truth = simulate_events(n, detector, rng)
+                (event, dom, time, charge, aux), truth = simulate_events(n, detector, config, rng)
                 number = first_event + n_done + np.arange(n)
                 event_id = number * EVENT_ID_STEP + rng.integers(EVENT_ID_STEP, size=n)
                 columns = [dom.astype(np.int16), time, charge, aux, event_id[event]]
@@ -547,7 +578,7 @@ def main():
     for split, first, n in (("train", 0, config.n_events), ("test", config.n_events, config.n_test_events)):
         for start in range(0, n, config.events_per_batch):
             n_batch = min(config.events_per_batch, n - start)
-            tasks.append((out_dir, split, len(tasks) + 1, first + start, n_batch, config.seed, detector))
+            tasks.append((out_dir, split, len(tasks) + 1, first + start, n_batch, config, detector))
     splits = {"train": META_SCHEMA} | ({"test": TEST_META_SCHEMA} if config.n_test_events else {})
     outputs = [out_dir / "sensor_geometry.csv"] + [out_dir / f"{split}_meta.parquet" for split in splits]
 
@@ -560,7 +591,9 @@ def main():
     settings = json.loads(json.dumps(settings))  # as they will be read back
     record = out_dir / "simulate.json"
     if os.path.exists(record):
-        found = read_json(record)
+        # a record without these keys is older than they are; its events are as the defaults make them
+        younger = asdict(SimulateConfig()) | {"AFTERPULSE_DELAY": settings["AFTERPULSE_DELAY"]}
+        found = younger | read_json(record)
         check_settings(out_dir, found, settings, "out_dir")
         if found.get("complete") and all(map(os.path.exists,
                                              outputs + [batch_paths(*task[:3])[0] for task in tasks])):

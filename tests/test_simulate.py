@@ -188,6 +188,15 @@ def test_complete_folder_is_left_alone_and_others_are_refused(tmp_path):
     assert all_bytes(out_dir) == before
 
     record = json.loads((out_dir / "simulate.json").read_text())
+    assert "noise = 1.0, now it is 2.0" in user_error("simulate.py", f"--out_dir={out_dir}", *SMALL,
+                                                      "--noise=2")
+    ice = ("scattering", "absorption", "dust", "efficiency", "noise", "afterpulses", "AFTERPULSE_DELAY")
+    older = {key: value for key, value in record.items() if key not in ice}
+    (out_dir / "simulate.json").write_text(json.dumps(older))  # written before there were such knobs
+    assert "complete" in run_ok("simulate.py", f"--out_dir={out_dir}", *SMALL).stdout
+    assert "noise = 1.0, now it is 2.0" in user_error("simulate.py", f"--out_dir={out_dir}", *SMALL,
+                                                      "--noise=2")
+
     (out_dir / "simulate.json").write_text(json.dumps(record | {"DUST_DIRT": 1.0}))  # as if edited since
     assert "DUST_DIRT" in user_error("simulate.py", f"--out_dir={out_dir}", *SMALL)
     (out_dir / "simulate.json").unlink()  # might be the real Kaggle data
@@ -362,7 +371,7 @@ def test_light_of_a_cascade_leans_forward_as_that_of_tracked_photons():
     angle = np.repeat(np.arccos(np.linspace(-0.9, 0.9, 10)), 6)  # of 60 DOMs around a vertex above the dust
     doms = 100 * np.stack([np.cos(angle), np.sin(angle), 0 * angle]) + np.array([[0], [0], [300]])
     _, dom, light, _, path, _ = simulate.cascade_light(np.array([[0.0], [0], [300]]), np.eye(3)[:, :1],
-                                                       np.array([1e5]), doms)
+                                                       np.array([1e5]), doms, simulate.SimulateConfig())
     assert (dom == np.arange(60)).all()
     np.testing.assert_allclose(light[::6] / light.mean(), tracked / tracked.mean(), atol=0.15)
     front, back = (np.average(detour[there], weights=weight[there])
@@ -378,6 +387,73 @@ def test_dust_layer_is_dark(events):
     z = events["position"][(events["dom"] < 78 * 60) & ~events["aux"], 2]
     above, dust, below = (np.sum(np.abs(z - center) < 51) for center in (50, -102, -250))
     assert dust < 0.6 * above and dust < 0.6 * below
+
+
+def light_at(distance, source=simulate.cascade_light, z=300.0, **knobs):
+    """Expected p.e. and mean delay [ns] in DOMs at these distances [m] beside a cascade, or a muon that
+    flies along x and passes below them, all at height z.
+    """
+    config, along = simulate.SimulateConfig(**knobs), 0.0 if source is simulate.cascade_light else 600.0
+    doms = np.stack([along + 0 * distance, distance, z + 0 * distance])
+    _, dom, expected, direct, *rest = source(np.array([[0.0], [0], [z]]), np.eye(3)[:, :1], np.array([1e5]),
+                                             doms, config)
+    assert (dom == np.arange(len(distance))).all()
+    pair, _, time, weight = simulate.draw_photons(dom, dom, 1e3 + 0 * expected, direct, *rest, config,
+                                                  np.random.default_rng(0))
+    delay = np.bincount(pair, weight * (time - direct[pair])) / np.bincount(pair, weight)
+    return expected, delay
+
+
+@pytest.mark.parametrize("source", [simulate.cascade_light, simulate.track_light], ids=["cascade", "muon"])
+def test_knobs_of_the_ice(source):
+    distance = np.array([20.0, 100, 200])
+    light, delay = light_at(distance, source)
+    absorbed, absorbed_delay = light_at(distance, source, absorption=1.3)
+    assert (np.diff(absorbed / light) < 0).all() and (absorbed < light).all()  # the further the more is lost
+    assert absorbed[-1] < 0.7 * light[-1] and (absorbed_delay < delay).all()  # late light went furthest
+    scattered, late = light_at(distance, source, scattering=1.3)
+    assert (late > 1.1 * delay).all() and scattered[-1] < 0.9 * light[-1]
+    clear, early = light_at(distance, source, scattering=0.7)
+    assert (early < delay).all() and early[-1] < 0.8 * delay[-1] and clear[-1] > 1.1 * light[-1]
+    for z, low, high in ((300.0, 0.9, 1), (simulate.DUST_Z, 0, 0.5)):  # above the dust layer and in it
+        ratio = light_at(distance, source, z, dust=2.0)[0] / light_at(distance, source, z)[0]
+        assert low < ratio[-1] < high and (np.diff(ratio) < 0).all()
+
+
+def simulate_one_chunk(**knobs):
+    """Pulses of the same neutrinos, whatever the knobs -> aux, charge, time after the DOM's first pulse."""
+    (event, dom, pulse_time, charge, aux), _ = simulate.simulate_chunk(
+        simulate.choose_detector(""), simulate.SimulateConfig(**knobs), np.random.default_rng(1))
+    channel = event * 5160 + dom
+    first = np.full(channel.max() + 1, np.iinfo(np.int64).max)
+    np.minimum.at(first, channel, pulse_time)
+    return aux, charge, pulse_time - first[channel]
+
+
+def test_knobs_of_the_tubes():
+    aux, charge, _ = simulate_one_chunk()
+    quiet_aux, quiet_charge, quiet_later = simulate_one_chunk(noise=0.0)
+    assert quiet_aux.mean() < 0.6 * aux.mean() and simulate_one_chunk(noise=2.0)[0].mean() > 1.15 * aux.mean()
+    assert 1.15 < simulate_one_chunk(noise=0.0, efficiency=1.3)[1].sum() / quiet_charge.sum() < 1.35
+
+    _, _, later = simulate_one_chunk(noise=0.0, afterpulses=0.06)
+    assert (quiet_later > 5000).mean() < 0.002 and 0.01 < (later > 5000).mean() < 0.06
+    assert 0.01 < (later > 5000).sum() / quiet_charge.sum() < 0.06 and later.max() < 20_000
+
+
+def test_without_afterpulses_no_number_is_drawn_for_them():
+    """So that the bytes are those of a simulation without this knob."""
+    rng, weight = np.random.default_rng(0), np.array([1.0, 7.5])
+    before = rng.bit_generator.state
+    late = simulate.draw_afterpulses(np.arange(2), np.arange(2), np.zeros(2), weight, 0.0, rng)
+    assert all(len(column) == 0 for column in late) and rng.bit_generator.state == before
+
+
+@pytest.mark.parametrize("knob", ["scattering=0", "absorption=-1", "efficiency=0", "dust=-0.1", "noise=-1",
+                                  "afterpulses=-0.1", "afterpulses=6"])
+def test_bad_ice_is_refused(tmp_path, knob):
+    assert knob.split("=")[0] in user_error("simulate.py", f"--out_dir={tmp_path}/raw", f"--{knob}", *SMALL)
+    assert not (tmp_path / "raw").exists()
 
 
 def test_every_event_has_triggered(events):

@@ -312,7 +312,9 @@ def test_study_configs_load(path, monkeypatch):
     import train
     stages = {"simulate": simulate.SimulateConfig, "prepare": prepare.PrepareConfig,
               "train": train.TrainConfig, "finetune": finetune.FinetuneConfig,
-              "other_detector": simulate.SimulateConfig, "other_prepare": prepare.PrepareConfig}
+              "other_detector": simulate.SimulateConfig, "other_prepare": prepare.PrepareConfig,
+              "real_small": simulate.SimulateConfig, "real_large": simulate.SimulateConfig,
+              "real_prepare": prepare.PrepareConfig}
     monkeypatch.chdir(ROOT)
 
     def load(stage, *args):
