@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 from common import (check_settings, count_cores, count_events, fail, hold_lock, progress_bar,
                     read_json, run_in_workers, run_stage, write_atomic, write_json)
 from knobs import check_not_negative, check_positive, load_config, print_knobs
-from prepare import ICECUBE_DOMS, ICECUBE_DOMS_PER_STRING, Detector, read_detector
+from tables import ICECUBE_DOMS, ICECUBE_DOMS_PER_STRING, Detector, read_detector
 
 # Sources: [D] the detector, arXiv:1612.05093; [DC] DeepCore, arXiv:1109.6096; [A] AMANDA's track
 # reconstruction, astro-ph/0407044; [I] the ice, arXiv:1301.5361; [PMT] arXiv:1002.2442; [SPE]

@@ -17,6 +17,7 @@ import pytest
 import data
 import prepare
 import simulate
+import tables
 from conftest import ROOT, hear_ctrl_c, run_ok, user_error
 
 GEOMETRY = simulate.build_geometry()  # (5160, 3)
@@ -222,7 +223,7 @@ def test_strings_of_a_detector(tmp_path):
     """A column string; without it equal x, y; IceCube's 5160 by their ids, x, y are not quite equal there."""
     def read(rows, header="sensor_id,x,y,z"):
         (tmp_path / "g.csv").write_text("\n".join([header, *rows]) + "\n")
-        return prepare.read_detector(tmp_path / "g.csv")
+        return tables.read_detector(tmp_path / "g.csv")
     rows = ["2,5.0,1.0,-30", "0,9.0,1.0,10", "1,5.0,1.0,20", "3,9.0,2.0,1"]
     assert len(set(read(rows).string[[0, 1, 3]])) == 3 and read(rows).string[1] == read(rows).string[2]
     named = read([f"{row},{n}" for row, n in zip(rows, [7, 3, 7, 3])], "sensor_id,x,y,z,string")
@@ -234,7 +235,7 @@ def test_strings_of_a_detector(tmp_path):
 def test_neighbours_are_found_by_depth_on_strings_of_any_length():
     """DOM ids in no order: string 5 has DOMs 4, 0, 2, 3 from above, string 1 has DOM 1 alone."""
     z = np.array([30.0, 5, 20, 10, 90])
-    detector = prepare.Detector(np.stack([0 * z, 0 * z, z]), np.array([5, 1, 5, 5, 5]))
+    detector = tables.Detector(np.stack([0 * z, 0 * z, z]), np.array([5, 1, 5, 5, 5]))
     rung = simulate.number_along_strings(detector)
     for a in range(5):
         for b in range(5):

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import data
-import prepare
 import simulate
+import tables
 from conftest import ROOT, TINY_RUN, kill_when_there_is, run_ok, user_error
 from test_finetune import KNOBS
 from test_prepare import GEOMETRY, assert_equal_records, reference, write_geometry
@@ -139,7 +139,7 @@ def test_photons_become_pulses_and_go_through_prepare(photons, straight, tmp_pat
     assert f" {81 - n_lit} events without a photon were left out" in done.stdout
     numbers = pq.read_table(out_dir / "train_meta.parquet")["batch_id"].to_numpy()
     assert np.bincount(numbers).tolist() == [0, 20, 1, 20, 1, 20, 1, 3]  # files of 21, 21, 21 and 3
-    found, given = (prepare.read_detector(folder / "sensor_geometry.csv") for folder in (out_dir, photons[0]))
+    found, given = (tables.read_detector(folder / "sensor_geometry.csv") for folder in (out_dir, photons[0]))
     assert np.array_equal(found.position, given.position) and np.array_equal(found.string, given.string)
     assert not (out_dir / ".parts").exists()
 

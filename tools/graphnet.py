@@ -37,9 +37,9 @@ from common import (count_cores, count_events, fail, first_line, hold_lock, prog
                     run_in_workers, run_stage, write_atomic, write_json)
 from data import uniform_hash
 from knobs import check_choice, check_not_negative, check_positive, load_config, print_knobs
-from prepare import CHUNK, MAX_FLOAT, to_numpy
 from simulate import (META_SCHEMA, batch_paths, describe_geometry, join_meta, local_coincidence,
                       number_along_strings, write_detector)
+from tables import CHUNK, MAX_FLOAT, to_numpy
 from tools.layout import (MAX_TIME, READINGS, describe_place, event_tables, find_doms, find_reading,
                           find_record, print_next_command, print_readings, print_summary, read_doms,
                           read_table, score_readings, write_pulses)

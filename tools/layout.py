@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 
 from common import check_settings, fail, first_line, read_json
 from data import uniform_hash
-from prepare import KINDS, Detector, read_detector, refuse, to_numpy
 from simulate import (META_SCHEMA, PULSE_SCHEMA, TRIGGER_AT, TRIGGER_SHAKE, batch_paths, check_sensor_ids,
                       unit_vector)
+from tables import KINDS, Detector, read_detector, refuse, to_numpy
 
 SURFACE_Z = -1948.07  # [m] z of IceCube's centre for Prometheus, which counts from the surface
 MAX_TIME = 1e6  # [ns] no light of an event is this late

@@ -33,9 +33,9 @@ import pyarrow.parquet as pq
 from common import (count_cores, count_events, fail, hold_lock, progress_bar, read_json, run_in_workers,
                     run_stage, write_atomic, write_json)
 from knobs import check_choice, check_not_negative, check_positive, load_config, print_knobs
-from prepare import CHUNK, KINDS, MAX_FLOAT, open_parquet, read_batches, refuse, refuse_outside, to_numpy
 from simulate import (META_SCHEMA, batch_paths, describe_geometry, join_meta, local_coincidence,
                       number_along_strings, unit_vector, write_detector)
+from tables import CHUNK, KINDS, MAX_FLOAT, open_parquet, read_batches, refuse, refuse_outside, to_numpy
 from tools.layout import (MAX_TIME, READINGS, describe_place, event_tables, find_doms, find_reading,
                           find_record, flight_cosines, print_next_command, print_readings, print_summary,
                           read_doms, score_readings, write_pulses)
