@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -372,25 +371,6 @@ def suited_micro_batch_size(process, max_pulses, config):
     return int(min(max(memory / bytes_per_token / (max_pulses + 1), 1), 1024))
 
 
-def print_run_header(config, process, model, n_train):
-    """What a log needs to be reproducible: versions, hardware, commit, size of the model and of the data."""
-    import torch
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
-                            check=False, cwd=Path(__file__).parent).stdout.strip() or "unknown"
-    where = f"{torch.get_num_threads()} threads"
-    if process.device.type == "cuda":
-        where = torch.cuda.get_device_name()
-    print(f"run {config.out_dir} | commit {commit} | python {sys.version.split()[0]} torch "
-          f"{torch.__version__} | {process.world_size} x {process.device.type} ({where}) "
-          f"{str(process.dtype).removeprefix('torch.')} ({process.why_dtype})")
-    print(f"run {count_parameters(model.state_dict()) / 1e6:.2f} M parameters | {n_train:,} training events "
-          f"| {config.batch_size} events a step, {config.micro_batch_size} at once | "
-          f"{config.max_steps * config.batch_size / n_train:.2f} epochs")
-    if config.train_split == config.val_split:
-        print(f"warning: train_split and val_split are both {config.val_split!r}: val_loss says nothing "
-              "about new events")
-
-
 def count_parameters(weights):
     """Of a state_dict, in which the DOMs' positions are no parameters."""
     return sum(weight.numel() for name, weight in weights.items() if not name.endswith("geometry"))
@@ -405,10 +385,27 @@ def check_flash(raw_model, process):
     import torch
     mixer = raw_model.encoder.backbone.blocks[0].mixer
     if getattr(mixer, "can_flash", False) and process.dtype != torch.float32:
-        error = mixer.flash_error(process.device, process.dtype)
+        error = flash_error(mixer, process.device, process.dtype)
         if not error < 0.05:
             fail(f"flash attention differs from the plain one by {error:.2g} of its largest number on this "
                  "GPU; use --dtype=float32, which does without, or another version of torch")
+
+
+def flash_error(mixer, device, dtype):
+    """How far flash attention is off on made-up events, relative to the largest number."""
+    import torch
+    import model
+    starts = torch.tensor([0, 1, 3, 40, 168], dtype=torch.int32, device=device)
+    packing = model.Packing(starts, 128, 168)
+    rng = torch.Generator(device).manual_seed(0)
+    shape = (168, 3, mixer.num_heads, mixer.qkv.in_features // mixer.num_heads)
+    qkv = torch.randn(shape, generator=rng, device=device, dtype=dtype).requires_grad_()
+    found = []
+    for attend in (model.flash_attention, model.rectangle_attention):
+        x = attend(qkv, packing, mixer.scale).float()
+        gradient, = torch.autograd.grad(x.square().sum(), qkv)
+        found.append((x.detach(), gradient.float()))
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*found))
 
 
 def compiled_and_distributed(raw_model, config, process):
@@ -429,65 +426,20 @@ def summing_gradients(model, process, is_last):
     return nullcontext() if process.world_size == 1 or is_last else model.no_sync()
 
 
-class GuardedOptimizer:
-    """How both loops update a model: unscale the gradients, clip them, step if they are finite, zero them.
-
-    n_bad counts the steps that were skipped, bad_in_a_row those since the last good one, both without waiting
-    for the GPU.
-    """
-
-    def __init__(self, model, optimizers, config, process):
-        import torch
-        self.model, self.optimizers = model, optimizers
-        self.grad_clip, self.max_bad_steps = config.grad_clip, config.max_bad_steps
-        self.scaler = torch.amp.GradScaler(process.device.type, init_scale=2.0**10,
-                                           enabled=process.dtype == torch.float16)
-        self.n_bad = self.bad_in_a_row = torch.zeros((), dtype=torch.int64, device=process.device)
-
-    def set_learning_rate(self, rate):
-        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
-            group["lr"] = rate * group.get("lr_scale", 1.0)  # other than 1 with muP, or in finetune.py's head
-
-    def backward(self, loss):
-        self.scaler.scale(loss).backward()
-
-    def step(self):
-        """-> norm of the gradient before it is clipped, a tensor on the device."""
-        import torch
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
-        is_bad = ~grad_norm.isfinite()
-        # not scaler.step, which asks each optimizer for itself: here one bad gradient makes all of them skip
-        for optimizer in self.optimizers:
-            optimizer.found_inf = is_bad.float()  # fused AdamW and train.Muon then change nothing
-            optimizer.step()
-        self.scaler.update()
-        self.model.zero_grad(set_to_none=True)
-        self.n_bad = self.n_bad + is_bad
-        is_over = self.bad_in_a_row > self.max_bad_steps  # then it stays so, until the next log line looks
-        in_a_row = torch.where(is_bad, self.bad_in_a_row + 1, 0)
-        self.bad_in_a_row = torch.where(is_over, self.bad_in_a_row, in_a_row)
-        return grad_norm
-
-    def gave_up(self):
-        return self.bad_in_a_row.item() > self.max_bad_steps
-
-    def state_dict(self):
-        return {"optimizer": [optimizer.state_dict() for optimizer in self.optimizers],
-                "scaler": self.scaler.state_dict(), "bad_steps": self.n_bad.item()}
-
-    def load_state_dict(self, saved):
-        for optimizer, state in zip(self.optimizers, saved["optimizer"], strict=True):
-            optimizer.load_state_dict(state)
-        if saved["scaler"] and self.scaler.is_enabled():
-            self.scaler.load_state_dict(saved["scaler"])
-        self.n_bad = self.n_bad + saved["bad_steps"]
+def evaluation_line(row, config):
+    """What an evaluation has found, from a row of log.csv."""
+    found = " ".join(f"{name} {value:.4g}" for name, value in row.items() if name.startswith("val_"))
+    return f"eval {row['step']:6d}/{config.max_steps} | {found}"
 
 
-def describe(row):
-    """What an evaluation has found, in one line."""
-    return " ".join(f"{name} {value:.4g}" for name, value in row.items() if name.startswith("val_"))
+def step_line(row, config):
+    """What a step was like, from a row of log.csv."""
+    losses = " ".join(f"{name.removesuffix('_loss')} {value:.4f}" for name, value in row.items()
+                      if name.endswith("loss") and not name.startswith("val_"))
+    line = (f"step {row['step']:6d}/{config.max_steps} | {losses} | norm {row['grad_norm']:.2f} | "
+            f"lr {row['lr']:.1e} | {config.batch_size / row['events_per_s'] * 1e3:.1f} ms, "
+            f"data {row['data_ms']:.1f} | {row['events_per_s']:,.0f} events/s")
+    return line + (f" | {row['bad_steps']} steps skipped" if row["bad_steps"] else "")
 
 
 class Speedometer:
@@ -514,13 +466,11 @@ class Speedometer:
         return batches
 
     def read(self):
-        """-> columns of log.csv, and a text for the log line; starts anew."""
+        """-> columns of log.csv; starts anew."""
         seconds = (time.perf_counter() - self.begin) / self.n_steps
         columns = {"events_per_s": self.batch_size / seconds, "data_ms": self.waited / self.n_steps * 1e3}
-        text = (f"{seconds * 1e3:.1f} ms, data {columns['data_ms']:.1f} | {columns['events_per_s']:,.0f} "
-                "events/s")
         self.start()
-        return columns, text
+        return columns
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -635,28 +585,6 @@ def is_published(checkpoint):
     return any(str(name).endswith("transformer_blocks.0.attention.wq.weight") for name in state)
 
 
-def find_run(config, path, may_change):
-    """The checkpoint at `path` to go on from, or None to start. Exits if the knobs forbid it, or differ."""
-    saved, record = None, f"{config.out_dir}/config.json"
-    if os.path.exists(path):
-        saved = load_checkpoint(path)
-    left = [name for name in ("best.pt", "log.csv") if has_content(f"{config.out_dir}/{name}")]
-    if saved is None and left:
-        fail(f"{path} is missing, but {config.out_dir} holds {' and '.join(left)} of a run, which starting "
-             "anew would overwrite; put ckpt.pt back (a copy of best.pt serves as well), or move "
-             f"{config.out_dir} away")
-    if saved is None and not os.path.exists(record):
-        return None
-    if not config.resume:
-        fail(f"{config.out_dir} holds a run; go on with --resume=True, or choose another out_dir")
-    known = saved["config"] if saved else read_json(record)  # stopped before its first checkpoint: the same
-    for field in dataclasses.fields(config):
-        if field.name not in may_change:  # a knob that is younger than the run was at its default
-            before, now = known.get(field.name, default_of(field)), getattr(config, field.name)
-            check_same(path if saved else record, field.name, before, now)
-    return saved
-
-
 def check_geometry(saved, geometry, path, data_dir):
     """A run goes on in the detector in which it began. saved: its checkpoint; geometry: its records."""
     if difference := difference_of_detectors(saved, geometry):
@@ -700,28 +628,8 @@ def weights_for(saved, geometry, path, data_dir, part=""):
     return weights
 
 
-def check_events(saved, fingerprint, path, data_dir):
-    """A run that goes on must find the events it began with. saved: its checkpoint; old ones do not tell."""
-    if saved.get("data", fingerprint) != fingerprint:
-        fail(f"{path} was trained on other events than {data_dir} holds (their meta.json differ); choose the "
-             "data_dir it belongs to, or another out_dir")
-
-
 def default_of(field):
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-
-
-def has_content(path):
-    """Whether there is such a file; a log.csv needs a row below its header."""
-    if not path.endswith(".csv"):
-        return os.path.exists(path)
-    return os.path.exists(path) and Path(path).read_bytes().count(b"\n") > 1
-
-
-def check_same(path, what, before, now):
-    if before != now:
-        fail(f"{path} was written with {what} = {before!r}, now it is {now!r}; set it back, or choose "
-             "another out_dir")
 
 
 def start_log(config, columns, step):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import fail
+from common import fail, read_json
 
 FORMAT_VERSION = 2
 
@@ -75,29 +75,35 @@ class Split:
 
 def read_meta(data_dir):
     """The meta.json of a finished data folder, checked for its version and dtypes."""
-    path, settings = Path(data_dir) / "meta.json", Path(data_dir) / UNFINISHED / "settings.json"
-    anew = f"remove the folder (rm -r '{data_dir}') and run prepare.py again"
-    if not Path(data_dir).is_dir():
-        fail(f"{Path(data_dir).absolute()}: no such data folder; make it with: "
-             f"{command_to_prepare(data_dir)}")
-    if settings.is_file() and not path.is_file():
-        try:
-            command = json.loads(settings.read_text())["command"]
-        except (ValueError, KeyError):
-            fail(f"{settings}: damaged; {anew}")
-        fail(f"{path} is missing: preparing this folder never finished; to go on, run: {command}")
+    folder = Path(data_dir)
+    path, settings = folder / "meta.json", folder / UNFINISHED / "settings.json"
+    if not folder.is_dir():
+        fail(f"{folder.absolute()}: no such data folder; make it with: {command_to_prepare(data_dir)}")
+    if not path.is_file() and settings.is_file():
+        fail(f"{path} is missing: preparing this folder never finished; to go on, run: "
+             f"{read_json(settings)['command']}")
     if not path.is_file():
         fail(f"{path} is missing: this is no folder that prepare.py made; check data_dir")
     try:
         meta = json.loads(path.read_text())
     except ValueError:
-        fail(f"{path}: not valid JSON; {anew}")
+        refuse_folder(data_dir, path, "not valid JSON")
     found = meta.get("format") if isinstance(meta, dict) and "splits" in meta else None
     if found != FORMAT_VERSION:
-        fail(f"{path}: format {found}, need {FORMAT_VERSION}; {anew}")
+        refuse_folder(data_dir, path, f"format {found}, need {FORMAT_VERSION}")
     if meta.get("dtypes") != describe_dtypes():
-        fail(f"{path}: the records are laid out differently from data.py; {anew}")
+        refuse_folder(data_dir, path, "the records are laid out differently from data.py")
     return meta
+
+
+def refuse_folder(data_dir, path, why):
+    fail(f"{path}: {why}; remove the folder (rm -r '{data_dir}') and run prepare.py again")
+
+
+def check_size(data_dir, path, n_bytes):
+    size = path.stat().st_size if path.is_file() else 0
+    if size != n_bytes:
+        refuse_folder(data_dir, path, f"{size} bytes, meta.json says {n_bytes}: it was cut or replaced")
 
 
 def describe_dtypes():
@@ -130,17 +136,14 @@ def open_split(data_dir, name):
     if count["n_events"] == 0:
         fail(f"{data_dir}: split {name!r} holds no events")
     files = []
-    for kind, dtype, n in (("events", EVENT, count["n_events"]), ("pulses", PULSE, count["n_pulses"])):
+    for kind, dtype in (("events", EVENT), ("pulses", PULSE)):
         path = Path(data_dir) / f"{name}_{kind}.bin"
-        size = path.stat().st_size if path.is_file() else 0
-        if size != n * dtype.itemsize:
-            fail(f"{path}: {size} bytes, meta.json says {n * dtype.itemsize}; the file was cut or "
-                 f"replaced: remove the folder (rm -r '{data_dir}') and run prepare.py again")
+        check_size(data_dir, path, count[f"n_{kind}"] * dtype.itemsize)
         files.append(np.asarray(np.memmap(path, dtype, mode="r")))  # a plain view: memmap slices slowly
     first, last = files[0][0], files[0][-1]
     if first["start"] != 0 or last["start"] + last["length"] != count["n_pulses"]:
-        fail(f"{data_dir}/{name}_events.bin: its first or last event does not fit {name}_pulses.bin; the "
-             f"file is damaged: remove the folder (rm -r '{data_dir}') and run prepare.py again")
+        refuse_folder(data_dir, f"{data_dir}/{name}_events.bin",
+                      f"its first or last event does not fit {name}_pulses.bin")
     return Split(f"{data_dir}/{name}", *files)
 
 
@@ -158,11 +161,8 @@ def open_first_events(data_dir, name, n_events, at_most=False):
 
 def read_geometry(data_dir):
     """The detector's GEOMETRY records (V,), row = sensor_id."""
-    path, n_bytes = Path(data_dir) / "geometry.bin", read_meta(data_dir)["n_doms"] * GEOMETRY.itemsize
-    size = path.stat().st_size if path.is_file() else 0
-    if size != n_bytes:
-        fail(f"{path}: {size} bytes, meta.json says {n_bytes}; remove the folder (rm -r '{data_dir}') and "
-             "run prepare.py again")
+    path = Path(data_dir) / "geometry.bin"
+    check_size(data_dir, path, read_meta(data_dir)["n_doms"] * GEOMETRY.itemsize)
     return np.fromfile(path, GEOMETRY)
 
 
@@ -266,20 +266,13 @@ def to_unit(bits):  # 53 bits of 64; via int64, whose conversion to float takes 
 def micro_batches(events, pulses, size, labels=(), hidden=None):
     """Sort events by length, cut them into micro-batches of at most `size` and pack each -> list of dicts.
 
-    Packed: the tokens of B events one after another, T in all, no padding; each event is opened by its [CLS].
     Sorted: events of a micro-batch are of about equal length, which helps mixers that lay them out in a
-    rectangle.
+    rectangle. Each dict is a batch as model.py describes it, of tensors that are 0 at [CLS]; it has those
+    fields of EVENT that `labels` names, and which pulses are hidden if `hidden` (a bool per pulse) is given.
+    Beside these, for others than the model,
+      row and event_id (B,), numpy arrays on the CPU: the event's place in `events`, and its id;
+      n_scored and n_hidden, ints, with `hidden`: how many events have a hidden pulse, how many are hidden.
     # DIFF(upstream): every event is padded to 127 pulses there
-
-    Each dict holds tensors, in physical units
-      time [ns], charge [p.e.] float32, dom int64, aux bool, each (T,), 0 at [CLS];
-      starts int32 (B + 1,): event i is tokens starts[i] to starts[i + 1] - 1;
-      the fields of EVENT that `labels` names, (B,) or (B, 3);
-    numpy arrays, which stay on the CPU
-      row and event_id (B,): the event's place in `events`, and its id;
-    and the int longest, the tokens of the longest event. If hidden (one bool per pulse) is given, also
-      hidden and hidden_event int64 (M,): token and event of each hidden pulse;
-      the ints n_scored and n_hidden: how many events have a hidden pulse, how many pulses are hidden.
     """
     import torch  # here, not above: prepare.py and its worker processes need no torch
     length = events["length"].astype(np.int64)
@@ -297,17 +290,15 @@ def micro_batches(events, pulses, size, labels=(), hidden=None):
         batch["dom"] = batch["dom"].astype(np.int64)
         batch |= {name: np.ascontiguousarray(events[name][rows]) for name in labels}
         batch["starts"] = starts.astype(np.int32)
+        more = {"longest": int(n_tokens.max()), "row": rows, "event_id": events["event_id"][rows]}
         if hidden is not None:
             is_hidden = hidden.take(place, mode="clip")
             is_hidden[first] = False
             batch["hidden"] = np.flatnonzero(is_hidden)
             batch["hidden_event"] = np.repeat(np.arange(len(rows)), n_tokens)[batch["hidden"]]
-        batch = {name: torch.from_numpy(array) for name, array in batch.items()}
-        batch |= {"longest": int(n_tokens.max()), "row": rows, "event_id": events["event_id"][rows]}
-        if hidden is not None:
-            n_scored = np.count_nonzero(np.diff(batch["hidden_event"].numpy(), prepend=-1))
-            batch |= {"n_scored": n_scored, "n_hidden": len(batch["hidden"])}
-        batches.append(batch)
+            more["n_scored"] = np.count_nonzero(np.diff(batch["hidden_event"], prepend=-1))
+            more["n_hidden"] = len(batch["hidden"])
+        batches.append({name: torch.from_numpy(array) for name, array in batch.items()} | more)
     return batches
 
 

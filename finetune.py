@@ -21,19 +21,21 @@ import torch
 import data
 import evaluate
 import knobs
+import runs
 from model import ModelConfig, Reconstructor, parameter_groups
+from optimizers import GuardedOptimizer
 from tasks import DIRECTION_LOSSES, TASKS
-from train import learning_rate, make_adamw, print_reheating, print_schedule_notes
+from train import learning_rate, make_adamw, warmup_steps
 
 
 @dataclass
-class FinetuneConfig(ModelConfig):
+class FinetuneConfig(runs.RunConfig, ModelConfig):
+    """What is learned, and how. Beside it, as in train.py: the architecture, and runs.RunConfig."""
     data_dir: str = "data/icecube"  # folder made by prepare.py
     train_split: str = "finetune"  # split with labels to learn from
     val_split: str = "val"  # split to evaluate on
     train_events: int = 0  # use the first N events of train_split, so that sets are nested; 0 = all
     val_events: int = 0  # evaluate on the first N events of val_split, or as many as there are; 0 = all
-    out_dir: str = ""  # where the run is kept; "" = out/<stems of the config files joined by +>
     pretrained: str = "out/base/ckpt.pt"  # checkpoint whose encoder to begin with; "" = from scratch
     task: str = "direction"  # or "energy", log10 of the neutrino's in GeV; or "class", track or cascade
     direction_loss: str = "angular"  # mean angle; or "cosine", "vmf" (with uncertainty), "angular+vmf"
@@ -42,7 +44,6 @@ class FinetuneConfig(ModelConfig):
     head_lr_factor: float = 1.0  # learning rate of the head over that of the encoder
     time_offset_std: float = 0.0  # [ns] shift each event in time at random: only differences count
     batch_size: int = 1024  # events a step, over all ranks
-    micro_batch_size: int = 0  # events computed at once, which changes no result; 0 = what suits the device
     max_steps: int = 19_531  # updates; 19,531 x 1024 events = 20 epochs of 1 M labels
     patience: int = 0  # end after so many evaluations without a lower val_loss; 0 = never
     learning_rate: float = 1.5e-5  # at the top of the schedule; the encoder is good already
@@ -54,26 +55,15 @@ class FinetuneConfig(ModelConfig):
     adam_eps: float = 3e-7  # Adam's floor under the root of the squared gradient
     weight_decay: float = 0.0  # of the matrices only
     grad_clip: float = 1.0  # largest norm of the gradient
-    eval_interval: int = 1000  # steps between evaluations
-    log_interval: int = 50  # steps between log lines
-    save_interval: int = 1000  # steps between checkpoints
-    max_bad_steps: int = 20  # a run ends after more gradients in a row than this that are not finite
-    resume: bool = True  # go on from out_dir/ckpt.pt if there is one; False refuses a folder that holds a run
     seed: int = 0  # of the weights and the order of events
-    device: str = "auto"  # or "cuda", "mps", "cpu"
-    dtype: str = "auto"  # "bfloat16", "float16", "float32"; auto = bfloat16 where the hardware has it
-    compile: bool = False  # torch.compile, 1 minute at the start; gains nothing on a CPU
-    wandb_project: str = ""  # also log to this project of Weights & Biases; "" = off
 
     def check(self):
-        yield from super().check()
-        yield from knobs.check_training(self)
+        yield from ModelConfig.check(self)
+        yield from runs.RunConfig.check(self)
         yield from knobs.check_positive(self, "head_hidden_size", "head_lr_factor")
         yield from knobs.check_not_negative(self, "time_offset_std", "patience")
         yield from knobs.check_choice(self, "task", TASKS)
-        if not set(self.direction_loss.split("+")) <= DIRECTION_LOSSES.keys():
-            yield (f"direction_loss = {self.direction_loss!r}: choose among {', '.join(DIRECTION_LOSSES)}, "
-                   "or join some by +")
+        yield from knobs.check_joined(self, "direction_loss", DIRECTION_LOSSES)
         if self.task != "direction" and getattr(self, "sources", {}).get("direction_loss") == "command line":
             yield f"direction_loss has no meaning for task = {self.task!r}; leave it out"
         if self.freeze_backbone and not self.pretrained:
@@ -85,11 +75,6 @@ class FinetuneConfig(ModelConfig):
 LOG_COLUMNS = ["step", "events", "lr", "loss", "grad_norm", "events_per_s", "val_loss",
                *(column for task in TASKS.values() for column in task.log),
                "data_ms", "bad_steps"]  # time a step waits for its events; steps so far that were skipped
-# Knobs that may differ when a run goes on: the steps already done would have been the same but for rounding,
-# and for the learning rate's end, which max_steps and cooldown_steps move
-MAY_CHANGE = {"data_dir", "out_dir", "micro_batch_size", "max_steps", "cooldown_steps", "eval_interval",
-              "log_interval", "save_interval", "max_bad_steps", "resume", "device", "dtype", "compile",
-              "wandb_project", "patience"}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -132,7 +117,7 @@ def shift_at_random(events, pulses, index, epoch, config):
     return pulses
 
 
-def ran_out_of_patience(step, best_step, config):
+def is_out_of_patience(step, best_step, config):
     return config.patience > 0 and step - best_step >= config.patience * config.eval_interval
 
 
@@ -140,8 +125,11 @@ def ran_out_of_patience(step, best_step, config):
 
 def main():
     config = knobs.load_config(FinetuneConfig, __doc__)
+    task = TASKS[config.task]
     process = common.start_process(config)
     checkpoint_path, best_path = f"{config.out_dir}/ckpt.pt", f"{config.out_dir}/best.pt"
+    pretrained = runs.load_pretrained(config)
+    saved = runs.find_run(config)
 
     # ---- data ----------------------------------------------------------------------------------------------
     geometry, fingerprint = data.read_geometry(config.data_dir), data.fingerprint(config.data_dir)
@@ -160,7 +148,7 @@ def main():
         events, pulses = data.read_events(train_split, index[mine])
         if config.time_offset_std:
             pulses = shift_at_random(events, pulses, index[mine], epoch[mine], config)
-        return data.micro_batches(events, pulses, config.micro_batch_size, TASKS[config.task].labels)
+        return data.micro_batches(events, pulses, config.micro_batch_size, task.labels)
 
     def evaluate_best():
         """Evaluate what was kept as best, print and keep the result."""
@@ -170,22 +158,10 @@ def main():
         if process.is_main:
             common.write_atomic(f"{config.out_dir}/result.txt", lambda part: part.write_text(result + "\n"))
 
-    # ---- checkpoint, model, optimizer ----------------------------------------------------------------------
-    pretrained = None
-    if config.pretrained:  # tells the architecture; if the run goes on, its own checkpoint does
-        begin = checkpoint_path if os.path.exists(checkpoint_path) else config.pretrained
-        pretrained = common.load_checkpoint(begin)
-        knobs.take_architecture(config, ModelConfig, pretrained, begin)
-    saved = common.find_run(config, checkpoint_path, MAY_CHANGE)
     if saved:
-        common.check_same(checkpoint_path, "labels in train_split", saved["n_train"], n_train)
-        common.check_geometry(saved, geometry, checkpoint_path, config.data_dir)
-        common.check_events(saved, fingerprint, checkpoint_path, config.data_dir)
-        is_out_of_patience = ran_out_of_patience(saved["step"], saved["best_step"], config)
-        if saved["step"] >= config.max_steps or is_out_of_patience:
-            if process.is_main:
-                print(f"{config.out_dir} is complete at step {saved['step']}; raise max_steps (or patience, "
-                      "if that ended it) to go on, or choose another out_dir")
+        runs.check_data(saved, config, n_train, geometry, fingerprint)
+        if saved["step"] >= config.max_steps or is_out_of_patience(saved["step"], saved["best_step"], config):
+            runs.say_complete(config, saved, process)
             if not os.path.exists(best_path):
                 common.fail(f"{best_path} is missing; the last weights can be evaluated with: python "
                             f"evaluate.py --checkpoint={checkpoint_path}")
@@ -193,6 +169,7 @@ def main():
             common.stop_process(process)
             return
 
+    # ---- model, optimizer, checkpoint ----------------------------------------------------------------------
     torch.manual_seed(config.seed)
     raw_model = Reconstructor(config, geometry)
     if pretrained and not saved:
@@ -201,7 +178,7 @@ def main():
     raw_model.encoder.requires_grad_(not config.freeze_backbone)
     raw_model.to(process.device)
     adamw = make_adamw(head_and_encoder(raw_model, config), config)
-    optimizer = common.GuardedOptimizer(raw_model, [adamw], config, process)
+    optimizer = GuardedOptimizer(raw_model, [adamw], config, process)
     first_step, best_val, best_step = 0, float("inf"), 0
     if saved:
         raw_model.load_state_dict(saved["model"])
@@ -215,16 +192,8 @@ def main():
                                    best_val=best_val, best_step=best_step, n_train=n_train, data=fingerprint,
                                    config=dataclasses.asdict(config))
 
-    if process.is_main:
-        lock = common.hold_lock(config.out_dir)  # held until main() ends
-        knobs.print_knobs(config)
-        common.print_run_header(config, process, raw_model, n_train)
-        print_schedule_notes(config)
-        common.write_json(f"{config.out_dir}/config.json", dataclasses.asdict(config))
-        if saved:
-            print_reheating(saved, config)
-            print(f"resume from {checkpoint_path} at step {first_step}")
-    log = common.start_log(config, LOG_COLUMNS, first_step)
+    lock, log = runs.start_run(config, process, raw_model, n_train, saved, LOG_COLUMNS)
+    runs.print_schedule_notes(config, saved, warmup_steps(config), learning_rate)
 
     # ---- training loop -------------------------------------------------------------------------------------
     loader = data.prefetch(load_step, range(first_step, config.max_steps), process.device)
@@ -245,12 +214,12 @@ def main():
             if step % config.eval_interval == 0 or is_end:
                 row |= evaluate.summary(evaluate.score_events(raw_model, val_split, n_val, config, process),
                                         config)
-                bar.write(f"eval {step:6d}/{config.max_steps} | " + common.describe(row))
+                bar.write(common.evaluation_line(row, config))
                 common.check_val_loss(config, step, row["val_loss"])
                 if row["val_loss"] < best_val and step > 0:
                     best_val, best_step = row["val_loss"], step
                     save(best_path, step)
-                if ran_out_of_patience(step, best_step, config) and not is_end:
+                if is_out_of_patience(step, best_step, config) and not is_end:
                     is_end = True
                     bar.write(f"no lower val_loss than at step {best_step} in patience = {config.patience} "
                               "evaluations: this is the end")
@@ -276,7 +245,7 @@ def main():
             with common.summing_gradients(model, process, is_last=i == len(batches) - 1):
                 with process.autocast:
                     outputs = model(batch)
-                loss = TASKS[config.task].loss(outputs, batch, config).sum() / config.batch_size
+                loss = task.loss(outputs, batch, config).sum() / config.batch_size
                 optimizer.backward(loss * process.world_size)  # DDP takes the mean over ranks
             step_loss += loss.detach()
 
@@ -286,15 +255,11 @@ def main():
         # log; only here the loop waits for the GPU
         if step % config.log_interval == 0:
             row["loss"], = common.sum_over_ranks(step_loss[None], process)
-            row |= {"grad_norm": grad_norm.item(), "bad_steps": optimizer.n_bad.item()}
-            columns, speed_text = speed.read()
-            row |= columns
-            bar.write(f"step {step:6d}/{config.max_steps} | loss {row['loss']:.4f} | norm "
-                      f"{row['grad_norm']:.2f} | lr {row['lr']:.1e} | {speed_text}"
-                      + (f" | {row['bad_steps']} steps skipped" if row["bad_steps"] else ""))
+            row |= {"grad_norm": grad_norm.item(), "bad_steps": optimizer.n_bad.item()} | speed.read()
+            bar.write(common.step_line(row, config))
             if optimizer.gave_up():
                 with torch.no_grad(), process.autocast:
-                    losses = [TASKS[config.task].loss(raw_model(batch), batch, config) for batch in batches]
+                    losses = [task.loss(raw_model(batch), batch, config) for batch in batches]
                 common.stop_bad_run(config, step, losses, batches, process)
         if step % config.log_interval == 0 or "val_loss" in row:
             log(row)

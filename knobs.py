@@ -11,7 +11,6 @@ import ast
 import dataclasses
 import difflib
 import importlib
-import importlib.util
 import inspect
 import math
 import os
@@ -168,6 +167,12 @@ def check_choice(config, key, choices):
         yield f"{key} = {value!r}: choose one of {', '.join(map(repr, choices))}{hint}"
 
 
+def check_joined(config, key, choices):
+    """A knob that is one of the choices, or some of them joined by +."""
+    if not set(getattr(config, key).split("+")) <= {*choices}:
+        yield f"{key} = {getattr(config, key)!r}: choose among {', '.join(choices)}, or join some by +"
+
+
 def check_positive(config, *keys):
     yield from (f"{key} = {getattr(config, key)}: must be greater than 0" for key in keys
                 if getattr(config, key) <= 0)
@@ -181,23 +186,6 @@ def check_not_negative(config, *keys):
 def check_fraction(config, *keys):
     yield from (f"{key} = {getattr(config, key)}: must lie between 0 and 1" for key in keys
                 if not 0 < getattr(config, key) < 1)
-
-
-def check_training(config):
-    """The knobs that the loops of train.py and finetune.py have in common."""
-    yield from check_positive(config, "batch_size", "max_steps", "learning_rate", "adam_eps", "grad_clip",
-                              "eval_interval", "log_interval", "save_interval")
-    yield from check_not_negative(config, "train_events", "val_events", "warmup_steps", "cooldown_steps",
-                                  "weight_decay", "max_bad_steps", "seed", "micro_batch_size")
-    yield from check_fraction(config, "beta1", "beta2")
-    yield from check_choice(config, "schedule", ("trapezoidal", "cosine", "constant"))
-    yield from check_device(config)
-    if config.wandb_project and importlib.util.find_spec("wandb") is None:
-        yield (f"wandb_project = {config.wandb_project!r} needs the package wandb: pip install wandb, or "
-               "leave it empty; log.csv is written in any case")
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if config.batch_size < world_size:
-        yield f"batch_size = {config.batch_size} is too small for {world_size} ranks"
 
 
 def check_device(config):

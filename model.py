@@ -1,8 +1,8 @@
-"""PolarBERT: everything that has parameters, and the losses, in the order in which data flows through them.
+"""PolarBERT: the transformer with its embedding and its heads, in the order in which data flows through them.
 
     pulses -> PulseEmbedding -> Backbone -> final norm -> heads        (Encoder = all but the heads)
 
-Pretrainer predicts the hidden DOM ids, and from [CLS] what is known of the whole event (CLS_TARGETS).
+Pretrainer predicts the hidden DOM ids, and from [CLS] what is known of the whole event (tasks.CLS_TARGETS).
 Reconstructor tells from [CLS] one of tasks.TASKS. Both are pure functions of their inputs: no random number
 is drawn after the weights are made.
 
@@ -16,7 +16,6 @@ Other sizes: D embedding_dim, E dom_embed_dim, H heads, d = D / H, V DOMs, 5160 
 detector's data.GEOMETRY records (V,).
 """
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,9 +23,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 
-from tasks import TASKS, angular_error, direction_outputs, vmf_loss
-
-POSITION_SCALE = 500.0  # [m] half of IceCube's height: its scaled positions lie in about -1..1
+import knobs
+import recurrent
+from tasks import CLS_TARGETS, DOM_LOSSES, POSITION_SCALE, TASKS
 
 
 @dataclass
@@ -55,32 +54,20 @@ class ModelConfig:
 
     def check(self):
         """Yield one line for each value that makes no sense."""
-        for key in ("embedding_dim", "dom_embed_dim", "num_heads", "hidden_size", "num_layers",
-                    "distance_weight"):
-            if getattr(self, key) <= 0:
-                yield f"{key} = {getattr(self, key)}: must be greater than 0"
+        yield from knobs.check_positive(self, "embedding_dim", "dom_embed_dim", "num_heads", "hidden_size",
+                                        "num_layers", "distance_weight")
+        yield from knobs.check_not_negative(self, "mup_base_width", "mup_base_heads", "mup_base_layers")
         for key, choices in CHOICES.items():
-            if getattr(self, key) not in choices:
-                yield f"{key} = {getattr(self, key)!r}: choose one of {', '.join(map(repr, choices))}"
-        for key, choices in (("cls_target", CLS_TARGETS), ("dom_loss", DOM_LOSSES)):
-            if not set(getattr(self, key).split("+")) <= choices.keys():
-                yield f"{key} = {getattr(self, key)!r}: choose among {', '.join(choices)}, joined by +"
-        if self.embedding_dim % max(self.num_heads, 1):
+            yield from knobs.check_choice(self, key, choices)
+        yield from knobs.check_joined(self, "cls_target", CLS_TARGETS)
+        yield from knobs.check_joined(self, "dom_loss", DOM_LOSSES)
+        if self.embedding_dim % self.num_heads:
             yield f"embedding_dim = {self.embedding_dim} cannot be shared among num_heads = {self.num_heads}"
         if self.dom_embed_dim >= self.embedding_dim:
             yield (f"dom_embed_dim = {self.dom_embed_dim} must be smaller than embedding_dim = "
                    f"{self.embedding_dim}: the rest holds time, charge and aux")
-        if self.backbone != "transformer" and self.embedding_dim % (2 * self.num_heads):
-            yield (f"backbone = {self.backbone!r} needs an embedding_dim that 2 num_heads = "
-                   f"{2 * self.num_heads} divides")
-        if self.backbone != "transformer" and (self.mup_base_width or self.qk_norm):
-            yield f"mup_base_width and qk_norm are for the transformer, not for backbone = {self.backbone!r}"
-        if self.backbone == "mamba" and self.embedding_dim % 4:
-            yield ("backbone = 'mamba' needs an embedding_dim that 4 divides: its state is "
-                   f"{self.embedding_dim} / 4 wide")
-        for key in ("mup_base_width", "mup_base_heads", "mup_base_layers"):
-            if getattr(self, key) < 0:
-                yield f"{key} = {getattr(self, key)}: must not be negative"
+        if self.backbone != "transformer":
+            yield from recurrent.check(self)
         if self.mup_base_heads and (not self.mup_base_width or self.mup_base_width % self.mup_base_heads):
             yield (f"mup_base_heads = {self.mup_base_heads}: must divide mup_base_width = "
                    f"{self.mup_base_width}, the width of the same base model")
@@ -263,20 +250,6 @@ class Attention(nn.Module):
         attend = flash_attention if is_flash else rectangle_attention
         return self.out(attend(qkv, packing, self.scale).reshape(T, D))
 
-    def flash_error(self, device, dtype):
-        """How far flash attention is off on made-up events, relative to the largest number."""
-        lengths = torch.tensor([1, 2, 37, 128], dtype=torch.int32, device=device)
-        packing = Packing(F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)), 128, 168)
-        rng = torch.Generator(device).manual_seed(0)
-        shape = (168, 3, self.num_heads, self.qkv.in_features // self.num_heads)
-        qkv = torch.randn(shape, generator=rng, device=device, dtype=dtype).requires_grad_()
-        found = []
-        for attend in (flash_attention, rectangle_attention):
-            x = attend(qkv, packing, self.scale).float()
-            gradient, = torch.autograd.grad(x.square().sum(), qkv)
-            found.append((x.detach(), gradient.float()))
-        return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*found))
-
 
 def can_flash(d):
     """Whether flash attention over packed events runs here, with heads d wide: on CUDA, from an A100 on."""
@@ -308,86 +281,9 @@ def rectangle_attention(qkv, packing, scale):
     return packing.pack(x.transpose(1, 2))
 
 
-class TwoWays(nn.Module):
-    """A recurrent mixer forwards and one backwards, D/2 outputs each: [CLS], the first, sees all pulses."""
-
-    def __init__(self, config, mixer):
-        super().__init__()
-        self.forwards, self.backwards = mixer(config), mixer(config)
-
-    def forward(self, x, packing):
-        x, valid = packing.unpack(x), packing.valid
-        n, place = valid.sum(1, keepdim=True), torch.arange(x.shape[1], device=x.device)
-        # tokens in reverse; padding stays behind them, so that neither direction passes it on its way
-        reverse = torch.where(place < n, n - 1 - place, place)[..., None]  # (B, L, 1)
-        y = self.backwards(x.gather(1, reverse.expand_as(x)), valid)
-        y = y.gather(1, reverse.expand_as(y))
-        return packing.pack(torch.cat([self.forwards(x, valid), y], dim=-1))
-
-
-class GRU(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.gru = nn.GRU(config.embedding_dim, config.embedding_dim // 2, batch_first=True)
-
-    def forward(self, x, valid):
-        return self.gru(x)[0]  # (B, L, D/2); padding lies behind all real tokens and reaches none of them
-
-
-class Mamba(nn.Module):
-    """Mamba-2 (Dao & Gu 2024, arXiv:2405.21060) in one direction, D -> D/2.
-
-    A convolution, a selective state space, a gate.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        D, H = config.embedding_dim, config.num_heads
-        self.sizes = [D // 2, D // 2, D // 4, D // 4, H]  # gate, x, b, c, dt; the state is D/4 wide
-        self.project = nn.Linear(D, sum(self.sizes), bias=False)
-        self.conv = nn.Conv1d(D, D, 4, groups=D, padding=3)  # x, b and c see 3 pulses back
-        self.log_a, self.dt_bias, self.skip = (nn.Parameter(torch.empty(H)) for _ in range(3))
-        self.norm = nn.RMSNorm(D // 2)
-        self.out = nn.Linear(D // 2, D // 2, bias=False)
-
-    def forward(self, x, valid):
-        L, H = x.shape[1], self.sizes[-1]
-        gate, xbc, dt = self.project(x).split([self.sizes[0], sum(self.sizes[1:4]), H], dim=-1)
-        xbc = F.silu(self.conv(xbc.transpose(1, 2))[..., :L].transpose(1, 2))
-        with torch.autocast(x.device.type, enabled=False):  # products of up to L decay factors
-            x, b, c = (part.to(self.log_a.dtype) for part in xbc.split(self.sizes[1:4], dim=-1))
-            x = x.unflatten(-1, (H, -1))  # (B, L, H, P)
-            dt = F.softplus(dt.to(self.log_a.dtype) + self.dt_bias)  # (B, L, H), the time steps
-            dt = dt * valid[..., None]  # 0 at padding, which so leaves no trace
-            y = state_space(x * dt[..., None], -self.log_a.exp() * dt, b, c) + self.skip[:, None] * x
-        return self.out(self.norm(y.flatten(2) * F.silu(gate)))
-
-
-def state_space(x, log_decay, b, c, chunk=256):
-    """y_t = c_t . s_t with the state s_t = exp(log_decay_t) s_(t-1) + b_t x_t, without a loop over t.
-
-    x (B, L, H, P), log_decay (B, L, H) <= 0, b and c (B, L, N) -> y (B, L, H, P). Within a chunk of Q tokens
-    y = (decays * c b^T) x, a product with a masked Q x Q matrix. The state is handed from chunk to chunk, so
-    memory grows with L * chunk, not with L * L.
-    """
-    state, ys = 0.0, []
-    for x, log_decay, b, c in zip(*(part.split(chunk, dim=1) for part in (x, log_decay, b, c))):
-        total = log_decay.cumsum(1)  # (B, Q, H), decay since the chunk began
-        between = total[:, :, None] - total[:, None]  # (B, Q, Q, H)
-        past = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()[..., None]
-        weight = (c @ b.transpose(1, 2))[..., None] * between.masked_fill(~past, float("-inf")).exp()
-        y = torch.einsum("btsh,bshp->bthp", weight, x)
-        if ys:
-            y = y + torch.einsum("btn,bhnp,bth->bthp", c, state, total.exp())
-            state = state * total[:, -1, :, None, None].exp()
-        state = state + torch.einsum("bsn,bshp,bsh->bhnp", b, x, (total[:, -1:] - total).exp())
-        ys.append(y)
-    return torch.cat(ys, dim=1)
-
-
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
-MIXERS = {"transformer": Attention, "gru": lambda config: TwoWays(config, GRU),
-          "mamba": lambda config: TwoWays(config, Mamba)}
+MIXERS = {"transformer": Attention, "gru": lambda config: recurrent.TwoWays(config, recurrent.GRU),
+          "mamba": lambda config: recurrent.TwoWays(config, recurrent.Mamba)}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -435,41 +331,6 @@ class PositionHead(nn.Module):
 # DIFF(upstream): no logit for padding
 DOM_HEADS = {"linear": lambda config, geometry: nn.Linear(config.embedding_dim, len(geometry)),
              "position": PositionHead}
-
-
-@dataclass(frozen=True)
-class ClsTarget:
-    """Something about the whole event that [CLS] learns to tell, from the data alone."""
-    width: int  # numbers that tell it
-    label: str  # field of data.EVENT that it comes from
-    truth: Callable  # that field of a batch -> (B, width), numbers of order one
-    metric: str  # column of log.csv that tells in units how good it is: val_<metric>
-    measure: Callable  # prediction, truth (B, width) -> (B,)
-    of_mean: Callable = math.sqrt  # mean of that over the events -> the number in the column
-    loss: Callable = lambda x, truth: (x - truth).square().mean(-1)  # prediction, truth (B, width) -> (B,)
-    is_known: Callable = lambda truth: truth[:, 0].isfinite()  # truth (B, width) -> bool (B,)
-
-    def known_truth(self, batch):
-        """-> truth (B, width), 0 where it is not known; whether it is known, bool (B,)."""
-        truth = self.truth(batch[self.label])
-        is_known = self.is_known(truth)
-        return torch.where(is_known[:, None], truth, 0.0), is_known
-
-
-# to add one: an entry here, its weight lambda_<name> in train.py
-CLS_TARGETS = {
-    "charge": ClsTarget(  # log10 of the total charge; its metric in dex
-        width=1, label="total_charge", truth=lambda charge: torch.log10(charge.clamp(min=1e-3))[:, None],
-        metric="charge_rms", measure=lambda x, truth: (x - truth).square().sum(-1)),
-    "center": ClsTarget(  # charge-weighted centre; its metric in m
-        width=3, label="center", truth=lambda center: center / POSITION_SCALE,
-        metric="center_rms", measure=lambda x, truth: ((x - truth) * POSITION_SCALE).square().sum(-1)),
-    "motion": ClsTarget(  # a first guess of the source's direction, zeros where there is none; metric in rad
-        width=3, label="motion", truth=lambda motion: motion, is_known=lambda truth: truth.any(-1),
-        loss=lambda x, truth: vmf_loss(**direction_outputs(x), truth=truth),  # docs/studies.md, cls
-        metric="motion_angle", measure=lambda x, truth: angular_error(F.normalize(x, dim=-1), truth),
-        of_mean=float),
-}
 
 
 class Pretrainer(nn.Module):
@@ -539,41 +400,13 @@ class Pretrainer(nn.Module):
                 (self.string[best[:, 0]] == self.string[dom]).float().sum(),
                 (geometry[best[:, 0]] - geometry[dom]).norm(dim=-1).sum(),  # [m]
                 F.cross_entropy(logits, dom, reduction="sum")]
-        losses = self.cls_losses(answers, batch)
         for name, target in self.targets.items():
             truth, is_known = target.known_truth(batch)
-            found = target.measure(answers[name], truth) * is_known
-            sums += [losses[name].sum(), found.sum(), is_known.sum()]
+            sums += [(target.loss(answers[name], truth) * is_known).sum(),
+                     (target.measure(answers[name], truth) * is_known).sum(), is_known.sum()]
         return torch.stack(sums)
 
 
-def earth_movers_distance(logits, dom, event, geometry):
-    """Mean distance of the predicted DOM from the true one, sum_j p_j |x_j - x_true| [100 m], (M,).
-
-    So far has the predicted distribution to be carried: all of it goes to a single DOM, and no solver is
-    needed.
-    """
-    exact = "donot_use_mm_for_euclid_dist"  # torch's name for: no rounding of small distances
-    distance = torch.cdist(geometry[dom], geometry, compute_mode=exact) / 100  # (M, V)
-    return (logits.softmax(-1) * distance).sum(-1)
-
-
-def chamfer_distance(logits, dom, event, geometry):
-    """From each hidden DOM to the nearest of its event's expected positions, and back [100 m], (M,).
-
-    Expected position of a hidden pulse: sum_j p_j x_j. Which guess belongs to which pulse does not count: the
-    mean over an event is the Chamfer distance of two sets of points.
-    """
-    expected, true = logits.softmax(-1) @ geometry, geometry[dom]  # (M, 3)
-    distance = torch.cdist(true, expected, compute_mode="donot_use_mm_for_euclid_dist") / 100  # (M, M)
-    distance = distance.masked_fill(event[:, None] != event, float("inf"))
-    return distance.amin(1) + distance.amin(0)
-
-
-# to add one: an entry here. logits (M, V), true DOM and event of the hidden pulses (M,), positions (V, 3) [m]
-# -> (M,)
-DOM_LOSSES = {"ce": lambda logits, dom, event, geometry: F.cross_entropy(logits, dom, reduction="none"),
-              "emd": earth_movers_distance, "chamfer": chamfer_distance}
 CHOICES = {"backbone": MIXERS, "mlp": ("relu", "gelu", "swiglu"), "norm": NORMS, "dom_head": DOM_HEADS,
            "loss_weighting": ("per_event", "per_pulse")}
 
@@ -628,23 +461,14 @@ def init_weights(model, config):
     heads              1/sqrt(3 D); with muP 1/sqrt(3 mup_base_width), whatever the width
     dom_table, MASK, [CLS]   normal, std 1             upstream's
     norms              weight 1, bias 0                torch's default; GRU likewise torch's
-    Mamba              decay rates 0.1..1, time steps 0.1..1, spread over the heads: memories of 1 to 100
-                       pulses. Its paper's ranges, 1..16 and 0.001..0.1, are for long texts: with them heads
-                       forget at once or see next to nothing
     """
-    for name, module in model.named_modules():
+    for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv1d)):
             nn.init.normal_(module.weight, std=(3 * module.weight[0].numel()) ** -0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight)
-        elif isinstance(module, Mamba):
-            H = len(module.skip)
-            steps = torch.logspace(-1, 0, H)
-            module.log_a.data = torch.linspace(0.1, 1, H).log()
-            module.dt_bias.data = steps + torch.log(-torch.expm1(-steps))  # softplus of it is the step
-            nn.init.ones_(module.skip)
     with torch.no_grad():
         embedding = model.encoder.embedding
         embedding.features.weight[:, 0] *= 10
@@ -672,8 +496,12 @@ def parameter_groups(model, weight_decay):
     hidden, decayed, kept = [], [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_kept = parameter.ndim < 2 or name.endswith(("dom_table.weight", "embedding.mask"))
-            (kept if is_kept else hidden if ".backbone." in name else decayed).append(parameter)
+            if parameter.ndim < 2 or name.endswith(("dom_table.weight", "embedding.mask")):
+                kept.append(parameter)
+            elif ".backbone." in name:
+                hidden.append(parameter)
+            else:
+                decayed.append(parameter)
     scale = model.encoder.output_scale
     return [{"params": hidden, "weight_decay": weight_decay / scale, "lr_scale": scale},
             {"params": decayed, "weight_decay": weight_decay, "lr_scale": 1.0},

@@ -1,9 +1,11 @@
-"""What a model can be fine-tuned to tell of an event: TASKS. To add one, add an entry there.
+"""What a model learns to tell: DOM_LOSSES and CLS_TARGETS in pretraining, TASKS in fine-tuning.
 
-From it follow the head (Reconstructor in model.py), the knob `task`, labels, loss and columns of log.csv
-(finetune.py), tables and files of predictions (evaluate.py), pictures (tools/plot.py) and studies.
+To add one, add an entry there. A target of [CLS] needs a weight too, the knob lambda_<name> of train.py. From
+an entry of TASKS follow the head (Reconstructor in model.py), the knob `task`, labels, loss and columns of
+log.csv (finetune.py), tables and files of predictions (evaluate.py), pictures (tools/plot.py) and studies.
 
-B events of a batch are torch tensors, n events that are judged numpy arrays; config is that of the run.
+B events of a batch, their M hidden pulses and the V DOMs are torch tensors, n events that are judged numpy
+arrays; config is that of the run.
 """
 import math
 from collections.abc import Callable
@@ -13,6 +15,78 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+POSITION_SCALE = 500.0  # [m] half of IceCube's height: its scaled positions lie in about -1..1
+
+
+# ------------------------------------------------------------------------------------------------------------
+# pretraining: which DOM was hit, and what [CLS] learns of the whole event
+# ------------------------------------------------------------------------------------------------------------
+
+def earth_movers_distance(logits, dom, event, geometry):
+    """Mean distance of the predicted DOM from the true one, sum_j p_j |x_j - x_true| [100 m], (M,).
+
+    So far has the predicted distribution to be carried: all of it goes to a single DOM, and no solver is
+    needed.
+    """
+    exact = "donot_use_mm_for_euclid_dist"  # torch's name for: no rounding of small distances
+    distance = torch.cdist(geometry[dom], geometry, compute_mode=exact) / 100  # (M, V)
+    return (logits.softmax(-1) * distance).sum(-1)
+
+
+def chamfer_distance(logits, dom, event, geometry):
+    """From each hidden DOM to the nearest of its event's expected positions, and back [100 m], (M,).
+
+    Expected position of a hidden pulse: sum_j p_j x_j. Which guess belongs to which pulse does not count: the
+    mean over an event is the Chamfer distance of two sets of points.
+    """
+    expected, true = logits.softmax(-1) @ geometry, geometry[dom]  # (M, 3)
+    distance = torch.cdist(true, expected, compute_mode="donot_use_mm_for_euclid_dist") / 100  # (M, M)
+    distance = distance.masked_fill(event[:, None] != event, float("inf"))
+    return distance.amin(1) + distance.amin(0)
+
+
+# logits (M, V), true DOM and event of each hidden pulse (M,), where the DOMs are (V, 3) [m] -> (M,)
+DOM_LOSSES = {"ce": lambda logits, dom, event, geometry: F.cross_entropy(logits, dom, reduction="none"),
+              "emd": earth_movers_distance, "chamfer": chamfer_distance}
+
+
+@dataclass(frozen=True)
+class ClsTarget:
+    """Something about the whole event that [CLS] learns to tell, from the data alone."""
+    width: int  # numbers that tell it
+    label: str  # field of data.EVENT that it comes from
+    truth: Callable  # that field of a batch -> (B, width), numbers of order one
+    metric: str  # column of log.csv that tells in units how good it is: val_<metric>
+    measure: Callable  # prediction, truth (B, width) -> (B,)
+    of_mean: Callable = math.sqrt  # mean of that over the events -> the number in the column
+    loss: Callable = lambda x, truth: (x - truth).square().mean(-1)  # prediction, truth (B, width) -> (B,)
+    is_known: Callable = lambda truth: truth[:, 0].isfinite()  # truth (B, width) -> bool (B,)
+
+    def known_truth(self, batch):
+        """-> truth (B, width), 0 where it is not known; whether it is known, bool (B,)."""
+        truth = self.truth(batch[self.label])
+        is_known = self.is_known(truth)
+        return torch.where(is_known[:, None], truth, 0.0), is_known
+
+
+CLS_TARGETS = {
+    "charge": ClsTarget(  # log10 of the total charge; its metric in dex
+        width=1, label="total_charge", truth=lambda charge: torch.log10(charge.clamp(min=1e-3))[:, None],
+        metric="charge_rms", measure=lambda x, truth: (x - truth).square().sum(-1)),
+    "center": ClsTarget(  # charge-weighted centre; its metric in m
+        width=3, label="center", truth=lambda center: center / POSITION_SCALE,
+        metric="center_rms", measure=lambda x, truth: ((x - truth) * POSITION_SCALE).square().sum(-1)),
+    "motion": ClsTarget(  # a first guess of the source's direction, zeros where there is none; metric in rad
+        width=3, label="motion", truth=lambda motion: motion, is_known=lambda truth: truth.any(-1),
+        loss=lambda x, truth: vmf_loss(**direction_outputs(x), truth=truth),  # docs/studies.md, cls
+        metric="motion_angle", measure=lambda x, truth: angular_error(F.normalize(x, dim=-1), truth),
+        of_mean=float),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# fine-tuning: what a task is
+# ------------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Task:

@@ -102,13 +102,14 @@ def test_help_explains_every_knob(stage):
 
 @pytest.mark.parametrize("stage", CONFIGS | OTHERS)
 def test_every_knob_is_read(stage):
-    others = {"train": ["common.py", "model.py"], "finetune": ["common.py", "model.py", "train.py"],
+    others = {"train": ["common.py", "model.py", "optimizers.py", "runs.py"],
+              "finetune": ["common.py", "model.py", "optimizers.py", "runs.py", "tasks.py", "train.py"],
               "evaluate": ["common.py"], "tools/prometheus": ["tools/layout.py"],
               "tools/graphnet": ["tools/layout.py"]}
     files = [f"{stage}.py", *others.get(stage, [])]
     source = "".join((ROOT / file).read_text() for file in files)
     for field in dataclasses.fields((CONFIGS | OTHERS)[stage]):
-        is_weight = field.name.startswith("lambda_")  # read by loss_weights, for the names in cls_target
+        is_weight = field.name.startswith("lambda_")  # read by total_loss, for the names in cls_target
         uses = is_weight or re.findall(rf"(?:config|self)\.{field.name}\b", source)
         assert uses, f"{stage}: nothing reads the knob {field.name}"
 

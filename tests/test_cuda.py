@@ -17,6 +17,7 @@ import data
 import model as m
 import train
 from conftest import TINY_RUN, run_ok, torchrun
+from optimizers import GuardedOptimizer
 from tasks import TASKS
 from test_model import BACKBONES, doubled, make, one_batch
 from test_train import assert_same_weights, column, weights
@@ -76,7 +77,7 @@ def test_a_step_waits_for_nothing(kind, knobs, monkeypatch):
     net = make(kind, **knobs).to("meta")
     process = SimpleNamespace(device=torch.device("meta"), dtype=torch.float32)
     config = SimpleNamespace(grad_clip=1.0, max_bad_steps=3, direction_loss="angular+cosine+vmf")
-    optimizer = common.GuardedOptimizer(net, [Unfused(net.parameters())], config, process)
+    optimizer = GuardedOptimizer(net, [Unfused(net.parameters())], config, process)
     batches = [to_meta(batch) for batch in one_batch([3, 50, 17, 1, 127], n=2)]
     with NothingWaits():
         for batch in batches:
@@ -207,7 +208,7 @@ def test_a_bad_gradient_in_float16_moves_nothing(place, harm):
     config = train.TrainConfig(optimizer="muon", learning_rate=0.01)
     process = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float16)
     net, (batch,) = make(), one_batch([20, 30])
-    optimizer = common.GuardedOptimizer(net, train.make_optimizers(net, config), config, process)
+    optimizer = GuardedOptimizer(net, train.make_optimizers(net, config), config, process)
 
     def step(spoil):
         with torch.autocast("cpu", torch.float16):
@@ -288,7 +289,7 @@ def test_flash_runs_and_is_right_on_cuda():
     mixer = net.encoder.backbone.blocks[0].mixer
     assert mixer.can_flash == (torch.cuda.get_device_capability() >= (8, 0))
     if mixer.can_flash:
-        assert mixer.flash_error(torch.device("cuda"), torch.bfloat16) < 0.05
+        assert common.flash_error(mixer, torch.device("cuda"), torch.bfloat16) < 0.05
 
 
 @needs_cuda
@@ -320,7 +321,7 @@ def test_the_hot_loop_does_not_wait_on_cuda():
     net, batches = make().cuda(), [to_cuda(batch) for batch in one_batch([3, 50, 17, 1, 127], n=2)]
     config = train.TrainConfig()
     process = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
-    optimizer = common.GuardedOptimizer(net, train.make_optimizers(net, config), config, process)
+    optimizer = GuardedOptimizer(net, train.make_optimizers(net, config), config, process)
     for step in range(3):
         torch.cuda.set_sync_debug_mode("error" if step else "default")  # first the optimizer's state is made
         try:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import data
 import model as m
+import recurrent
 import tasks
 from common import count_parameters
 from conftest import random_events, random_geometry
@@ -275,7 +276,7 @@ def test_mambas_matrix_form_is_the_recurrence(chunk):
     for t in range(L):
         state = log_decay[:, t].exp()[..., None, None] * state + b[:, t, None, :, None] * x[:, t, :, None, :]
         ys.append((c[:, t, None, :, None] * state).sum(2))
-    assert torch.allclose(m.state_space(x, log_decay, b, c, chunk), torch.stack(ys, 1), atol=1e-12)
+    assert torch.allclose(recurrent.state_space(x, log_decay, b, c, chunk), torch.stack(ys, 1), atol=1e-12)
 
 
 def test_both_ways_read_the_event_in_reverse():
@@ -350,7 +351,7 @@ def test_other_losses_agree_with_the_plain_formulas():
 
 def test_a_target_that_some_events_lack(monkeypatch):
     """Those events have loss 0, and the NaN of their truth does not reach the gradient."""
-    monkeypatch.setitem(m.CLS_TARGETS, "energy", m.ClsTarget(
+    monkeypatch.setitem(tasks.CLS_TARGETS, "energy", tasks.ClsTarget(
         width=1, label="energy", truth=lambda energy: torch.log10(energy)[:, None], metric="energy_rms",
         measure=lambda x, truth: (x - truth).square().sum(-1)))
     net, (batch,) = make(cls_target="energy"), one_batch([5, 9, 7])
@@ -410,7 +411,7 @@ def test_chamfer_distance_by_hand():
     logits = 100 * F.one_hot(guess, 4).float()
     # event 0: from DOM 0 the nearest guess is DOM 1, from DOM 1 it is DOM 1 itself, though guessed for the
     # other pulse; back, from the guesses DOM 1 and DOM 2: 0 m and 400 m. Event 1: 700 m both ways
-    found = m.chamfer_distance(logits, dom, event, geometry)
+    found = tasks.chamfer_distance(logits, dom, event, geometry)
     assert torch.allclose(found, torch.tensor([3.0 + 0, 0 + 4.0, 14.0]))
 
 

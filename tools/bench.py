@@ -31,7 +31,9 @@ import torch.nn.functional as F
 import data
 import knobs
 import prepare
+import tables
 from model import MIXERS, ModelConfig, Pretrainer, parameter_groups
+from optimizers import GuardedOptimizer
 from train import TrainConfig, make_optimizers, masked_batches
 
 
@@ -127,7 +129,7 @@ def count_flops(config, batch, n_doms):
 
 
 class PlainOptimizer:
-    """Instead of common.GuardedOptimizer: unfused, and nothing guarded."""
+    """Instead of GuardedOptimizer: unfused, and nothing guarded."""
 
     def __init__(self, model, config):
         self.model, self.grad_clip = model, config.grad_clip
@@ -155,7 +157,7 @@ class Arm:
                 block.mixer.can_flash = False  # the flash kernel takes no mask
         else:
             self.losses = common.compiled_and_distributed(model, config, process)
-            self.optimizer = common.GuardedOptimizer(model, make_optimizers(model, config), config, process)
+            self.optimizer = GuardedOptimizer(model, make_optimizers(model, config), config, process)
         self.autocast = torch.autocast(process.device.type, dtype, enabled=dtype != torch.float32)
         self.max_pulses, self.n_doms = data.read_meta(config.data_dir)["max_pulses"], len(geometry)
         self.rates, self.flops, self.n_tokens, self.n_events, self.memory, self.launches = [], 0, 0, 0, 0, 0
@@ -317,7 +319,7 @@ def bench_prepare(config, folder):
     simulate_batches(folder / "raw", config.n_events)
     settings = prepare.PrepareConfig(input_dir=f"{folder}/raw", data_dir=f"{folder}/0",
                                      splits={"all": (1, N_BATCHES)})
-    detector = prepare.read_detector(folder / "raw/sensor_geometry.csv")
+    detector = tables.read_detector(folder / "raw/sensor_geometry.csv")
     batch, events = next(prepare.kaggle_jobs(settings, prepare.plan_kaggle(settings)))
     chunks = list(islice(prepare.kaggle_chunks(batch.path, events, len(detector)), 16))
     n_chunk_events = sum(len(part) for part, *_ in chunks)
