@@ -331,6 +331,8 @@ class PositionHead(nn.Module):
 # DIFF(upstream): no logit for padding
 DOM_HEADS = {"linear": lambda config, geometry: nn.Linear(config.embedding_dim, len(geometry)),
              "position": PositionHead}
+CHOICES = {"backbone": MIXERS, "mlp": ("relu", "gelu", "swiglu"), "norm": NORMS, "dom_head": DOM_HEADS,
+           "loss_weighting": ("per_event", "per_pulse")}
 
 
 class Pretrainer(nn.Module):
@@ -405,10 +407,6 @@ class Pretrainer(nn.Module):
             sums += [(target.loss(answers[name], truth) * is_known).sum(),
                      (target.measure(answers[name], truth) * is_known).sum(), is_known.sum()]
         return torch.stack(sums)
-
-
-CHOICES = {"backbone": MIXERS, "mlp": ("relu", "gelu", "swiglu"), "norm": NORMS, "dom_head": DOM_HEADS,
-           "loss_weighting": ("per_event", "per_pulse")}
 
 
 class Reconstructor(nn.Module):

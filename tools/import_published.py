@@ -15,7 +15,8 @@ import torch
 
 import data
 import knobs
-from model import POSITION_SCALE, Pretrainer
+from model import Pretrainer
+from tasks import POSITION_SCALE
 from train import TrainConfig
 
 
