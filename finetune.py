@@ -128,7 +128,7 @@ def main():
     task = TASKS[config.task]
     process = common.start_process(config)
     checkpoint_path, best_path = f"{config.out_dir}/ckpt.pt", f"{config.out_dir}/best.pt"
-    pretrained = runs.load_pretrained(config)
+    pretrained = runs.load_pretrained(config)  # it tells the architecture
     saved = runs.find_run(config)
 
     # ---- data ----------------------------------------------------------------------------------------------

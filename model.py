@@ -7,11 +7,11 @@ Reconstructor tells from [CLS] one of tasks.TASKS. Both are pure functions of th
 is drawn after the weights are made.
 
 A batch is packed: the T tokens of its B events lie one after another without padding, and the first token of
-each event is its [CLS]. It is a dict that data.micro_batches makes: time [ns], charge [p.e.], dom, aux (T,),
-meaningless at [CLS]; starts int32 (B + 1,): event i is tokens starts[i] to starts[i + 1] - 1; the int
-longest, the tokens of the longest event; hidden and hidden_event (M,), token and event of each hidden pulse;
-and what the heads learn, total_charge [p.e.], azimuth, zenith [rad], energy [GeV], event_class (B,), center
-[m] and motion (B, 3).
+each event is its [CLS]. It is a dict that data.micro_batches makes, of tensors: float32 time [ns], charge
+[p.e.], int64 dom, bool aux (T,), meaningless at [CLS]; int32 starts (B + 1,): event i is tokens starts[i] to
+starts[i + 1] - 1; int64 hidden and hidden_event (M,), token and event of each hidden pulse; and what the
+heads learn, total_charge [p.e.], azimuth, zenith [rad], energy [GeV], event_class (B,), center [m] and motion
+(B, 3); and of the int longest, the tokens of the longest event.
 Other sizes: D embedding_dim, E dom_embed_dim, H heads, d = D / H, V DOMs, 5160 in IceCube. geometry: a
 detector's data.GEOMETRY records (V,).
 """

@@ -195,7 +195,7 @@ def main():
     config = knobs.load_config(TrainConfig, __doc__)
     process = common.start_process(config)
     checkpoint_path = f"{config.out_dir}/ckpt.pt"
-    pretrained = runs.load_pretrained(config)
+    pretrained = runs.load_pretrained(config)  # it tells the architecture
     saved = runs.find_run(config)
     if config.branch_from:
         saved, config.max_steps = runs.find_branch(config, saved, warmup_steps(config))
