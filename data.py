@@ -6,7 +6,8 @@
                 <split>_events.bin  EVENT records
 
 Without padding a data set is half as large, and neighbouring events are read in one piece. Which events make
-up a step depends on its number alone: a run that goes on, or has another number of ranks, sees the same ones.
+up step k follows from k, the batch size, the number of events and the seed. So a run that was resumed, or
+that has another number of ranks, sees the same events.
 """
 import json
 import zlib
@@ -38,12 +39,12 @@ PULSE = np.dtype([
 EVENT = np.dtype([
     ("event_id", "<i8"),
     ("start", "<i8"),  # index of the first pulse in <split>_pulses.bin
-    ("length", "<u2"),  # pulses kept, 1..max_pulses
-    ("n_pulses", "<u4"),  # pulses of the full event
+    ("length", "<u2"),  # pulses on disk, 1..max_pulses
+    ("n_pulses", "<u4"),  # pulses of the full event, before it was cut to max_pulses
     ("total_charge", "<f4"),  # [p.e.] of the full event
     ("center", "<f4", (3,)),  # [m] charge-weighted centre of the full event
-    # unit vector against the light's motion: a first guess, by a line fit to the full event, of where the
-    # neutrino came from; no label enters. Zeros where no fit is possible
+    # unit vector opposite to the motion of the light, so it points back to the source: a first guess, from a
+    # line fit to the full event, without labels. Zeros where no fit is possible
     ("motion", "<f4", (3,)),
     ("azimuth", "<f4"),  # [rad] of the direction the neutrino came from; NaN where unknown
     ("zenith", "<f4"),  # [rad]
@@ -54,8 +55,8 @@ EVENT = np.dtype([
 # what prepare.py keeps in a data folder until it is done: its settings, the finished batches
 UNFINISHED = "unfinished"
 
-# consecutive events that stay together when an epoch is shuffled: 5.8 kB, one or two pages of the disk
-RUN_LENGTH = 8
+# events that lie together on disk and stay together in the shuffle: 5.8 kB, one or two pages of the disk
+GROUP_SIZE = 8
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -121,7 +122,7 @@ def command_to_prepare(data_dir):
 
 
 def fingerprint(data_dir):
-    """A checksum of what meta.json says of the events: others, or another max_pulses, have another one."""
+    """Checksum of meta.json without input_dir: it changes with the events, and with max_pulses."""
     meta = read_meta(data_dir)
     meta.pop("input_dir", None)  # that folder may be moved
     return f"{zlib.crc32(json.dumps(meta, sort_keys=True).encode()):08x}"
@@ -173,36 +174,35 @@ def read_geometry(data_dir):
 def step_events(step, batch_size, n_events, seed):
     """The events of training step `step` -> index (batch_size,) and epoch (batch_size,), both int64.
 
-    Step k takes places [k * batch_size, (k + 1) * batch_size) of an endless stream of epochs, so it may begin
-    in one epoch and end in the next. An epoch holds every event once, in shuffled runs of RUN_LENGTH
+    Step k takes positions [k * batch_size, (k + 1) * batch_size) of an endless sequence of epochs, so it may
+    begin in one epoch and end in the next. An epoch holds every event once, in shuffled groups of GROUP_SIZE
     neighbours.
     """
-    place = step * batch_size + np.arange(batch_size)
-    epoch, place = np.divmod(place, n_events)
+    position = step * batch_size + np.arange(batch_size)
+    epoch, in_epoch = np.divmod(position, n_events)
     index = np.empty(batch_size, np.int64)
     for e in range(epoch[0], epoch[-1] + 1):
-        runs, shift = epoch_order(n_events, seed, e)
-        here = place[epoch == e]
-        run, within = np.divmod(here, RUN_LENGTH)
-        index[epoch == e] = (runs[run].astype(np.int64) * RUN_LENGTH + within + shift) % n_events
+        groups, shift = epoch_order(n_events, seed, e)
+        group, within = np.divmod(in_epoch[epoch == e], GROUP_SIZE)
+        index[epoch == e] = (groups[group].astype(np.int64) * GROUP_SIZE + within + shift) % n_events
     return index, epoch
 
 
 @lru_cache(maxsize=2)  # the present epoch and the one before: 130 M events are 65 MB an epoch
 def epoch_order(n_events, seed, epoch):
-    """One epoch's order of the runs. The shift moves the borders between runs: neighbours change too."""
+    """One epoch's order of the groups. The shift moves the borders between them: neighbours change too."""
     rng = np.random.default_rng([seed, epoch])
     shift = int(rng.integers(n_events))
-    runs = rng.permutation(n_events // RUN_LENGTH)
-    return np.append(runs, n_events // RUN_LENGTH).astype(np.uint32), shift  # a short run comes last
+    groups = rng.permutation(n_events // GROUP_SIZE)
+    return np.append(groups, n_events // GROUP_SIZE).astype(np.uint32), shift  # a smaller group comes last
 
 
 def read_events(split, index):
     """Read events by index -> their records (B,); their pulses, one event after another (sum of lengths,).
 
     Any order and repeats are allowed; the pulses are read-only. All is copied as plain bytes: numpy copies
-    packed records field by field, 10 times slower. Neighbours are copied in one piece: runs of 8 are four
-    times as fast as single events.
+    packed records field by field, 10 times slower. Neighbours are copied in one piece: groups of 8 are
+    four times as fast as single events.
     """
     events = split.events.view(f"V{EVENT.itemsize}").take(index).view(EVENT)
     first = np.flatnonzero(np.diff(index, prepend=index[0] - 2) != 1)  # where a stretch of neighbours begins
@@ -220,30 +220,30 @@ def pulse_places(events):
     return np.arange(length.sum()) + np.repeat(events["start"] - offset, length)
 
 
-def uniform_hash(seed, stream, place):
-    """Uniform numbers in [0, 1) that depend on (seed, stream, place) alone, float64.
+def uniform_hash(seed, key, place):
+    """Uniform numbers in [0, 1) that depend on (seed, key, place) alone, float64.
 
-    stream and place are integer arrays of one shape (or broadcast). This is a hash, splitmix64 (Steele, Lea &
+    key and place are integer arrays of one shape (or broadcast). This is a hash, splitmix64 (Steele, Lea &
     Flood 2014), not a generator: a pulse's number is the same whichever rank, worker or batch asks for it.
     """
     with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
-        return to_unit(mix_bits(hash_key(seed, stream) + np.asarray(place).astype(np.uint64) * GOLDEN))
+        return to_unit(mix_bits(hash_key(seed, key) + np.asarray(place).astype(np.uint64) * GOLDEN))
 
 
-def uniform_runs(seed, stream, counts):
-    """uniform_hash(seed, stream[i], 0 .. counts[i] - 1) for each i, one after another, in half the time."""
+def uniform_ranges(seed, key, counts):
+    """uniform_hash(seed, key[i], 0 .. counts[i] - 1) for each i, one after another, in half the time."""
     offset = np.cumsum(counts) - counts
     with np.errstate(over="ignore"):
         bits = np.arange(np.sum(counts), dtype=np.uint64) * GOLDEN
-        bits += np.repeat(hash_key(seed, stream) - offset.astype(np.uint64) * GOLDEN, counts)
+        bits += np.repeat(hash_key(seed, key) - offset.astype(np.uint64) * GOLDEN, counts)
     return to_unit(mix_bits(bits))
 
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio
 
 
-def hash_key(seed, stream):
-    return mix_bits(np.asarray(stream).astype(np.uint64) * GOLDEN + mix_bits(np.uint64(seed) + GOLDEN))
+def hash_key(seed, key):
+    return mix_bits(np.asarray(key).astype(np.uint64) * GOLDEN + mix_bits(np.uint64(seed) + GOLDEN))
 
 
 def mix_bits(z):  # in place if z is an array: a third of the time

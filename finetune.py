@@ -39,8 +39,8 @@ class FinetuneConfig(runs.RunConfig, ModelConfig):
     pretrained: str = "out/base/ckpt.pt"  # checkpoint whose encoder to begin with; "" = from scratch
     task: str = "direction"  # or "energy", log10 of the neutrino's in GeV; or "class", track or cascade
     direction_loss: str = "angular"  # mean angle; or "cosine", "vmf" (with uncertainty), "angular+vmf"
-    freeze_backbone: bool = False  # train the head alone
-    head_hidden_size: int = 1024  # of the head Linear(D, 1024), ReLU, Linear(1024, 3)
+    freeze_backbone: bool = False  # train the head alone; the whole encoder, its embedding too, stays
+    head_hidden_size: int = 1024  # of the head: Linear(D, this), ReLU, Linear(this, what the task needs)
     head_lr_factor: float = 1.0  # learning rate of the head over that of the encoder
     time_offset_std: float = 0.0  # [ns] shift each event in time at random: only differences count
     batch_size: int = 1024  # events a step, over all ranks
@@ -51,8 +51,8 @@ class FinetuneConfig(runs.RunConfig, ModelConfig):
     cooldown_steps: int = 1000  # trapezoidal only: linear fall to 0 at the end
     schedule: str = "cosine"  # or "trapezoidal", "constant"
     beta1: float = 0.92  # Adam's memory of the gradient
-    beta2: float = 0.9998  # Adam's memory of its square
-    adam_eps: float = 3e-7  # Adam's floor under the root of the squared gradient
+    beta2: float = 0.9998  # Adam's memory of the squared gradient
+    adam_eps: float = 3e-7  # Adam's epsilon, added to the root of the mean squared gradient
     weight_decay: float = 0.0  # of the matrices only
     grad_clip: float = 1.0  # largest norm of the gradient
     seed: int = 0  # of the weights and the order of events
@@ -81,20 +81,20 @@ LOG_COLUMNS = ["step", "events", "lr", "loss", "grad_norm", "events_per_s", "val
 # from a pretrained model to one for a task
 # ------------------------------------------------------------------------------------------------------------
 
-def load_encoder(model, encoder, path):
+def load_encoder(model, weights, path):
     """Copy the encoder of a pretrained (or fine-tuned) checkpoint. All of it must be there; the head is new.
 
     # DIFF(upstream): strict=False there, whatever is missing stays random without a word
     """
-    missing, unexpected = model.load_state_dict(encoder, strict=False)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
     new_head = [name for name in model.state_dict() if not name.startswith("encoder.")]
     if missing != new_head or unexpected:
         common.fail(f"{path}: its encoder is not complete: missing {sorted(set(missing) - set(new_head))}, "
                     f"not known {unexpected}")
 
 
-def head_and_encoder(model, config):
-    """model.parameter_groups, the head apart: it has head_lr_factor times the learning rate."""
+def finetune_groups(model, config):
+    """Optimizer groups with the head in its own: its learning rate is head_lr_factor times as large."""
     head = {id(parameter) for parameter in model.head.parameters()}
     groups = []
     for group in parameter_groups(model, config.weight_decay):
@@ -177,7 +177,7 @@ def main():
         load_encoder(raw_model, encoder, config.pretrained)
     raw_model.encoder.requires_grad_(not config.freeze_backbone)
     raw_model.to(process.device)
-    adamw = make_adamw(head_and_encoder(raw_model, config), config)
+    adamw = make_adamw(finetune_groups(raw_model, config), config)
     optimizer = GuardedOptimizer(raw_model, [adamw], config, process)
     first_step, best_val, best_step = 0, float("inf"), 0
     if saved:
@@ -249,7 +249,7 @@ def main():
                 optimizer.backward(loss * process.world_size)  # DDP takes the mean over ranks
             step_loss += loss.detach()
 
-        # guarded step
+        # clip the gradient, update the weights; a gradient that is not finite changes nothing
         grad_norm = optimizer.step()
 
         # log; only here the loop waits for the GPU

@@ -7,13 +7,18 @@ Reconstructor tells from [CLS] one of tasks.TASKS. Both are pure functions of th
 is drawn after the weights are made.
 
 A batch is packed: the T tokens of its B events lie one after another without padding, and the first token of
-each event is its [CLS]. It is a dict that data.micro_batches makes, of tensors: float32 time [ns], charge
-[p.e.], int64 dom, bool aux (T,), meaningless at [CLS]; int32 starts (B + 1,): event i is tokens starts[i] to
-starts[i + 1] - 1; int64 hidden and hidden_event (M,), token and event of each hidden pulse; and what the
-heads learn, total_charge [p.e.], azimuth, zenith [rad], energy [GeV], event_class (B,), center [m] and motion
-(B, 3); and of the int longest, the tokens of the longest event.
+each event is its [CLS]. It is a dict that data.micro_batches makes, of tensors but for longest:
+
+    time, charge   (T,) float32, [ns] and [p.e.]; like dom and aux 0 at [CLS], where nothing reads them
+    dom, aux       (T,) int64 and bool
+    starts         (B + 1,) int32: event i is tokens starts[i] to starts[i + 1] - 1
+    longest        int: the tokens of the longest event
+    hidden         (M,) int64: the tokens whose DOM is hidden; hidden_event (M,): the event of each, 0..B - 1
+    labels         fields of data.EVENT that the heads learn: total_charge, energy, ... (B,), center (B, 3)
+
 Other sizes: D embedding_dim, E dom_embed_dim, H heads, d = D / H, V DOMs, 5160 in IceCube. geometry: a
-detector's data.GEOMETRY records (V,).
+detector's data.GEOMETRY records (V,). DIFF(upstream) marks what differs from the published PolarBERT code;
+docs/upstream.md lists it.
 """
 import math
 from dataclasses import dataclass
@@ -48,7 +53,7 @@ class ModelConfig:
     distance_weight: float = 1.0  # of emd and chamfer, which count in 100 m
     loss_weighting: str = "per_event"  # events count alike; or "per_pulse", hidden pulses do (paper v0.1)
     cls_target: str = "charge"  # what [CLS] predicts: "charge", "center", "motion", or some joined by +
-    mup_base_width: int = 0  # muP: keep what was tuned at this embedding_dim for others; 0 = off
+    mup_base_width: int = 0  # muP: embedding_dim where the learning rate was tuned, see width_ratio; 0 = off
     mup_base_heads: int = 0  # num_heads of that base model; 0 = as many as here: wider heads
     mup_base_layers: int = 0  # CompleteP: the same for num_layers; 0 = off
 
@@ -105,7 +110,7 @@ class PulseEmbedding(nn.Module):
         dom = batch["dom"]  # (T,)
         if "hidden" in batch:  # only the id is hidden: when and how bright the pulse was stays visible
             dom = dom.index_fill(0, batch["hidden"], len(self.geometry))  # MASK
-        with torch.autocast(dom.device.type, enabled=False):  # bfloat16 would round 12,000 ns by up to 7 ns
+        with torch.autocast(dom.device.type, enabled=False):  # bfloat16: a scaled 12,000 ns is 7 off
             dom_part = F.embedding(dom, self.dom_vectors())  # (T, E)
             features = scale_pulses(batch)  # (T, 3)
             if self.has_waves:
@@ -200,11 +205,11 @@ class Block(nn.Module):
         self.mixer = MIXERS[config.backbone](config)
         self.norm2 = NORMS[config.norm](config.embedding_dim)
         self.mlp = MLP(config)
-        self.weight = config.mup_base_layers / config.num_layers if config.mup_base_layers else 1.0
+        self.branch_scale = config.mup_base_layers / config.num_layers if config.mup_base_layers else 1.0
 
     def forward(self, x, packing):
-        x = x.add(self.mixer(self.norm1(x), packing), alpha=self.weight)
-        return x.add(self.mlp(self.norm2(x)), alpha=self.weight)
+        x = x.add(self.mixer(self.norm1(x), packing), alpha=self.branch_scale)
+        return x.add(self.mlp(self.norm2(x)), alpha=self.branch_scale)
 
 
 class MLP(nn.Module):
@@ -393,7 +398,7 @@ class Pretrainer(nn.Module):
         return ["dom_loss", "top1", "top5", "string", "distance", "cross_entropy", *of_targets]
 
     def metrics(self, batch):
-        """Sums over a batch, in the order of metric_names, of the losses and of what makes them readable."""
+        """Sums over a batch, in the order of metric_names: of losses, and of what tells them to a reader."""
         logits, answers = self.predict(batch)
         dom, geometry = batch["dom"].index_select(0, batch["hidden"]), self.encoder.embedding.geometry
         best = logits.topk(5, dim=-1).indices  # (M, 5)
@@ -433,7 +438,12 @@ class Reconstructor(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 
 def width_ratio(config):
-    """muP: how much wider than the model whose learning rate was tuned; 1 without muP."""
+    """muP (Yang et al. 2022, arXiv:2203.03466): how much wider than the model that was tuned; 1 without muP.
+
+    It enters in four places: what the heads see and the learning rate of the backbone's matrices shrink with
+    it (Encoder.output_scale, parameter_groups), the heads' first weights do not (init_weights); and
+    attention_scale.
+    """
     return config.embedding_dim / config.mup_base_width if config.mup_base_width else 1.0
 
 
@@ -454,8 +464,8 @@ def init_weights(model, config):
     Linear, Conv1d     normal, std 1/sqrt(3 fan_in)    the variance of torch's and upstream's default
     their biases       0                               # DIFF(upstream): uniform
     features, time     weights 10 times as large       # DIFF(upstream): light crosses the detector in 0.1 of
-                                                       # the scaled time, but in 2 of the scaled positions;
-                                                       # else it stays unseen long
+                                                       # the scaled time, but in 2 of the scaled positions: a
+                                                       # small signal, which it would learn late
     heads              1/sqrt(3 D); with muP 1/sqrt(3 mup_base_width), whatever the width
     dom_table, MASK, [CLS]   normal, std 1             upstream's
     norms              weight 1, bias 0                torch's default; GRU likewise torch's
@@ -487,20 +497,20 @@ def heads_of(model):
 def parameter_groups(model, weight_decay):
     """Groups for AdamW: matrices decay; biases, norms, embeddings and [CLS] do not.
 
-    Each group has an lr_scale: 1, but 1 / width_ratio for the matrices of the backbone (muP, Yang et al.
-    2022, arXiv:2203.03466, table 8: Adam). Their decay grows by as much: lr * weight_decay stays the same.
+    Each group has an lr_scale: 1, but 1 / width_ratio for the matrices of the backbone (muP's table 8: Adam).
+    Their decay grows by as much: lr * weight_decay stays the same.
     # DIFF(upstream): it decays the DOM table and [CLS] too, which pulls rarely hit DOMs to zero
     """
-    hidden, decayed, kept = [], [], []
+    backbone, decayed, not_decayed = [], [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             if parameter.ndim < 2 or name.endswith(("dom_table.weight", "embedding.mask")):
-                kept.append(parameter)
+                not_decayed.append(parameter)
             elif ".backbone." in name:
-                hidden.append(parameter)
+                backbone.append(parameter)
             else:
                 decayed.append(parameter)
     scale = model.encoder.output_scale
-    return [{"params": hidden, "weight_decay": weight_decay / scale, "lr_scale": scale},
+    return [{"params": backbone, "weight_decay": weight_decay / scale, "lr_scale": scale},
             {"params": decayed, "weight_decay": weight_decay, "lr_scale": 1.0},
-            {"params": kept, "weight_decay": 0.0, "lr_scale": 1.0}]
+            {"params": not_decayed, "weight_decay": 0.0, "lr_scale": 1.0}]

@@ -35,7 +35,7 @@ import pyarrow as pa
 from common import (check_settings, count_cores, count_events, fail, hold_lock, progress_bar, read_json,
                     run_in_workers, run_stage, write_atomic, write_json)
 from data import (EVENT, FORMAT_VERSION, GEOMETRY, PULSE, UNFINISHED, describe_dtypes, open_split, read_meta,
-                  uniform_runs)
+                  uniform_ranges)
 from knobs import check_choice, check_not_negative, load_config, print_knobs
 from tables import (CHUNK, MAX_DOMS, MAX_FLOAT, open_parquet, read_batches, read_detector, refuse,
                     refuse_outside, to_numpy)
@@ -282,7 +282,7 @@ def pack(events, time, charge, dom, aux, detector, config):
         # a draw for each pulse, good ones before all others; an event keeps its max_pulses smallest
         # DIFF(upstream): a hash of event and pulse, so that no order of batches or workers can change it
         in_long, n_long = np.repeat(is_long, n), n[is_long]
-        draw = uniform_runs(config.seed, events["event_id"][is_long], n_long)
+        draw = uniform_ranges(config.seed, events["event_id"][is_long], n_long)
         draw += aux[in_long]
         if config.keep == "brightest":  # before all others: each DOM's first, in order of the DOMs' charge
             order, first = sort_by_dom(np.repeat(np.arange(len(n_long)), n_long), place[in_long],

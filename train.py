@@ -43,8 +43,8 @@ class TrainConfig(runs.RunConfig, ModelConfig):
     schedule: str = "trapezoidal"  # or "cosine", "constant"
     optimizer: str = "adamw"  # or "muon" (Jordan et al. 2024) for the matrices of the backbone
     beta1: float = 0.9  # Adam's memory of the gradient
-    beta2: float = 0.9998  # Adam's memory of its square, 5000 steps
-    adam_eps: float = 5e-7  # Adam's floor under the root of the squared gradient
+    beta2: float = 0.9998  # Adam's memory of the squared gradient: some 1 / (1 - beta2) = 5000 steps
+    adam_eps: float = 5e-7  # Adam's epsilon, added to the root of the mean squared gradient
     weight_decay: float = 0.1  # of the matrices only, see model.parameter_groups
     grad_clip: float = 1.0  # largest norm of the gradient
     mask_prob: float = 0.25  # share of good pulses (aux = False) whose DOM id is hidden
@@ -84,16 +84,18 @@ VAL_SEED = 0  # of the masks at evaluation: the same for every run, so that runs
 # masking
 # ------------------------------------------------------------------------------------------------------------
 
-def hide_pulses(events, pulses, epoch, mask_prob, seed):
-    """Which pulses are hidden, bool (P,): each good one (aux = False) with mask_prob, at least one of them.
+def draw_hidden(events, pulses, epoch, mask_prob, seed):
+    """Draw which pulses to hide -> bool (P,): each good one (aux = False) with probability mask_prob.
 
-    events (B,), their pulses (P,) one after another, epoch (B,). The draw is a hash of seed, epoch and the
-    pulse's place on disk.
+    If none is drawn, it is the one with the smallest number; an event without good pulses hides none. events
+    (B,), their pulses (P,) one after another, epoch (B,). The draw is a hash of seed, epoch and the pulse's
+    place on disk.
     # DIFF(upstream): an event may have nothing hidden there, and validation masks are new every time
     """
     length = events["length"].astype(np.int64)
     draw = data.uniform_hash(seed, np.repeat(epoch, length), data.pulse_places(events))
     draw[pulses["aux"]] = 2.0  # never
+    # an event's limit lies just above its smallest number, if mask_prob does not: one pulse is always hidden
     smallest = np.minimum.reduceat(draw, np.cumsum(length) - length)
     limit = np.where(smallest < 1.0, np.maximum(np.nextafter(smallest, 1.0), mask_prob), mask_prob)
     return draw < np.repeat(limit, length)
@@ -102,7 +104,7 @@ def hide_pulses(events, pulses, epoch, mask_prob, seed):
 def masked_batches(split, index, epoch, config, seed):
     """The events `index` of a split as micro-batches with hidden pulses."""
     events, pulses = data.read_events(split, index)
-    hidden = hide_pulses(events, pulses, epoch, config.mask_prob, seed)
+    hidden = draw_hidden(events, pulses, epoch, config.mask_prob, seed)
     labels = [CLS_TARGETS[name].label for name in config.cls_target.split("+")]
     return data.micro_batches(events, pulses, config.micro_batch_size, labels, hidden)
 
@@ -127,7 +129,7 @@ def evaluate(model, split, n_events, config, process):
     def load(i):
         return masked_batches(split, chunks[i], np.zeros_like(chunks[i]), config, VAL_SEED)
 
-    totals = np.zeros(len(model.metric_names) + 2)
+    totals = np.zeros(len(model.metric_names) + 2)  # and n_scored, n_hidden
     model.eval()
     for batches in data.prefetch(load, range(len(chunks)), process.device):
         for batch in batches:
@@ -159,7 +161,7 @@ def warmup_steps(config):
 
 
 def learning_rate(step, config):
-    """Of update `step` (from 0): linear warm-up, then the schedule; it falls to 0 at max_steps."""
+    """Of update `step` (from 0): linear warm-up, then the schedule, which ends at 0 but for "constant"."""
     warmup = warmup_steps(config)
     rise = min(1.0, (step + 1) / warmup)
     if config.schedule == "trapezoidal":
@@ -239,6 +241,7 @@ def main():
                                    best_val=best_val, n_train=n_train, data=fingerprint,
                                    config=dataclasses.asdict(config))
 
+    # while lock exists, no other run writes into out_dir; log(row) adds to log.csv
     lock, log = runs.start_run(config, process, raw_model, n_train, saved, LOG_COLUMNS)
     runs.print_schedule_notes(config, saved, warmup_steps(config), learning_rate)
 
@@ -285,7 +288,8 @@ def main():
         n_averaged, asked_to_stop = common.sum_over_ranks(
             [sum(batch[count] for batch in batches), bool(caught)], process)
 
-        # micro-batches: each adds its share of the step's means, so the cuts do not change the update
+        # micro-batches: each adds its share of the step's means, so the cuts do not change the update; in a
+        # [CLS] loss an event whose truth is not known counts as 0, while evaluate() leaves it out
         step_losses = {}
         for i, batch in enumerate(batches):
             with common.summing_gradients(model, process, is_last=i == len(batches) - 1):
@@ -297,7 +301,7 @@ def main():
                 optimizer.backward(loss * process.world_size)  # DDP takes the mean over ranks
             step_losses = {name: step_losses.get(name, 0.0) + mean.detach() for name, mean in means.items()}
 
-        # guarded step
+        # clip the gradient, update the weights; a gradient that is not finite changes nothing
         grad_norm = optimizer.step()
 
         # log; only here the loop waits for the GPU
@@ -310,8 +314,8 @@ def main():
             bar.write(common.step_line(row, config))
             if optimizer.gave_up():
                 with torch.no_grad(), process.autocast:
-                    losses = [sum(raw_model(batch).values()) for batch in batches]
-                common.stop_bad_run(config, step, losses, batches, process)
+                    of_events = [sum(raw_model(batch).values()) for batch in batches]  # for the message
+                common.stop_bad_run(config, step, of_events, batches, process)
         if step % config.log_interval == 0 or "val_loss" in row:
             log(row)
         bar.update()

@@ -28,7 +28,7 @@ def test_every_epoch_holds_every_event_once(n_events, batch_size):
         assert not np.array_equal(index[epoch == 0], index[epoch == 1])
         assert not np.array_equal(index[epoch == 0], data.step_events(0, n_events, n_events, seed=4)[0])
         distant = np.abs(np.diff(index[epoch == 0])) > 1
-        assert distant.mean() < 1.5 / data.RUN_LENGTH  # neighbours stay together: few reads
+        assert distant.mean() < 1.5 / data.GROUP_SIZE  # neighbours stay together: few reads
 
 
 def test_hash_is_uniform_and_depends_on_each_argument():

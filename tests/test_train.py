@@ -450,7 +450,7 @@ def test_bad_data_is_one_line(demo_data, tmp_path):
 
 def hidden_of(mask_prob=0.25, epoch=0, seed=0, n=4000):
     events, pulses = random_events(np.random.default_rng(0), np.random.default_rng(1).integers(1, 60, n))
-    hidden = train.hide_pulses(events, pulses, np.full(n, epoch), mask_prob, seed)
+    hidden = train.draw_hidden(events, pulses, np.full(n, epoch), mask_prob, seed)
     return events, pulses, hidden
 
 
@@ -473,7 +473,7 @@ def test_masks_depend_on_seed_and_epoch_and_not_on_the_company():
     assert not np.array_equal(hidden, hidden_of(epoch=1)[2])
     assert not np.array_equal(hidden, hidden_of(seed=1)[2])
     half = slice(events["start"][2000], None)
-    assert np.array_equal(train.hide_pulses(events[2000:], pulses[half], np.zeros(2000, int), 0.25, 0),
+    assert np.array_equal(train.draw_hidden(events[2000:], pulses[half], np.zeros(2000, int), 0.25, 0),
                           hidden[half])
 
 

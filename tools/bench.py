@@ -371,12 +371,12 @@ def bench_prepare(config, folder):
     print(f"peak memory of the largest process {max(memory):.2f} GB")
 
     split, rng = data.open_split(folder / "0", "all"), np.random.default_rng(0)
-    for run_length in (1, data.RUN_LENGTH):
-        runs = rng.integers(0, len(split) - run_length, (200, 4096 // run_length, 1))
-        indices = (runs + np.arange(run_length)).reshape(200, -1)
+    for size in (1, data.GROUP_SIZE):
+        first = rng.integers(0, len(split) - size, (200, 4096 // size, 1))
+        indices = (first + np.arange(size)).reshape(200, -1)
         for _ in range(2):  # the first time maps the pages
             seconds = seconds_of(lambda: [data.read_events(split, index) for index in indices])
-        print(f"loader, random runs of {run_length}: {200 * 4096 / seconds / 1e6:.2f} M events/s from mapped "
+        print(f"loader, random groups of {size}: {200 * 4096 / seconds / 1e6:.2f} M events/s from mapped "
               "pages")
 
 
