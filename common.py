@@ -622,6 +622,9 @@ def weights_for(saved, geometry, path, data_dir, part=""):
             fail(f"{path} was trained on another detector than {data_dir}: {difference}; its {what} is of no "
                  "use there. Only use_dom_positions = True without use_dom_table, and dom_head = 'position', "
                  "carry over")
+    if is_main_process():
+        print(f"note: {path} was trained on another detector than {data_dir}: {difference}; it knows DOMs by "
+              "their positions alone and goes on there")
     weights["encoder.embedding.geometry"] = torch.from_numpy(geometry["position"].copy())
     if "dom_head.bias" in weights:
         weights["dom_head.bias"] = torch.zeros(len(geometry))

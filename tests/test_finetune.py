@@ -411,7 +411,7 @@ def test_what_knows_doms_by_their_positions_goes_on_in_another_detector(tmp_path
     def begin(name, script, *flags):
         return [script, f"--pretrained={tmp_path}/{name}/ckpt.pt", f"--out_dir={tmp_path}/{script}_{name}",
                 *there, *flags]
-    run_ok(*begin("position", "train.py"))
+    assert "it has 5,160 DOMs, not 300" in run_ok(*begin("position", "train.py")).stdout
     model, _, _ = evaluate.load_model(f"{tmp_path}/train.py_position/ckpt.pt")
     assert len(model.dom_head.bias) == 300
     first = np.genfromtxt(tmp_path / "train.py_position/log.csv", delimiter=",", names=True)[0]
