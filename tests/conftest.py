@@ -3,10 +3,12 @@ import gc
 import importlib
 import io
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from contextlib import redirect_stderr, redirect_stdout
@@ -14,8 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tqdm import tqdm
 
+tqdm.monitor_interval = 0  # no thread of its own: processes are forked here
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded: here as in the scripts that the tests start
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # compile here, without more processes that load torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -30,8 +35,11 @@ def run(script, *args, launcher=None, **kwargs):
     """Run a script of the project as a user would, from its root -> CompletedProcess with text output.
 
     Its main() is called in this process, which spares the start of an interpreter that loads torch: 3 s. With
-    a launcher, or anything else that needs a process of its own (env, preexec_fn), it gets one.
+    a launcher, or anything else that needs a process of its own (env, preexec_fn), it gets one. A launcher
+    is the beginning of a command, or a function: forked(), forked_ranks(n).
     """
+    if callable(launcher):
+        return launcher(script, *map(str, args))
     if launcher is None and not kwargs:
         return call_main(script, *map(str, args))
     env = {**os.environ, **kwargs.pop("env", {})}
@@ -42,33 +50,112 @@ def run(script, *args, launcher=None, **kwargs):
                           capture_output=True, text=True, timeout=300, **kwargs)
 
 
-def call_main(script, *args):
-    """What `python script args` would do, in this process: same output, same exit status."""
+def status_of_main(script, *args):
+    """What `python script args` would do, in this process -> its exit status."""
     import common
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    argv, folder, out, err, status = sys.argv, os.getcwd(), io.StringIO(), io.StringIO(), 0
+    argv, folder = sys.argv, os.getcwd()
     sys.argv = [script, *args]
     os.chdir(ROOT)
     try:
-        with redirect_stdout(out), redirect_stderr(err):
-            try:
-                common.run_stage(module.main)
-            except SystemExit as end:  # as the interpreter treats it
-                status = end.code if isinstance(end.code, int) else int(end.code is not None)
-                if isinstance(end.code, str):
-                    print(end.code, file=err)
-            except Exception:
-                status = 1
-                traceback.print_exc(file=err)
+        common.run_stage(module.main)
+    except SystemExit as end:  # as the interpreter treats it
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except Exception:
+        traceback.print_exc()
+        return 1
     finally:
         sys.argv = argv
         os.chdir(folder)
+    return 0
+
+
+def call_main(script, *args):
+    """What `python script args` would do, in this process: same output, same exit status."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            status = status_of_main(script, *args)
+    finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        if status:
-            gc.collect()  # an error's frames may hold the lock of a folder, as no process does that has ended
+    if status:
+        gc.collect()  # an error's frames may hold the lock of a folder, as no process does that has ended
     return subprocess.CompletedProcess([script, *args], status, out.getvalue(), err.getvalue())
+
+
+class Fork:
+    """A script in a process of its own, group and all, that begins as a copy of this one: torch is loaded.
+
+    As much of subprocess.Popen as the tests need; stderr goes where stdout goes. before: called first;
+    output: a file.
+    """
+
+    def __init__(self, script, *args, env=(), before=lambda: None, output=None):
+        self.output, self.returncode = output or tempfile.TemporaryFile("w+"), None
+        self.pid = os.fork()
+        if self.pid == 0:
+            status = 1
+            try:
+                os.setsid()
+                os.environ.update(env)
+                hear_ctrl_c()
+                for number in (1, 2):
+                    os.dup2(self.output.fileno(), number)
+                sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)
+                before()
+                status = status_of_main(script, *map(str, args))
+                sys.stdout.flush()
+            finally:
+                os._exit(status)
+
+    def poll(self):
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def kill(self):
+        os.kill(self.pid, signal.SIGKILL)
+
+    def communicate(self, timeout=300):
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            assert time.monotonic() < end, f"still at work after {timeout} s"
+            time.sleep(0.01)
+        self.output.seek(0)
+        return self.output.read(), None
+
+
+def forked(**kwargs):
+    """A launcher for run: the script in a Fork."""
+    def launch(script, *args):
+        process = Fork(script, *args, **kwargs)
+        output, _ = process.communicate()
+        return subprocess.CompletedProcess([script, *args], process.returncode, output, output)
+    return launch
+
+
+def forked_ranks(n):
+    """A launcher like torchrun(n), whose ranks are forked: n + 1 interpreters need not load torch."""
+    def launch(script, *args):
+        import torch
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        env = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+               "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+        ranks = [Fork(script, *args, env=env | {"RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(n)]
+        while any(rank.poll() is None for rank in ranks) and not any(rank.returncode for rank in ranks):
+            time.sleep(0.02)
+        for rank in ranks:  # as torchrun does: the first that fails ends all
+            if rank.poll() is None:
+                rank.kill()
+        output = "".join(rank.communicate()[0] for rank in ranks)
+        status = next((rank.returncode for rank in ranks if rank.returncode), 0)
+        return subprocess.CompletedProcess([script, *args], status, output, output)
+    return launch
 
 
 def run_ok(script, *args, **kwargs):
@@ -102,6 +189,21 @@ def kill_when_there_is(pattern, folder, *command):
     n_found = len(list(folder.glob(pattern)))
     time.sleep(0.5)  # its worker ends with it
     return n_found
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_workers():
+    """Worker processes come from a server that has loaded what they need, which spares each of them 1 s.
+
+    Scripts in processes of their own start their workers anew, as users' do.
+    """
+    get_context = multiprocessing.get_context
+    modules = ["pytest", "prepare", "simulate", "tools.prometheus", "tools.graphnet"]
+    get_context("forkserver").set_forkserver_preload(modules)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multiprocessing, "get_context", lambda method=None: get_context(
+            "forkserver" if method == "spawn" else method))
+        yield
 
 
 def torchrun(n):

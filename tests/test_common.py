@@ -12,7 +12,7 @@ import torch
 
 import common
 import knobs
-from conftest import ROOT, run, run_ok, torchrun, user_error
+from conftest import ROOT, forked_ranks, run, run_ok, torchrun, user_error
 from evaluate import EvaluateConfig
 from finetune import FinetuneConfig
 from prepare import PrepareConfig
@@ -232,17 +232,19 @@ def test_a_folder_that_cannot_be_written_is_one_line(demo_data, tmp_path):
 # errors, ranks, devices
 # ------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("who, said", [("all", ["error: no such thing"]),
-                                       ("one", ["error: rank 1: no such thing"])])
-def test_what_all_ranks_say_is_printed_once(tmp_path, who, said):
+@pytest.mark.parametrize("who, said, launcher", [("all", ["error: no such thing"], torchrun(2)),
+                                                 ("one", ["error: rank 1: no such thing"], forked_ranks(2))])
+def test_what_all_ranks_say_is_printed_once(tmp_path, monkeypatch, who, said, launcher):
     (tmp_path / "stage.py").write_text(
         f"import os, sys, time; sys.path.insert(0, {str(ROOT)!r}); import common\n"
         "def main():\n"
         f"    if {who!r} == 'all' or os.environ['RANK'] == '1':\n"
         "        common.fail('no such thing')\n"
         "    time.sleep(60)\n"
-        "common.run_stage(main)\n")
-    done = run(tmp_path / "stage.py", launcher=torchrun(2))
+        "if __name__ == '__main__':\n"
+        "    common.run_stage(main)\n")
+    monkeypatch.syspath_prepend(tmp_path)  # where forked ranks find it
+    done = run("stage.py" if callable(launcher) else tmp_path / "stage.py", launcher=launcher)
     assert done.returncode != 0 and [line for line in done.stderr.splitlines()
                                      if line.startswith("error: ")] == said
 

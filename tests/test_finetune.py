@@ -2,6 +2,8 @@
 import csv
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow.parquet
@@ -14,7 +16,7 @@ import evaluate
 import finetune
 import tasks
 import train
-from conftest import (TINY_MODEL, TINY_RUN, random_events, random_geometry, run_ok, torchrun, user_error,
+from conftest import (TINY_MODEL, TINY_RUN, forked_ranks, random_events, random_geometry, run_ok, user_error,
                       write_folder)
 from test_train import assert_same_weights, column, weights
 
@@ -105,9 +107,9 @@ def test_it_learns_direction(demo_data, tmp_path):
 
 def test_two_ranks_train_and_predict_like_one(tuned, demo_data, pretrained, tmp_path):
     run_ok("finetune.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}",
-           f"--pretrained={pretrained[0]}/ckpt.pt", *KNOBS, launcher=torchrun(2))
+           f"--pretrained={pretrained[0]}/ckpt.pt", *KNOBS, launcher=forked_ranks(2))
     predict(tmp_path, f"--predictions={tmp_path}/predictions.csv", "--n_events=50", "--batch_size=16",
-            launcher=torchrun(2))
+            launcher=forked_ranks(2))
     for name in ("loss", "grad_norm", "val_angle_mean", "val_angle_median"):
         assert column(tmp_path, name) == pytest.approx(column(tuned[0], name), rel=2e-4), name
     assert_same_weights(tmp_path, tuned[0], atol=1e-4)
@@ -298,30 +300,43 @@ def test_patience_ends_a_run_and_it_stays_ended(demo_data, pretrained, tmp_path)
     assert f"is complete at step {last}" in run_ok("finetune.py", *args).stdout
 
 
-@pytest.mark.parametrize("knobs", [["--direction_loss=vmf"], ["--backbone=mamba", "--task=energy"],
-                                   ["--backbone=gru", "--direction_loss=vmf"], ["--task=class"]], ids=str)
-def test_an_exported_model_runs_without_this_repository(demo_data, tmp_path, knobs):
-    import subprocess
-    import sys
-    run_ok("finetune.py", f"--data_dir={demo_data}", *KNOBS, *TINY_MODEL, f"--out_dir={tmp_path}",
-           "--pretrained=", "--max_steps=1", *knobs)
-    predict(tmp_path, f"--predictions={tmp_path}/p.parquet", "--n_events=20")
-    run_ok("tools/export.py", f"--checkpoint={tmp_path}/best.pt", f"--out={tmp_path}/model.pt2")
+EXPORTED = {"vmf": ["--direction_loss=vmf"], "mamba": ["--backbone=mamba", "--task=energy"],
+            "gru": ["--backbone=gru", "--direction_loss=vmf"], "class": ["--task=class"]}
+
+
+@pytest.fixture(scope="module")
+def exported(demo_data, tmp_path_factory):
+    """A folder with exported models, predictions by evaluate.py, and what the models themselves say."""
+    folder = tmp_path_factory.mktemp("exported")
+    for name, knobs in EXPORTED.items():
+        run_ok("finetune.py", f"--data_dir={demo_data}", *KNOBS, *TINY_MODEL, f"--out_dir={folder}/{name}",
+               "--pretrained=", "--max_steps=1", *knobs)
+        predict(folder / name, f"--predictions={folder}/{name}.parquet", "--n_events=20")
+        run_ok("tools/export.py", f"--checkpoint={folder}/{name}/best.pt", f"--out={folder}/{name}.pt2")
     events, pulses = data.read_events(data.open_split(demo_data, "val"), np.arange(20))
     columns = {name: torch.from_numpy(pulses[name].copy()) for name in ("time", "charge", "aux")}
     columns["dom"] = torch.from_numpy(pulses["dom"].astype(np.int64))
-    torch.save((columns, torch.from_numpy(events["length"].astype(np.int64))), tmp_path / "pulses.pt")
-    code = ("import torch; model = torch.export.load('model.pt2').module()\n"
-            "torch.save(model(*torch.load('pulses.pt')), 'found.pt')\n"
-            "try: model({name: column.repeat(200)[:200] for name, column in "
-            "torch.load('pulses.pt')[0].items()}, torch.tensor([200]))\n"
-            "except RuntimeError as error: assert 'more than 127 pulses' in str(error), error\n"
-            "else: assert False, 'an event that is too long was taken'")
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
-    found, table = torch.load(tmp_path / "found.pt"), pyarrow.parquet.read_table(tmp_path / "p.parquet")
-    if "--task=energy" in knobs:
+    torch.save((columns, torch.from_numpy(events["length"].astype(np.int64))), folder / "pulses.pt")
+    code = ("import sys, torch\n"
+            "columns, length = torch.load('pulses.pt')\n"
+            "longer = {name: column.repeat(200)[:200] for name, column in columns.items()}\n"
+            "for name in sys.argv[1:]:\n"
+            "    model = torch.export.load(f'{name}.pt2').module()\n"
+            "    torch.save(model(columns, length), f'{name}.pt')\n"
+            "    try: model(longer, torch.tensor([200]))\n"
+            "    except RuntimeError as error: assert 'more than 127 pulses' in str(error), error\n"
+            "    else: assert False, 'an event that is too long was taken'")
+    subprocess.run([sys.executable, "-c", code, *EXPORTED], cwd=folder, check=True)
+    return folder
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_an_exported_model_runs_without_this_repository(exported, name):
+    found = torch.load(exported / f"{name}.pt")
+    table = pyarrow.parquet.read_table(exported / f"{name}.parquet")
+    if name == "mamba":
         assert found["log_energy"].numpy() == pytest.approx(np.log10(table["energy"].to_numpy()), abs=1e-4)
-    elif "--task=class" in knobs:
+    elif name == "class":
         assert found["p_track"].numpy() == pytest.approx(table["p_track"].to_numpy(), abs=1e-5)
     else:
         assert found["direction"][:, 2].numpy() == pytest.approx(table["z"].to_numpy(), abs=1e-4)
@@ -366,7 +381,8 @@ def test_embeddings_are_what_cls_knows(tuned, demo_data, pretrained, tmp_path):
     """Of a pretrained and of a tuned model, on one rank and on two, in the order of the events."""
     path = tmp_path / "e.parquet"
     split = data.open_split(demo_data, "val")
-    for checkpoint, launcher in ((f"{pretrained[0]}/ckpt.pt", None), (f"{tuned[0]}/best.pt", torchrun(2))):
+    for checkpoint, launcher in ((f"{pretrained[0]}/ckpt.pt", None),
+                                 (f"{tuned[0]}/best.pt", forked_ranks(2))):
         run_ok("evaluate.py", f"--checkpoint={checkpoint}", f"--embeddings={path}", "--device=cpu",
                "--batch_size=40", "--dtype=float32", launcher=launcher)
         table = pyarrow.parquet.read_table(path)

@@ -370,9 +370,9 @@ def test_a_complete_folder_is_left_alone(nubench, straight, tmp_path):
 
 
 def test_killed_and_gone_on_is_as_never_killed(nubench, tmp_path):
-    flags = [*nubench[1], "--events_per_batch=10", "--workers=1"]
+    flags = [*nubench[1], "--events_per_batch=20", "--workers=1"]
     command = [sys.executable, "-m", TOOL, *flags, f"--out_dir={tmp_path}/a"]
-    assert kill_when_there_is("batch_*.json", tmp_path / "a/.parts", *command) < 50
+    assert kill_when_there_is("batch_*.json", tmp_path / "a/.parts", *command) < 25
     assert "seed = 0, now it is 1" in user_error(TOOL, *flags, f"--out_dir={tmp_path}/a", "--seed=1")
     run_ok(TOOL, *flags, f"--out_dir={tmp_path}/a")
     run_ok(TOOL, *flags, f"--out_dir={tmp_path}/b", "--workers=2")

@@ -341,11 +341,11 @@ def test_stopped_in_the_main_process(photons, straight, tmp_path, monkeypatch, w
 
 def test_killed_and_gone_on_is_as_never_killed(tmp_path):
     write_geometry(tmp_path)
-    events = list(make_photons(np.random.default_rng(4), 40, (1000, 3000)))
+    events = list(make_photons(np.random.default_rng(4), 20, (1000, 3000)))
     for i in range(8):
         write_photons(tmp_path / f"files/{i:02}.parquet", events)
     flags = [f"--input_dir={tmp_path}/files", f"--geometry={tmp_path}/sensor_geometry.csv",
-             "--events_per_batch=40", "--workers=1"]
+             "--events_per_batch=20", "--workers=1"]
     command = [sys.executable, "-m", TOOL, *flags, f"--out_dir={tmp_path}/a"]
     assert kill_when_there_is("group_*.json", tmp_path / "a/.parts", *command) < 8
     assert "seed = 0, now it is 1" in user_error(TOOL, *flags, f"--out_dir={tmp_path}/a", "--seed=1")

@@ -1,7 +1,6 @@
 """study.py: which runs a study needs, and real small studies, stopped and gone on."""
 import csv
 import dataclasses
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -11,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from conftest import ROOT, TINY_RUN, call_main, run_ok, user_error
+from conftest import ROOT, TINY_RUN, Fork, run_ok, user_error
 from tools import study
 
 
@@ -19,15 +18,9 @@ from tools import study
 def forked_starts():
     """tools.study starts an interpreter for each run; here this one forks, which has loaded torch already."""
     def start(command, stdout, n_threads):
-        def child():
-            os.dup2(stdout.fileno(), 1)
-            done = call_main(command[1], *command[2:])
-            os.write(1, (done.stdout + done.stderr).encode())
-            os._exit(done.returncode)
-        process = multiprocessing.get_context("fork").Process(target=child)
-        process.start()
-        process.join()
-        return subprocess.CompletedProcess(command, process.exitcode)
+        process = Fork(command[1], *command[2:], output=stdout)
+        process.communicate()
+        return process
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study, "start_script", start)
@@ -186,7 +179,7 @@ def test_later_study_begins_from_an_earlier_one_and_is_drawn(small_study, demo_d
                                                             "--y=val_angle_mean", where)
 
 
-def test_killed_study_goes_on(demo_data, tmp_path):
+def test_killed_study_goes_on(demo_data, tmp_path, quick_starts):
     (tmp_path / "s.py").write_text(f"shared = {' '.join([f'--data_dir={demo_data}', *TINY_RUN])!r}\narms = "
                                    f"{{'a': ''}}\n"
                                    "learning_rates = '0.001,0.004,0.016'\nwiden = 0\nseeds = 1\nout_dir = "
@@ -210,15 +203,13 @@ def test_killed_study_goes_on(demo_data, tmp_path):
     assert sorted(map(str, study.read_results(tmp_path / "results.csv"))) == sorted(map(str, after))
 
 
-def test_run_that_is_stopped_is_not_taken_for_a_result(demo_data, tmp_path):
+def test_run_that_is_stopped_is_not_taken_for_a_result(demo_data, tmp_path, quick_starts):
     shared = " ".join([f"--data_dir={demo_data}", *TINY_RUN, "--max_steps=2000"])
     (tmp_path / "s.py").write_text(f"shared = {shared!r}\n"
                                    f"arms = {{'a': ''}}\nlearning_rates = '0.001'\nseeds = 1\nout_dir = "
                                    f"'{tmp_path}/s'\n"
                                    f"results = '{tmp_path}/results.csv'\n")
-    process = subprocess.Popen([sys.executable, "-m", "tools.study", tmp_path / "s.py"], cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = Fork("tools/study.py", tmp_path / "s.py")
     while not (tmp_path / "s/a/lr0.001_seed1/ckpt.pt").exists():
         assert process.poll() is None
         time.sleep(0.05)
