@@ -102,7 +102,7 @@ class Fork:
             try:
                 os.setsid()
                 os.environ.update(env)
-                hear_ctrl_c()
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist's workers ignore it
                 for number in (1, 2):
                     os.dup2(self.output.fileno(), number)
                 sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)

@@ -99,8 +99,9 @@ def test_a_frozen_encoder_stays_and_the_head_moves(demo_data, pretrained, tmp_pa
 def test_it_learns_direction(demo_data, tmp_path):
     """On 150 events, learned by heart: the labels, the loss and the head belong together."""
     run_ok("finetune.py", f"--data_dir={demo_data}", *KNOBS, *TINY_MODEL, f"--out_dir={tmp_path}",
-           "--pretrained=", "--batch_size=50", "--max_steps=300", "--eval_interval=300", "--log_interval=50",
-           "--save_interval=300", "--learning_rate=5e-3", "--val_split=finetune", "--val_events=0")
+           "--pretrained=", "--batch_size=50", "--micro_batch_size=50", "--max_steps=300",
+           "--eval_interval=300", "--log_interval=50", "--save_interval=300", "--learning_rate=5e-3",
+           "--val_split=finetune", "--val_events=0")
     before, after = column(tmp_path, "val_angle_mean")
     assert abs(before - np.pi / 2) < 0.25 and after < 1.0
 
@@ -207,8 +208,9 @@ def test_calibration_of_events_that_follow_their_kappa():
 
 def test_energy(demo_data, pretrained, tmp_path):
     args = [f"--data_dir={demo_data}", *KNOBS, f"--out_dir={tmp_path}",
-            f"--pretrained={pretrained[0]}/ckpt.pt", "--task=energy", "--batch_size=50", "--max_steps=60",
-            "--learning_rate=1e-2", "--eval_interval=30", "--log_interval=30", "--save_interval=60"]
+            f"--pretrained={pretrained[0]}/ckpt.pt", "--task=energy", "--batch_size=50",
+            "--micro_batch_size=50", "--max_steps=60", "--learning_rate=1e-2", "--eval_interval=30",
+            "--log_interval=30", "--save_interval=60"]
     run_ok("finetune.py", *args)
     predict(tmp_path, "--n_events=50", f"--predictions={tmp_path}/p.csv")
     resolution = column(tmp_path, "val_resolution")
@@ -225,8 +227,8 @@ def test_energy(demo_data, pretrained, tmp_path):
 def test_class(demo_data, pretrained, tmp_path):
     """Learned by heart; every number again from the predictions, the line fit's speed event by event."""
     args = [f"--data_dir={demo_data}", *KNOBS, f"--pretrained={pretrained[0]}/ckpt.pt", "--task=class",
-            "--batch_size=50", "--max_steps=60", "--learning_rate=1e-2", "--eval_interval=30",
-            "--val_split=finetune", "--val_events=0"]
+            "--batch_size=50", "--micro_batch_size=50", "--max_steps=60", "--learning_rate=1e-2",
+            "--eval_interval=30", "--save_interval=60", "--val_split=finetune", "--val_events=0"]
     done = run_ok("finetune.py", *args, f"--out_dir={tmp_path}/run")
     predict(tmp_path / "run", f"--predictions={tmp_path}/p.csv")
     split, geometry = data.open_split(demo_data, "finetune"), data.read_geometry(demo_data)["position"]

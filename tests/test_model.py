@@ -303,25 +303,6 @@ def test_backbones_and_mlps_are_of_about_equal_size():
     assert max(sizes) < 1.07 * min(sizes)
 
 
-@pytest.mark.parametrize("knobs",
-                         [{}, {"backbone": "mamba"}, {"mlp": "swiglu", "norm": "rmsnorm", "qk_norm": True,
-                                                               "dom_loss": "ce+emd",
-                                                      "cls_target": "charge+center"}], ids=str)
-def test_it_compiles_in_one_piece_for_all_lengths(knobs):
-    """Not so the GRU: torch traces no nn.GRU, each stays one opaque call."""
-    from torch._dynamo.testing import CompileCounter
-    net = make(**knobs)
-    torch._dynamo.reset()
-    assert torch._dynamo.explain(net)(one_batch([5, 9, 30])[0]).graph_break_count == 0
-    torch._dynamo.reset()
-    counter = CompileCounter()
-    compiled = torch.compile(net, backend=counter, dynamic=True)
-    for seed, lengths in enumerate(([5, 9, 30], [7, 40, 12, 8], [3, 100], [8, 126, 50, 20, 9], [11, 2, 3],
-                                    [90, 77])):
-        compiled(one_batch(lengths, seed=seed)[0])
-    assert counter.frame_count <= 3
-
-
 # ------------------------------------------------------------------------------------------------------------
 # losses and metrics
 # ------------------------------------------------------------------------------------------------------------

@@ -72,8 +72,9 @@ def test_ten_steps_give_the_known_losses(tmp_path):
 
 def test_it_learns(demo_data, tmp_path):
     run_ok("train.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}", *TINY_RUN, "--batch_size=32",
-           "--max_steps=80", "--cooldown_steps=20", "--learning_rate=1e-2", "--eval_interval=80",
-           "--save_interval=80", "--log_interval=40", "--val_split=pretrain", "--val_events=0")
+           "--micro_batch_size=32", "--max_steps=80", "--cooldown_steps=20", "--learning_rate=1e-2",
+           "--eval_interval=80", "--save_interval=80", "--log_interval=40", "--val_split=pretrain",
+           "--val_events=0")
     before, after = column(tmp_path, "val_dom_loss")
     assert before == pytest.approx(np.log(5160), abs=0.5) and after < before - 0.5
     assert column(tmp_path, "val_charge_loss")[1] < 0.15
@@ -260,8 +261,8 @@ def test_bad_steps_are_skipped_counted_and_end_the_run_if_they_go_on(demo_data, 
     pulses["charge"][split.events["start"][123]] = np.nan
     pulses.tofile(tmp_path / "data/pretrain_pulses.bin")
     event_id = split.events["event_id"][123]
-    args = [f"--data_dir={tmp_path}/data", f"--out_dir={tmp_path}/run", *TINY_RUN, "--batch_size=100", knob,
-            "--max_steps=6", "--log_interval=1"]
+    args = [f"--data_dir={tmp_path}/data", f"--out_dir={tmp_path}/run", *TINY_RUN, "--batch_size=100",
+            "--micro_batch_size=50", "--max_steps=6", "--log_interval=1", knob]
     run_ok("train.py", *args)
     assert column(tmp_path / "run", "bad_steps")[-1] == 2 == np.isnan(column(tmp_path / "run", "loss")).sum()
     assert common.load_checkpoint(tmp_path / "run/ckpt.pt")["bad_steps"] == 2
