@@ -147,7 +147,7 @@ def forked_ranks(n):
         env = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
                "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
         ranks = [Fork(script, *args, env=env | {"RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(n)]
-        while any(rank.poll() is None for rank in ranks) and not any(rank.returncode for rank in ranks):
+        while None in (codes := [rank.poll() for rank in ranks]) and not any(codes):
             time.sleep(0.02)
         for rank in ranks:  # as torchrun does: the first that fails ends all
             if rank.poll() is None:

@@ -254,15 +254,15 @@ def test_a_branch_is_the_run_that_would_have_ended_there(straight, demo_data, tm
 
 @pytest.mark.parametrize("knob", ["--dtype=float32", "--dtype=float16", "--optimizer=muon"])
 def test_bad_steps_are_skipped_counted_and_end_the_run_if_they_go_on(demo_data, tmp_path, knob):
-    """One event of the data holds a NaN: a step of 100 of the 300 events meets it once an epoch."""
+    """One event of the data holds a NaN: a step of 20 of 60 events meets it once an epoch."""
     shutil.copytree(demo_data, tmp_path / "data")
     split = data.open_split(tmp_path / "data", "pretrain")
     pulses = split.pulses.copy()
-    pulses["charge"][split.events["start"][123]] = np.nan
+    pulses["charge"][split.events["start"][23]] = np.nan
     pulses.tofile(tmp_path / "data/pretrain_pulses.bin")
-    event_id = split.events["event_id"][123]
-    args = [f"--data_dir={tmp_path}/data", f"--out_dir={tmp_path}/run", *TINY_RUN, "--batch_size=100",
-            "--micro_batch_size=50", "--max_steps=6", "--log_interval=1", knob]
+    event_id = split.events["event_id"][23]
+    args = [f"--data_dir={tmp_path}/data", f"--out_dir={tmp_path}/run", *TINY_RUN, "--train_events=60",
+            "--batch_size=20", "--max_steps=6", "--val_events=16", knob]
     run_ok("train.py", *args)
     assert column(tmp_path / "run", "bad_steps")[-1] == 2 == np.isnan(column(tmp_path / "run", "loss")).sum()
     assert common.load_checkpoint(tmp_path / "run/ckpt.pt")["bad_steps"] == 2
@@ -270,7 +270,7 @@ def test_bad_steps_are_skipped_counted_and_end_the_run_if_they_go_on(demo_data, 
     if knob != "--dtype=float32":
         return
 
-    whole = [*args, f"--out_dir={tmp_path}/whole", "--batch_size=300"]  # it is in every step
+    whole = [*args, f"--out_dir={tmp_path}/whole", "--batch_size=60"]  # it is in every step
     line = user_error("train.py", *whole, "--max_bad_steps=2", "--log_interval=1")
     assert "more than max_bad_steps = 2" in line and "for 1 of its events" in line
     assert f"event_id {event_id}" in line
