@@ -78,7 +78,8 @@ def test_a_step_waits_for_nothing(kind, knobs, monkeypatch):
     process = SimpleNamespace(device=torch.device("meta"), dtype=torch.float32)
     config = SimpleNamespace(grad_clip=1.0, max_bad_steps=3, direction_loss="angular+cosine+vmf")
     optimizer = GuardedOptimizer(net, [Unfused(net.parameters())], config, process)
-    batches = [to_meta(batch) for batch in one_batch([3, 50, 17, 1, 127], n=2)]
+    lengths = [3, 17, 1, 20] if knobs.get("backbone") == "gru" else [3, 50, 17, 1, 127]  # unrolled, slow
+    batches = [to_meta(batch) for batch in one_batch(lengths, n=2)]
     with NothingWaits():
         for batch in batches:
             losses = net(batch)
@@ -242,7 +243,7 @@ def test_one_graph_for_all_micro_batches(knobs):
     torch._dynamo.reset()
     counter, rng = CompileCounter(), np.random.default_rng(0)
     compiled = torch.compile(make(**knobs), backend=counter, dynamic=True, fullgraph=True)
-    for seed in range(20):
+    for seed in range(12):
         compiled(one_batch(rng.integers(2, 128, rng.integers(20, 40)), seed=seed)[0])
     assert counter.frame_count == 1
     for lengths in ([5, 9, 30], [7, 40, 12, 8], [3, 100], [8, 126, 50, 20, 9], [11, 2, 3], [90, 77]):
