@@ -202,7 +202,7 @@ def run_in_workers(function, jobs, workers, bar, done):
     context = multiprocessing.get_context("spawn")  # fork is not safe once pyarrow has threads
     counter, before = context.Value("q", 0), bar.n
     jobs, running = iter(jobs), {}
-    with ProcessPoolExecutor(workers, context, start_worker, (counter,)) as pool:
+    with noting_ctrl_c() as caught, ProcessPoolExecutor(workers, context, start_worker, (counter,)) as pool:
         try:
             while True:
                 for job in islice(jobs, workers + 1 - len(running)):  # one waits, so that no worker has to
@@ -213,6 +213,8 @@ def run_in_workers(function, jobs, workers, bar, done):
                 for future in wait(running, timeout=0.5, return_when=FIRST_COMPLETED).done:
                     done(running.pop(future), future.result())
                 bar.update(before + counter.value - bar.n)
+                if caught:
+                    raise KeyboardInterrupt
         except BaseException as error:
             for worker in multiprocessing.active_children():
                 worker.terminate()
@@ -220,6 +222,17 @@ def run_in_workers(function, jobs, workers, bar, done):
                 fail("a worker was killed, perhaps for lack of memory; the same command goes on, try fewer "
                      "--workers")
             raise
+
+
+@contextmanager
+def noting_ctrl_c():
+    """-> list that Ctrl-C only adds to: raised inside wait() it could lock the pool for ever."""
+    caught = []
+    before = signal.signal(signal.SIGINT, lambda *_: caught.append(True))
+    try:
+        yield caught
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

@@ -270,6 +270,17 @@ def test_ctrl_c_is_heard_again_after_an_error():
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
 
 
+def test_ctrl_c_does_not_cut_what_a_finished_job_leads_to():
+    found = []
+
+    def done(job, result):
+        os.kill(os.getpid(), signal.SIGINT)
+        found.append(result)
+    with common.progress_bar(3, "jobs", "event") as bar, pytest.raises(KeyboardInterrupt):
+        common.run_in_workers(abs, [(-1,), (-2,), (-3,)], 1, bar, done)
+    assert found and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 @pytest.mark.parametrize("amx, avx512, dtype, why", [
     (True, True, "bfloat16", "AMX"), (False, True, "bfloat16", "AVX512-BF16"),
     (False, False, "float32", "no bfloat16")])
