@@ -1,6 +1,7 @@
 """Config rules, learning rate, checkpoints, log.csv."""
 import dataclasses
 import math
+import os
 import re
 import signal
 import subprocess
