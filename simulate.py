@@ -53,7 +53,7 @@ DOM_AREA = 1.2e-3  # [m^2] for a photon, mean over directions; rough: tube size 
 UPWARD_RESPONSE = 0.5  # tubes look down: response 1 + 0.5 cos for light that moves up [toy]
 
 # neutrinos
-ENERGY_MIN, ENERGY_MAX = 1e2, 5e6  # [GeV]
+ENERGY_MAX = 5e6  # [GeV]
 SPECTRAL_INDEX = 1.9  # dN/dE ~ E^-1.9, flatter than nature's [toy]
 TRACK_SHARE = 0.5  # of the interactions: those with a muon [toy]
 THROUGH_SHARE = 0.5  # of these: those that lie outside the volume, so that the muon comes in [toy]
@@ -109,6 +109,8 @@ class SimulateConfig:
     geometry: str = ""  # a sensor_geometry.csv with sensor_id,x,y,z (and string); "" = IceCube, built in
     workers: int = 0  # processes; 0 = one per core
 
+    energy_min: float = 100.0  # [GeV] of the neutrinos; the larger, the more bright events
+
     # another ice and other tubes, compared with the constants above
     scattering: float = 1.0  # times the built-in ice's: 2 = half the scattering length, twice the delays
     absorption: float = 1.0  # times the built-in ice's: 2 = half the absorption length
@@ -121,6 +123,8 @@ class SimulateConfig:
         yield from check_positive(self, "n_events", "events_per_batch", "scattering", "absorption",
                                   "efficiency")
         yield from check_not_negative(self, "n_test_events", "seed", "workers", "dust", "noise")
+        if not 0 < self.energy_min < ENERGY_MAX:
+            yield f"energy_min = {self.energy_min}: must lie between 0 and {ENERGY_MAX:g} GeV"
         if not 0 <= self.afterpulses < 1:
             yield f"afterpulses = {self.afterpulses}: must be 0 or a share below 1"
 
@@ -193,12 +197,12 @@ def volume_of(detector):
     return VOLUME_RADIUS * (radius / icecube_radius), VOLUME_HALF_HEIGHT * (half_height / icecube_half_height)
 
 
-def draw_events(n, volume, rng) -> dict:
+def draw_events(n, volume, energy_min, rng) -> dict:
     """n neutrinos that interact in or near the detector. A track is a cascade at the vertex plus a muon."""
     azimuth, zenith = 2 * np.pi * rng.random(n), np.arccos(1 - 2 * rng.random(n))  # isotropic
     flight = -unit_vector(azimuth, zenith)  # the angles tell where it came from
     power = 1 - SPECTRAL_INDEX
-    energy = ENERGY_MIN * (1 + rng.random(n) * ((ENERGY_MAX / ENERGY_MIN) ** power - 1)) ** (1 / power)
+    energy = energy_min * (1 + rng.random(n) * ((ENERGY_MAX / energy_min) ** power - 1)) ** (1 / power)
     is_track = rng.random(n) < TRACK_SHARE
     muon_energy = is_track * energy * (1 - rng.random(n) ** INELASTICITY_POWER)
 
@@ -448,7 +452,7 @@ def trigger(event, dom, time, charge, aux, rng):
 
 def simulate_chunk(detector, config, rng):
     """CHUNK interactions -> pulse columns of those that triggered, numbered from 0; their truth."""
-    events, doms = draw_events(CHUNK, volume_of(detector), rng), detector.position
+    events, doms = draw_events(CHUNK, volume_of(detector), config.energy_min, rng), detector.position
     vertex, flight = events["vertex"], events["flight"]
     sources = (cascade_light(vertex, flight, events["cascade_energy"], doms, config),
                track_light(vertex, flight, events["muon_energy"], doms, config))

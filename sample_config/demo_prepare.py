@@ -3,3 +3,4 @@ input_dir = "data/demo_raw"
 data_dir = "data/demo"
 splits = {"pretrain": (1, 5), "finetune": (6, 7), "val": (8, 8), "test": "test"}
 max_pulses = 64
+keep = "brightest"  # of a longer event, study bright: the direction of the brightest ones 1.11 -> 0.52 rad

@@ -441,6 +441,12 @@ def test_knobs_of_the_tubes():
     assert 0.01 < (later > 5000).sum() / quiet_charge.sum() < 0.06 and later.max() < 20_000
 
 
+def test_energies_begin_where_they_are_told():
+    detector, rng = simulate.choose_detector(""), np.random.default_rng(0)
+    _, events = simulate.simulate_events(100, detector, simulate.SimulateConfig(energy_min=3e3), rng)
+    assert 3e3 <= events["energy"].min() < 4e3
+
+
 def test_without_afterpulses_no_number_is_drawn_for_them():
     """So that the bytes are those of a simulation without this knob."""
     rng, weight = np.random.default_rng(0), np.array([1.0, 7.5])
@@ -450,7 +456,7 @@ def test_without_afterpulses_no_number_is_drawn_for_them():
 
 
 @pytest.mark.parametrize("knob", ["scattering=0", "absorption=-1", "efficiency=0", "dust=-0.1", "noise=-1",
-                                  "afterpulses=-0.1", "afterpulses=6"])
+                                  "afterpulses=-0.1", "afterpulses=6", "energy_min=0", "energy_min=1e7"])
 def test_bad_ice_is_refused(tmp_path, knob):
     assert knob.split("=")[0] in user_error("simulate.py", f"--out_dir={tmp_path}/raw", f"--{knob}", *SMALL)
     assert not (tmp_path / "raw").exists()
