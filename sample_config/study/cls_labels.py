@@ -4,18 +4,20 @@
 script = "finetune.py"
 shared = ("sample_config/study/finetune.py --direction_loss=vmf --batch_size=64 --val_split=report "
           "--val_events=2000")
-arms = {f"{target}/{head}/{kind}/{n}":
-        f"--pretrained=out/study/cls/{target}/{head}/seed{{seed}}/ckpt.pt --train_events={n} "
+arms = {f"{recipe}/{kind}/{n}":
+        f"--pretrained=out/study/cls/{recipe}/seed{{seed}}/ckpt.pt --train_events={n} "
         f"--max_steps={steps} --freeze_backbone={kind == 'frozen'}"
-        for kind, n, steps in (("tuned", 500, 100), ("tuned", 8000, 250), ("frozen", 2000, 150))
-        for target in ("charge", "charge_motion") for head in ("linear", "position")}
-arms = arms | {f"{target}/tuned/{n}":
-               f"--pretrained=out/study/cls/{target}/seed{{seed}}/ckpt.pt --train_events={n} "
-               f"--max_steps={steps}"
-               for n, steps in ((2000, 200), (32000, 500))
-               for target in ("charge/linear", "charge_motion/position")}
-arms = arms | {f"scratch/{n}": f"--train_events={n} --max_steps={steps}"
-               for n, steps in ((500, 100), (8000, 250), (2000, 200), (32000, 500))}
+        for recipe in ("charge/linear", "charge/position", "charge_center/linear", "charge_center/position",
+                       "charge_motion/linear", "charge_motion/position", "charge_center_motion/linear",
+                       "charge_center_motion/position")
+        for kind, n, steps in (("tuned", 500, 100), ("tuned", 2000, 200), ("tuned", 8000, 250),
+                               ("tuned", 32000, 500), ("frozen", 500, 100), ("frozen", 2000, 150),
+                               ("frozen", 8000, 250), ("frozen", 32000, 500))
+        if recipe in ("charge/linear", "charge_motion/position")
+        or (kind, n) in (("tuned", 500), ("tuned", 8000), ("frozen", 2000))}
+arms = arms | {f"scratch/tuned/{n}": f"--train_events={n} --max_steps={steps}"
+               for n, steps in ((500, 100), (2000, 200), (8000, 250), (32000, 500))}
 learning_rates = "0.001"
 metric = "val_angle_mean"
+wide = True
 out_dir = "out/study/cls_labels"
