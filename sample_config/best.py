@@ -3,4 +3,3 @@
 # events. Beside it: prepare.py --keep=brightest, study bright.
 cls_target = "charge+motion"  # study cls_labels: 500 labels 1.13 rad; after the paper's recipe 32,000 1.24
 dom_head = "position"  # study cls: val_dom_loss 3.65 instead of 5.00 after 19,200 events
-qk_norm = True  # study recipe: allows twice the learning rate; 500 labels 1.09 instead of 1.13 rad

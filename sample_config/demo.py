@@ -12,12 +12,11 @@ num_layers = 3
 
 cls_target = "charge+motion"  # as best.py
 dom_head = "position"  # as best.py
-qk_norm = True  # as best.py
 
 batch_size = 128
 max_steps = 350
 optimizer = "muon"
-learning_rate = 2e-2
+learning_rate = 1e-2
 beta2 = 0.98  # warm-up of 50 steps
 cooldown_steps = 175
 
