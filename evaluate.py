@@ -256,7 +256,8 @@ def report(scores, events, config, run, saved):
     path, task = config.checkpoint, TASKS[run.task]
     rows, left_out = evaluation_table(scores, events, run)
     start = f"pretrained {saved['config']['pretrained']}" if saved["config"]["pretrained"] else "from scratch"
-    result = f"{path} | {start} | {saved['n_train']:,} labels | {len(events):,} events of {config.split} | "
+    where = config.split if config.data_dir == run.data_dir else f"{config.data_dir}/{config.split}"
+    result = f"{path} | {start} | {saved['n_train']:,} labels | {len(events):,} events of {where} | "
     errors = {name: value for name, value in rows[0].items() if name.endswith("_error")}
     result += task.result.format_map(rows[0] | {name: "" if value is None else f" +- {value:.4f}"
                                                 for name, value in errors.items()})

@@ -175,6 +175,8 @@ def main():
     if pretrained and not saved:
         encoder = common.weights_for(pretrained, geometry, config.pretrained, config.data_dir, "encoder.")
         load_encoder(raw_model, encoder, config.pretrained)
+        if "task" in pretrained["config"] and process.is_main:
+            print(f"note: {config.pretrained} is fine-tuned; its encoder goes on, its head does not")
     raw_model.encoder.requires_grad_(not config.freeze_backbone)
     raw_model.to(process.device)
     adamw = make_adamw(finetune_groups(raw_model, config), config)

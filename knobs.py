@@ -28,7 +28,7 @@ def load_config(cls, doc="", args=None):
     with one line on an unknown key, a wrong type, a missing file, or a complaint of `cls.check()`.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    values, sources, stems = {}, {}, []
+    values, sources, paths = {}, {}, []
     for arg in sys.argv[1:] if args is None else args:
         if arg in ("-h", "--help"):
             print(help_text(cls, doc))
@@ -40,7 +40,7 @@ def load_config(cls, doc="", args=None):
             assignments, where = {key: text}, "command line"
         else:
             assignments, where = read_config_file(arg), arg
-            stems.append(Path(arg).stem)
+            paths.append(arg)
         for key, value in assignments.items():
             if key not in fields:
                 fail(f"{where}: {cls.__name__} has no knob {key}{hint_for(key, fields)} "
@@ -49,10 +49,15 @@ def load_config(cls, doc="", args=None):
                 value = parse_flag(value)
             values[key] = to_type(value, fields[key].type, f"{where}: {key}")
             sources[key] = where
+    for path in paths:  # as when scratch.py stands before the config that it changes
+        later = {sources[key] for key in read_config_file(path)}
+        if later and later <= {*paths} - {path}:
+            fail(f"{path} changes nothing: {' and '.join(sorted(later))} sets it again; put it after that, "
+                 "or leave it out")
     config = cls(**values)
     config.sources = sources
     if getattr(config, "out_dir", None) == "":
-        config.out_dir = "out/" + ("+".join(stems) or Path(sys.argv[0]).stem)
+        config.out_dir = "out/" + ("+".join(Path(path).stem for path in paths) or Path(sys.argv[0]).stem)
     for complaint in config.check() or ():
         fail(complaint)
     return config
@@ -150,8 +155,8 @@ def take_architecture(config, architecture, saved, path):
     for field in dataclasses.fields(architecture):
         key, known = field.name, saved["config"].get(field.name, default_of(field))  # younger knobs were off
         if key in config.sources and getattr(config, key) != known:
-            fail(f"{key} = {getattr(config, key)!r}, but {path} has {known!r}; leave {key} out, the "
-                 "checkpoint tells it")
+            fail(f"{config.sources[key]}: {key} = {getattr(config, key)!r}, but {path} has {known!r}; leave "
+                 f"{key} out, the checkpoint tells it, or put the config file of that run after the others")
         setattr(config, key, known)
 
 

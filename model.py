@@ -50,7 +50,7 @@ class ModelConfig:
     final_norm: bool = True  # norm before the heads; upstream has none up to v0.2
     dom_head: str = "linear"  # a weight vector per DOM; or "position": it follows from where the DOM is
     dom_loss: str = "ce"  # cross-entropy; or "emd", "chamfer", distances of the guesses; or some joined by +
-    distance_weight: float = 1.0  # of emd and chamfer, which count in 100 m
+    distance_weight: float = 1.0  # of all DOM losses but ce: emd and chamfer count in 100 m
     loss_weighting: str = "per_event"  # events count alike; or "per_pulse", hidden pulses do (paper v0.1)
     cls_target: str = "charge"  # what [CLS] predicts: "charge", "center", "motion", or some joined by +
     mup_base_width: int = 0  # muP: embedding_dim where the learning rate was tuned, see width_ratio; 0 = off

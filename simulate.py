@@ -53,7 +53,7 @@ DOM_AREA = 1.2e-3  # [m^2] for a photon, mean over directions; rough: tube size 
 UPWARD_RESPONSE = 0.5  # tubes look down: response 1 + 0.5 cos for light that moves up [toy]
 
 # neutrinos
-ENERGY_MAX = 5e6  # [GeV]
+ENERGY_MIN, ENERGY_MAX = 1e2, 5e6  # [GeV]
 SPECTRAL_INDEX = 1.9  # dN/dE ~ E^-1.9, flatter than nature's [toy]
 TRACK_SHARE = 0.5  # of the interactions: those with a muon [toy]
 THROUGH_SHARE = 0.5  # of these: those that lie outside the volume, so that the muon comes in [toy]
@@ -109,7 +109,7 @@ class SimulateConfig:
     geometry: str = ""  # a sensor_geometry.csv with sensor_id,x,y,z (and string); "" = IceCube, built in
     workers: int = 0  # processes; 0 = one per core
 
-    energy_min: float = 100.0  # [GeV] of the neutrinos; the larger, the more bright events
+    energy_min: float = ENERGY_MIN  # [GeV] of the neutrinos; the larger, the more bright events
 
     # another ice and other tubes, compared with the constants above
     scattering: float = 1.0  # times the built-in ice's: 2 = half the scattering length, twice the delays
@@ -451,7 +451,7 @@ def trigger(event, dom, time, charge, aux, rng):
 
 
 def simulate_chunk(detector, config, rng):
-    """CHUNK interactions -> pulse columns of those that triggered, numbered from 0; their truth."""
+    """CHUNK interactions -> pulse columns of those that triggered, numbered from 0; their truth. Or None."""
     events, doms = draw_events(CHUNK, volume_of(detector), config.energy_min, rng), detector.position
     vertex, flight = events["vertex"], events["flight"]
     sources = (cascade_light(vertex, flight, events["cascade_energy"], doms, config),
@@ -460,8 +460,8 @@ def simulate_chunk(detector, config, rng):
     expected = expected * config.efficiency * efficiency_of(detector)[dom]
     event, dom, time, weight = draw_photons(event, dom, expected, *rest, config, rng)
     bright = (np.bincount(event, minlength=CHUNK) >= TRIGGER_PULSES)[event]  # the others can hardly trigger
-    if not bright.any():
-        return simulate_chunk(detector, config, rng)  # a geometry much thinner than IceCube's, or blind tubes
+    if not bright.any():  # only in a geometry much thinner than IceCube's, or with blind tubes
+        return None
     event, dom, time, weight = event[bright], dom[bright], time[bright], weight[bright]
     late = draw_afterpulses(event, dom, time, weight, config.afterpulses, rng)
     event, dom, time = (np.concatenate(pair) for pair in zip((event, dom, time), late))
@@ -475,13 +475,23 @@ def simulate_chunk(detector, config, rng):
     return (event, *columns), {name: values[..., triggered] for name, values in events.items()}
 
 
-def simulate_events(n, detector, config, rng):
-    """Exactly n triggered events -> pulse columns event (0..n-1), dom, time, charge, aux; their truth."""
-    chunks, n_found = [], 0
+def simulate_events(n, detector, config, rng, max_dark=300):
+    """Exactly n triggered events -> pulse columns event (0..n-1), dom, time, charge, aux; their truth.
+
+    A detector that sees nothing in more than max_dark chunks is refused.
+    """
+    chunks, n_found, n_dark = [], 0, 0
     while n_found < n:
-        (event, *columns), truth = simulate_chunk(detector, config, rng)
-        chunks.append(((event + n_found, *columns), truth))
-        n_found += len(truth["energy"])
+        chunk = simulate_chunk(detector, config, rng)
+        n_dark = 0 if chunk and len(chunk[1]["energy"]) else n_dark + 1
+        if n_dark > max_dark:
+            fail(f"none of the last {n_dark * CHUNK:,} neutrinos triggered the detector: that takes "
+                 f"{TRIGGER_PULSES} pulses of neighbours on a string; DOMs of equal x and y, or of one "
+                 "number in a column string of the geometry, stand on one")
+        if chunk:
+            (event, *columns), truth = chunk
+            chunks.append(((event + n_found, *columns), truth))
+            n_found += len(truth["energy"])
     pulses, truths = zip(*chunks)
     pulses = [np.concatenate(column) for column in zip(*pulses)]
     end = np.searchsorted(pulses[0], n)  # what the last chunk has too many

@@ -1,7 +1,8 @@
 """What a model learns to tell: DOM_LOSSES and CLS_TARGETS in pretraining, TASKS in fine-tuning.
 
-To add one, add an entry there. A target of [CLS] needs a weight too, the knob lambda_<name> of train.py. From
-an entry of TASKS follow the head (Reconstructor in model.py), the knob `task`, labels, loss and columns of
+To add one, add an entry there. A target of [CLS] needs a weight too, the knob lambda_<name> of train.py; what
+is not among the fields of data.EVENT needs one there, filled by prepare.pack, and data prepared anew. From an
+entry of TASKS follow the head (Reconstructor in model.py), the knob `task`, labels, loss and columns of
 log.csv (finetune.py), tables and files of predictions (evaluate.py), pictures (tools/plot.py) and studies.
 
 B events of a batch, their M hidden pulses and the V DOMs are torch tensors, n events that are judged numpy

@@ -60,6 +60,10 @@ class TrainConfig(runs.RunConfig, ModelConfig):
         yield from ModelConfig.check(self)
         yield from runs.RunConfig.check(self)
         yield from knobs.check_fraction(self, "mask_prob")
+        missing = [name for name in CLS_TARGETS if not hasattr(self, f"lambda_{name}")]
+        if missing:
+            yield f"tasks.CLS_TARGETS has {missing[0]!r}; its weight is missing here, lambda_{missing[0]}"
+            return
         yield from knobs.check_not_negative(self, "keep_every", *(f"lambda_{name}" for name in CLS_TARGETS))
         yield from knobs.check_choice(self, "optimizer", ("adamw", "muon"))
         if self.optimizer == "muon" and (self.mup_base_width or self.mup_base_layers):

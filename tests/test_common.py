@@ -271,6 +271,15 @@ def test_ctrl_c_is_heard_again_after_an_error():
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
 
 
+def test_a_config_file_that_changes_nothing_is_an_error(tmp_path):
+    (tmp_path / "one.py").write_text("seed = 1\n")
+    (tmp_path / "two.py").write_text("seed = 2\nmax_steps = 5\n")
+    line = user_error("train.py", tmp_path / "one.py", tmp_path / "two.py")
+    assert f"{tmp_path}/one.py changes nothing: {tmp_path}/two.py sets it again" in line
+    told = user_error("train.py", tmp_path / "one.py", "--seed=3", f"--data_dir={tmp_path}/no")
+    assert "changes nothing" not in told and f"{tmp_path}/no" in told  # a flag may set all of a file again
+
+
 def test_ctrl_c_does_not_cut_what_a_finished_job_leads_to():
     found = []
 

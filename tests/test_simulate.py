@@ -209,7 +209,8 @@ def test_unwritable_and_full_disks_give_one_line(tmp_path):
 
     def small_disk():  # room for the geometry, not for a batch: the worker fails
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-    args = [f"--out_dir={tmp_path}/raw", "--n_events=1200", "--events_per_batch=1000", "--workers=2"]
+    args = [f"--out_dir={tmp_path}/raw", "--n_events=1200", "--events_per_batch=1000", "--n_test_events=0",
+            "--workers=2"]
     assert "batch_1.parquet" in user_error("simulate.py", *args, preexec_fn=small_disk)
     assert not list(tmp_path.glob("raw/train/batch_1.*")), "half a file was left"
 
@@ -439,6 +440,14 @@ def test_knobs_of_the_tubes():
     _, _, later = simulate_one_chunk(noise=0.0, afterpulses=0.06)
     assert (quiet_later > 5000).mean() < 0.002 and 0.01 < (later > 5000).mean() < 0.06
     assert 0.01 < (later > 5000).sum() / quiet_charge.sum() < 0.06 and later.max() < 20_000
+
+
+def test_a_detector_that_sees_nothing_is_refused(tmp_path):
+    rows = [f"{i},{37 * i % 101},{i},{-17 * (i % 10)}" for i in range(60)]  # no two above each other
+    (tmp_path / "geometry.csv").write_text("\n".join(["sensor_id,x,y,z", *rows]) + "\n")
+    line = user_error("simulate.py", f"--geometry={tmp_path}/geometry.csv", f"--out_dir={tmp_path}/raw",
+                      "--n_events=10", "--n_test_events=0")
+    assert "triggered the detector" in line and "column string" in line
 
 
 def test_energies_begin_where_they_are_told():
