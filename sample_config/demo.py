@@ -1,4 +1,4 @@
-# A small model on simulated events, 2 minutes on 2 CPU cores. Against base.py: best.py's recipe, 0.2 M
+# A small model on simulated events, minutes on 2 CPU cores. Against base.py: best.py's recipe, 0.2 M
 # parameters, a shorter memory of Adam, and Muon: after 700 steps AdamW (learning rate 5e-3) ended at
 # val_dom_loss 4.05, Muon at 3.69; the direction at 1.39 and 1.17 rad (1 seed, linear DOM head, earlier toy).
 data_dir = "data/demo"
