@@ -69,6 +69,7 @@ class Split:
     path: str  # data folder and split name, for messages
     events: np.ndarray
     pulses: np.ndarray
+    n_doms: int  # of the detector
 
     def __len__(self):
         return len(self.events)
@@ -130,7 +131,8 @@ def fingerprint(data_dir):
 
 def open_split(data_dir, name):
     """Memory-map one split. Exits with one line if it does not exist, is empty or a file has a wrong size."""
-    splits = read_meta(data_dir)["splits"]
+    meta = read_meta(data_dir)
+    splits = meta["splits"]
     if name not in splits:
         fail(f"{data_dir} has no split {name!r}, it has: {', '.join(splits)}")
     count = splits[name]
@@ -145,7 +147,7 @@ def open_split(data_dir, name):
     if first["start"] != 0 or last["start"] + last["length"] != count["n_pulses"]:
         refuse_folder(data_dir, f"{data_dir}/{name}_events.bin",
                       f"its first or last event does not fit {name}_pulses.bin")
-    return Split(f"{data_dir}/{name}", *files)
+    return Split(f"{data_dir}/{name}", *files, meta["n_doms"])
 
 
 def open_first_events(data_dir, name, n_events, at_most=False):
@@ -210,7 +212,11 @@ def read_events(split, index):
     begin = events["start"][first] * PULSE.itemsize
     end = (events["start"][last] + events["length"][last]) * PULSE.itemsize
     raw = memoryview(split.pulses.view(np.uint8))
-    return events, np.frombuffer(b"".join([raw[a:b] for a, b in zip(begin.tolist(), end.tolist())]), PULSE)
+    pulses = np.frombuffer(b"".join([raw[a:b] for a, b in zip(begin.tolist(), end.tolist())]), PULSE)
+    if pulses["dom"].max() >= split.n_doms:
+        path = Path(f"{split.path}_pulses.bin")
+        refuse_folder(path.parent, path, f"it has DOM {pulses['dom'].max()}, the detector has {split.n_doms}")
+    return events, pulses
 
 
 def pulse_places(events):

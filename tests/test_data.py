@@ -146,6 +146,16 @@ def test_damaged_folders_are_refused(demo_data, tmp_path, harm, split, words):
     assert words in str(stop.value) and "copy" in str(stop.value)
 
 
+def test_a_dom_that_the_detector_lacks_is_refused(demo_data, tmp_path):
+    folder = tmp_path / "demo"
+    shutil.copytree(demo_data, folder)
+    with open(folder / "val_pulses.bin", "r+b") as file:
+        file.write(b"\xff" * 500)
+    split = data.open_split(folder, "val")
+    with pytest.raises(SystemExit, match="val_pulses.bin: it has DOM 65535, the detector has 5160"):
+        data.read_events(split, np.arange(3))
+
+
 def test_damaged_geometry_is_refused(demo_data, tmp_path):
     shutil.copytree(demo_data, tmp_path / "copy")
     (tmp_path / "copy/geometry.bin").write_bytes(b"\0" * 8)
