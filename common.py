@@ -654,8 +654,6 @@ def start_log(config, columns, step):
     Missing columns stay empty, floats get 6 significant digits. With wandb_project each row also goes to
     Weights & Biases.
     """
-    if not is_main_process():
-        return lambda row: None
     path, rows = f"{config.out_dir}/log.csv", []
     if step > 0 and os.path.isfile(path):
         with open(path, newline="") as file:

@@ -28,7 +28,7 @@ def load_config(cls, doc="", args=None):
     with one line on an unknown key, a wrong type, a missing file, or a complaint of `cls.check()`.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    values, sources, paths = {}, {}, []
+    values, sources, files = {}, {}, []  # files: config files and the knobs that they set
     for arg in sys.argv[1:] if args is None else args:
         if arg in ("-h", "--help"):
             print(help_text(cls, doc))
@@ -40,7 +40,7 @@ def load_config(cls, doc="", args=None):
             assignments, where = {key: text}, "command line"
         else:
             assignments, where = read_config_file(arg), arg
-            paths.append(arg)
+            files.append((arg, assignments.keys()))
         for key, value in assignments.items():
             if key not in fields:
                 fail(f"{where}: {cls.__name__} has no knob {key}{hint_for(key, fields)} "
@@ -49,15 +49,15 @@ def load_config(cls, doc="", args=None):
                 value = parse_flag(value)
             values[key] = to_type(value, fields[key].type, f"{where}: {key}")
             sources[key] = where
-    for path in paths:  # as when scratch.py stands before the config that it changes
-        later = {sources[key] for key in read_config_file(path)}
-        if later and later <= {*paths} - {path}:
+    for path, keys in files:  # as when scratch.py stands before the config that it changes
+        later = {sources[key] for key in keys}
+        if later and later <= {other for other, _ in files} - {path}:
             fail(f"{path} changes nothing: {' and '.join(sorted(later))} sets it again; put it after that, "
                  "or leave it out")
     config = cls(**values)
     config.sources = sources
     if getattr(config, "out_dir", None) == "":
-        config.out_dir = "out/" + ("+".join(Path(path).stem for path in paths) or Path(sys.argv[0]).stem)
+        config.out_dir = "out/" + ("+".join(Path(path).stem for path, _ in files) or Path(sys.argv[0]).stem)
     for complaint in config.check() or ():
         fail(complaint)
     return config
