@@ -1,6 +1,7 @@
 """study.py: which runs a study needs, and real small studies, stopped and gone on."""
 import csv
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import time
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 
 from conftest import ROOT, TINY_RUN, Fork, run_ok, user_error
@@ -82,7 +84,7 @@ def test_a_run_that_diverged_is_never_the_best_and_only_its_last_evaluation_coun
 def test_wide_table_has_a_column_for_what_follows_the_last_slash():
     rows = [row(arm, 1, seed, value + seed)
             for arm, value in (("a/b/500", 1.0), ("a/b/2000", 0.5), ("c/500", 4.0)) for seed in (1, 2)]
-    config = study.StudyConfig(arms=dict.fromkeys(["a/b/500", "a/b/2000", "c/500"], ""))
+    config = study.StudyConfig(arms=dict.fromkeys(["a/b/500", "a/b/2000", "c/500"], ""), wide="val_dom_loss")
     assert list(study.wide_table(config, study.final_rows(rows, "s"))) == [
         "| val_dom_loss | 500 | 2000 |", "|---|---|---|", "| a/b | 2.5 +- 0.71 | 2 +- 0.71 |",
         "| c | 5.5 +- 0.71 |  |"]
@@ -148,13 +150,21 @@ def test_later_study_begins_from_an_earlier_one_and_is_drawn(small_study, demo_d
     (tmp_path / "labels.py").write_text(
         f"script = 'finetune.py'\nshared = {' '.join([f'--data_dir={demo_data}', *tune])!r}\narms = "
         f"{arms}\nlearning_rates = '0.001'\n"
-        f"seeds = 2\nmetric = 'val_angle_mean'\nout_dir = '{tmp_path}/labels'\nresults = "
-        f"'{folder}/results.csv'\n")
-    run_ok("tools/study.py", tmp_path / "labels.py")
+        f"seeds = 2\nmetric = 'val_angle_mean'\nreport = 'pretrain'\nwide = 'report_angle_mean'\n"
+        f"out_dir = '{tmp_path}/labels'\nresults = '{folder}/results.csv'\n")
+    done = run_ok("tools/study.py", tmp_path / "labels.py")
     rows = [row for row in study.read_results(folder / "results.csv") if row["study"] == "labels"]
     assert len(rows) == 6 and all(0 < float(row["val_angle_mean"]) < 3.2
                                   and 0 <= float(row["coverage_90"]) <= 1 for row in rows)
     assert len({row["val_angle_mean"] for row in rows}) == 6  # other seeds and sizes are other runs
+    for row in rows:  # what is reported is of the split that tunes nothing
+        run = tmp_path / f"labels/{row['arm']}/seed{row['seed']}"
+        found = json.loads((run / "evaluation_pretrain.json").read_text())
+        assert found["n_events"] == 300 and found["rows"][0]["mean"] == pytest.approx(
+            float(row["report_angle_mean"]), rel=1e-5)
+        assert row["report_angle_mean"] != row["val_angle_mean"]
+    mean = np.mean([float(row["report_angle_mean"]) for row in rows if row["arm"] == "labels/50"])
+    assert f"| labels | {mean:.4g} +- " in done.stdout
     for x, y, name, more in (("learning_rate", "val_dom_loss", "small", []),
                              ("events", "val_loss", "small,labels", []),
                              ("seconds", "val_dom_loss", "small", []),
@@ -286,6 +296,8 @@ def test_user_errors(tmp_path):
     assert "learning_rates = 'fast'" in user_error("tools/study.py", arms, "--learning_rates=fast")
     assert "learning_rates = 'nan,1,2'" in user_error("tools/study.py", arms, "--learning_rates=nan,1,2")
     assert "arm 'a': No closing quotation" in user_error("tools/study.py", "--arms={'a': \"--mlp='relu\"}")
+    assert "report is for script = 'finetune.py'" in user_error("tools/study.py", arms, "--report=val")
+    assert "did you mean 'val_dom_loss'" in user_error("tools/study.py", arms, "--wide=val_dom_los")
     assert "did you mean 'train.py'" in user_error("tools/study.py", arms, "--script=trian.py")
     (tmp_path / "results.csv").write_text("a,b\n1,2\n")
     line = user_error("tools/study.py", arms, f"--results={tmp_path}/results.csv", f"--out_dir={tmp_path}")

@@ -29,7 +29,8 @@ from tools.study import METRICS, best_rate, final_rows, number_in, read_evaluati
 # Okabe & Ito: told apart by all eyes
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", ":", "-.")  # after seven colours
-AXES = {"val_angle_mean": "mean angular error [deg]", "val_angle_median": "median angular error [deg]",
+AXES = {"val_angle_mean": "mean angular error [rad]", "val_angle_median": "median angular error [rad]",
+        "report_angle_mean": "mean angular error [rad]", "report_angle_median": "median angular error [rad]",
         "val_dom_loss": "DOM loss", "val_charge_rms": "charge error, rms of log10 [dex]",
         "val_distance": "best guess off by [m]", "events": "events seen", "learning_rate": "learning rate",
         "number": "number in the arm's name", "seconds": "seconds of training"}
@@ -366,14 +367,15 @@ def study(config, runs, plt):
                                                              float(item[0].rpartition("/")[2]))))
         styles = [style(numbers.index(float(line.rpartition("/")[2])), kinds.index(line.rpartition("/")[0]))
                   for line in lines]
-    scale = np.degrees(1) if config.y.startswith("val_angle") else 1
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    ends = []  # of the lines: place, name, colour
     for (line, points), line_style in zip(lines.items(), styles):
         x = np.array(sorted(points))
-        mean, bar = np.array([(np.mean(points[k]), spread(points[k])) for k in x]).T * scale
+        mean, bar = np.array([(np.mean(points[k]), spread(points[k])) for k in x]).T
         axis.errorbar(x, mean, bar, label=line, marker="o", markersize=4, capsize=3, **line_style)
+        ends.append(((x[-1], mean[-1]), line, line_style["color"]))
         if config.fit and len(x) > 2:  # of all runs, not of their means: the slope's error knows the spread
-            runs_of_line = np.array([(k, y * scale) for k in x for y in points[k]])
+            runs_of_line = np.array([(k, y) for k in x for y in points[k]])
             draw_power_law(axis, *runs_of_line.T, line, color=line_style["color"], alpha=0.5)
     axis.set(xlabel=config.x_label or AXES.get(config.x, config.x), ylabel=AXES.get(config.y, config.y))
     xs = sorted(set().union(*lines.values()))
@@ -382,12 +384,30 @@ def study(config, runs, plt):
     if config.fit:
         plain_log(axis.yaxis)
     for name, height in config.baselines.items():
-        axis.axhline(height * scale, color="0.55", linewidth=1, linestyle="--")
-        axis.annotate(name, (1, height * scale), xycoords=("axes fraction", "data"), ha="right", va="bottom",
-                      fontsize=8, color="0.4")
-    if len(lines) > 1 or config.fit:
+        axis.axhline(height, color="0.55", linewidth=1, linestyle="--")
+        axis.annotate(name, (0, height), xycoords=("axes fraction", "data"), xytext=(4, 2),
+                      textcoords="offset points", fontsize=8, color="0.4")
+    if config.x == "learning_rate" or config.fit:
         axis.legend()
+    elif len(lines) > 1:
+        name_lines(axis, ends)
     return figure
+
+
+def name_lines(axis, ends):
+    """Write the name of each line behind its last point, in its colour; names that would touch move up.
+
+    ends: (place, name, colour) of each.
+    """
+    axis.figure.canvas.draw()
+    points = 72 / axis.figure.dpi  # in a pixel
+    heights = axis.transData.transform([place for place, _, _ in ends])[:, 1] * points
+    free = -np.inf
+    for i in np.argsort(heights):
+        place, name, color = ends[i]
+        free = max(heights[i], free + 11)
+        axis.annotate(name, place, (8, free - heights[i]), textcoords="offset points", va="center",
+                      fontsize=9, color=color, annotation_clip=False)
 
 
 # ------------------------------------------------------------------------------------------------------------

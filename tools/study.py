@@ -35,7 +35,8 @@ from tasks import TASKS
 
 METRICS = ["val_loss", "val_dom_loss", "val_charge_loss", "val_center_loss", "val_perplexity", "val_top1",
            "val_top5", "val_string", "val_distance", "val_charge_rms", "val_center_rms", "val_motion_angle",
-           *(column for task in TASKS.values() for column in task.log), "coverage_50", "coverage_90"]
+           *(column for task in TASKS.values() for column in task.log), "coverage_50", "coverage_90",
+           *(column.replace("val_", "report_") for task in TASKS.values() for column in task.log)]
 # one row for each evaluation of each run; metric decided on the learning rate; knobs is knobs_of(arguments)
 RESULTS = ["study", "arm", "learning_rate", "seed", "step", "events", "events_per_s", "parameters", *METRICS,
            "metric", "arguments", "knobs", "hardware"]
@@ -52,7 +53,8 @@ class StudyConfig:
     widen: int = 2  # so often the range may grow
     seeds: int = 3  # seeds 1 to this number
     metric: str = "val_dom_loss"  # the lower the better: it decides on the learning rate
-    wide: bool = False  # print the metric alone, arms that differ after the last / side by side
+    report: str = ""  # finetune.py: a split that tunes nothing; what is found there is report_...; "" = none
+    wide: str = ""  # a metric: print it alone, arms that differ after the last / side by side
     out_dir: str = ""  # where runs are kept; its last part is the study's name in the results
     results: str = "out/study/results.csv"  # file that all studies share
     jobs: int = 1  # runs at a time, which share the cores
@@ -60,6 +62,9 @@ class StudyConfig:
     def check(self):
         yield from knobs.check_choice(self, "script", ("train.py", "finetune.py"))
         yield from knobs.check_choice(self, "metric", METRICS)
+        yield from knobs.check_choice(self, "wide", ("", *METRICS))
+        if self.report and self.script != "finetune.py":
+            yield "report is for script = 'finetune.py': evaluate.py scores what that has made"
         yield from knobs.check_positive(self, "seeds", "jobs")
         yield from knobs.check_not_negative(self, "widen")
         if not self.arms:
@@ -87,6 +92,8 @@ def check_arms(config):
             try:
                 run_config = knobs.load_config(cls, args=shlex.split(arguments_of(config, arm, seed)))
                 data.read_meta(run_config.data_dir)
+                if config.report:
+                    data.open_split(run_config.data_dir, config.report)
                 for key in ("pretrained", "branch_from"):
                     path = getattr(run_config, key, "")
                     if path and not os.path.isfile(path):
@@ -212,6 +219,10 @@ def run(config, arm, rate, seed):
     with open(folder / "output.txt", "a+", encoding="utf-8") as output:
         before = output.tell()  # a run that was stopped has said something already
         status = start_script(command, output, n_threads).returncode
+        if config.report and not status:
+            command = [sys.executable, "evaluate.py", f"--checkpoint={folder}/best.pt",
+                       f"--split={config.report}"]
+            status = start_script(command, output, n_threads).returncode
         output.seek(before)
         errors = [line for line in output.read().splitlines() if line.startswith("error: ")]
         output.seek(0)
@@ -239,9 +250,12 @@ def run(config, arm, rate, seed):
             if line["val_loss"] and line["step"] != "0"]
     if not rows[-1][config.metric]:
         common.fail(f"{folder}/log.csv has no {config.metric}; choose another metric")
-    val_split = checkpoint["config"]["val_split"]
-    if (folder / f"evaluation_{val_split}.json").exists():
-        found = read_evaluation(folder, val_split)
+    split = config.report or checkpoint["config"]["val_split"]
+    if (folder / f"evaluation_{split}.json").exists():
+        found = read_evaluation(folder, split)
+        if config.report:
+            rows[-1] |= {column.replace("val_", "report_"): f"{found['rows'][0][name]:.6g}"
+                         for column, name in TASKS[found["task"]].log.items()}
         if "calibration" in found:
             for level in (50, 90):
                 share = np.interp(level / 100, found["calibration"]["level"], found["calibration"]["inside"])
@@ -290,11 +304,11 @@ def over_seeds(rows, metric):
 
 
 def wide_table(config, final):
-    """Yield lines of markdown: the metric of arm a/b/c in row a/b, column c."""
-    cells = {tuple(arm.rpartition("/")[::2]): over_seeds(rows, config.metric)
+    """Yield lines of markdown: the metric config.wide of arm a/b/c in row a/b, column c."""
+    cells = {tuple(arm.rpartition("/")[::2]): over_seeds(rows, config.wide)
              for arm, rows in best_runs(config, final).items()}
     names, columns = (list(dict.fromkeys(place)) for place in zip(*cells))
-    yield f"| {config.metric} | " + " | ".join(columns) + " |"
+    yield f"| {config.wide} | " + " | ".join(columns) + " |"
     yield "|---" * (len(columns) + 1) + "|"
     for name in names:
         yield f"| {name} | " + " | ".join(cells.get((name, column), "") for column in columns) + " |"

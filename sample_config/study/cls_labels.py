@@ -12,12 +12,10 @@ arms = {f"{recipe}/{kind}/{n}":
                        "charge_center_motion/position")
         for kind, n, steps in (("tuned", 500, 100), ("tuned", 2000, 200), ("tuned", 8000, 250),
                                ("tuned", 32000, 500), ("frozen", 500, 100), ("frozen", 2000, 150),
-                               ("frozen", 8000, 250), ("frozen", 32000, 500))
-        if recipe in ("charge/linear", "charge_motion/position")
-        or (kind, n) in (("tuned", 500), ("tuned", 8000), ("frozen", 2000))}
+                               ("frozen", 8000, 250), ("frozen", 32000, 500))}
 arms = arms | {f"scratch/tuned/{n}": f"--train_events={n} --max_steps={steps}"
                for n, steps in ((500, 100), (2000, 200), (8000, 250), (32000, 500))}
 learning_rates = "0.001"
 metric = "val_angle_mean"
-wide = True
+wide = "val_angle_mean"
 out_dir = "out/study/cls_labels"
