@@ -5,7 +5,7 @@
     python -m tools.plot --what=calibration --runs=out/demo_finetune     is the uncertainty right?
     python -m tools.plot --what=labels --runs=out/a,out/b,out/c,out/d       error against number of labels
     python -m tools.plot --what=scaling --runs=out/a,out/b --x=events    loss against events or parameters
-    python -m tools.plot --what=study --study=embedding                  results of tools.study
+    python -m tools.plot --what=study --study=cls                  results of tools.study
     python -m tools.plot --what=event --data_dir=data/demo --event=5 --runs=out/demo,out/demo_finetune
 
 Each writes one .png, in a second or two, and prints its name. errors, calibration and labels read the

@@ -2,8 +2,8 @@
 
     python simulate.py sample_config/study/simulate.py                     the data of all studies, once
     python prepare.py sample_config/study/prepare.py
-    python -m tools.study sample_config/study/embedding.py --jobs=2      one study, two runs at a time
-    python -m tools.plot --what=study --study=embedding --x=learning_rate        a picture of it
+    python -m tools.study sample_config/study/cls.py --jobs=2      one study, two runs at a time
+    python -m tools.plot --what=study --study=cls --x=learning_rate        a picture of it
 
 An arm is a name and what it adds to the command that all arms share. Each is run with every learning rate on
 seed 1; while the best of them lies at an end of the range, the range grows; the other seeds are run with the
@@ -68,7 +68,7 @@ class StudyConfig:
         yield from knobs.check_positive(self, "seeds", "jobs")
         yield from knobs.check_not_negative(self, "widen")
         if not self.arms:
-            yield "arms is empty; name a study, for example sample_config/study/embedding.py"
+            yield "arms is empty; name a study, for example sample_config/study/cls.py"
         for arm in self.arms:
             try:
                 shlex.split(arguments_of(self, arm, 1))
