@@ -88,6 +88,17 @@ def test_wide_table_has_a_column_for_what_follows_the_last_slash():
     assert list(study.wide_table(config, study.final_rows(rows, "s"))) == [
         "| val_dom_loss | 500 | 2000 |", "|---|---|---|", "| a/b | 2.5 +- 0.71 | 2 +- 0.71 |",
         "| c | 5.5 +- 0.71 |  |"]
+    rows.append(row("c/500", 1, 3, "", step="0"))  # one that diverged is no empty cell
+    assert list(study.wide_table(config, study.final_rows(rows, "s")))[-1] == "| c | diverged (1 of 3) |  |"
+
+
+def test_a_run_is_complete_at_its_last_step_or_out_of_patience():
+    def is_complete(script, step, **knobs):
+        return study.is_complete(study.StudyConfig(script=script), {
+            "step": step, "best_step": 40, "config": {"max_steps": 100, "eval_interval": 10, **knobs}})
+    assert is_complete("train.py", 100) and not is_complete("train.py", 99)
+    assert is_complete("finetune.py", 60, patience=2) and not is_complete("finetune.py", 50, patience=2)
+    assert not is_complete("finetune.py", 60, patience=0)
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +147,8 @@ def test_a_complete_study_runs_nothing_and_refuses_other_arguments(small_study, 
     changed = user_error("tools/study.py", folder / "small.py", f"--shared=--data_dir={demo_data} "
                                                                 "--max_steps=7")
     assert "arm charge of small was run with other knobs" in changed
+    assert "or another report or metric" in user_error("tools/study.py", folder / "small.py",
+                                                       "--metric=val_charge_loss")
     assert (folder / "results.csv").read_bytes() == before and log.stat().st_mtime_ns == written
     assert again.stdout.splitlines()[-4:] == done.stdout.splitlines()[-4:]
 
@@ -288,7 +301,7 @@ def test_diverging_run_is_recorded_and_not_chosen(demo_data, tmp_path, quick_sta
     assert study.best_rate(final, "a") in (0.001, 0.002)
 
 
-def test_user_errors(tmp_path):
+def test_user_errors(demo_data, tmp_path):
     assert "arms is empty" in user_error("tools/study.py")
     arms = "--arms={'a': ''}"
     assert "learning_rates = '1,2': one (not tuned), or three" in user_error("tools/study.py", arms,
@@ -296,6 +309,9 @@ def test_user_errors(tmp_path):
     assert "learning_rates = 'fast'" in user_error("tools/study.py", arms, "--learning_rates=fast")
     assert "learning_rates = 'nan,1,2'" in user_error("tools/study.py", arms, "--learning_rates=nan,1,2")
     assert "arm 'a': No closing quotation" in user_error("tools/study.py", "--arms={'a': \"--mlp='relu\"}")
+    assert "report = 'val': the run learns or tunes on it" in user_error(
+        "tools/study.py", arms, "--script=finetune.py", "--report=val", f"--shared=--data_dir={demo_data} "
+        "--pretrained=", f"--out_dir={tmp_path}/s", f"--results={tmp_path}/r.csv")
     assert "report is for script = 'finetune.py'" in user_error("tools/study.py", arms, "--report=val")
     assert "did you mean 'val_dom_loss'" in user_error("tools/study.py", arms, "--wide=val_dom_los")
     assert "did you mean 'train.py'" in user_error("tools/study.py", arms, "--script=trian.py")
@@ -334,6 +350,5 @@ def test_study_configs_load(path, monkeypatch):
     # assets/studies.csv, from which README's figures and answers come, is complete, and of these very knobs
     final = study.final_rows(study.read_results("assets/studies.csv"), path.stem)
     assert study.missing_runs(config, final) == []
-    assert all(row["knobs"] == study.knobs_of(study.arguments_of(config, arm, seed)) for (arm, _, seed),
-               row in final.items()
+    assert all(row["knobs"] == study.knobs_of(config, arm, seed) for (arm, _, seed), row in final.items()
                if arm in config.arms)

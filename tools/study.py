@@ -1,20 +1,19 @@
 """Run a study: several arms, each with its own best learning rate, over several seeds, into one .csv file.
 
-    python simulate.py sample_config/study/simulate.py                     the data of all studies, once
+    python simulate.py sample_config/study/simulate.py                     the data of most studies, once
     python prepare.py sample_config/study/prepare.py
     python -m tools.study sample_config/study/cls.py --jobs=2      one study, two runs at a time
     python -m tools.plot --what=study --study=cls --x=learning_rate        a picture of it
 
 An arm is a name and what it adds to the command that all arms share. Each is run with every learning rate on
-seed 1; while the best of them lies at an end of the range, the range grows; the other seeds are run with the
-best. Prints the means and standard deviations over seeds as a table. An arm's runs with its best learning
-rate are copied to out_dir/<arm>/seed<seed>, where the arms of a later study find them. A study that was
-stopped goes on: what is in the results is not run again.
+seed 1; while the best of them lies at an end of the range, the range grows, `widen` times at most; the other
+seeds are run with the best. Prints the means and standard deviations over seeds as a table. An arm's runs
+with its best learning rate are copied to out_dir/<arm>/seed<seed>, where the arms of a later study find them.
+A study that was stopped goes on: what is in the results is not run again.
 """
 import common  # first: it sets how torch's threads wait
 
 import csv
-import importlib
 import json
 import math
 import os
@@ -26,22 +25,27 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
 import data
+import finetune
 import knobs
+import train
 from tasks import TASKS
 
 METRICS = ["val_loss", "val_dom_loss", "val_charge_loss", "val_center_loss", "val_perplexity", "val_top1",
            "val_top5", "val_string", "val_distance", "val_charge_rms", "val_center_rms", "val_motion_angle",
            *(column for task in TASKS.values() for column in task.log), "coverage_50", "coverage_90",
            *(column.replace("val_", "report_") for task in TASKS.values() for column in task.log)]
-# one row for each evaluation of each run; metric decided on the learning rate; knobs is knobs_of(arguments)
+# one row for each evaluation of each run; coverage is of the events reported; metric decided on the learning
+# rate; knobs is knobs_of() the run
 RESULTS = ["study", "arm", "learning_rate", "seed", "step", "events", "events_per_s", "parameters", *METRICS,
            "metric", "arguments", "knobs", "hardware"]
 
 COMPUTING = {"micro_batch_size", "device", "compile"}  # knobs that change no result
+CONFIGS = {"train.py": train.TrainConfig, "finetune.py": finetune.FinetuneConfig}
 
 
 @dataclass
@@ -60,7 +64,7 @@ class StudyConfig:
     jobs: int = 1  # runs at a time, which share the cores
 
     def check(self):
-        yield from knobs.check_choice(self, "script", ("train.py", "finetune.py"))
+        yield from knobs.check_choice(self, "script", CONFIGS)
         yield from knobs.check_choice(self, "metric", METRICS)
         yield from knobs.check_choice(self, "wide", ("", *METRICS))
         if self.report and self.script != "finetune.py":
@@ -85,13 +89,15 @@ class StudyConfig:
 
 def check_arms(config):
     """Read the arguments of each arm as its script would, look for its files: better now than hours later."""
-    script = importlib.import_module(Path(config.script).stem)
-    cls = script.TrainConfig if config.script == "train.py" else script.FinetuneConfig
     for arm in config.arms:
         for seed in range(1, config.seeds + 1):
             try:
-                run_config = knobs.load_config(cls, args=shlex.split(arguments_of(config, arm, seed)))
+                run_config = knobs.load_config(CONFIGS[config.script],
+                                               args=shlex.split(arguments_of(config, arm, seed)))
                 data.read_meta(run_config.data_dir)
+                if config.report in (run_config.train_split, run_config.val_split):
+                    common.fail(f"report = {config.report!r}: the run learns or tunes on it; choose another "
+                                "split")
                 if config.report:
                     data.open_split(run_config.data_dir, config.report)
                 for key in ("pretrained", "branch_from"):
@@ -111,13 +117,13 @@ def arguments_of(config, arm, seed):
     return f"{config.shared} {config.arms[arm]}".replace("{seed}", str(seed)).strip()
 
 
-def knobs_of(arguments):
-    """A checksum of the knobs that the arguments set, but for COMPUTING.
+def knobs_of(config, arm, seed):
+    """A checksum of the knobs that the arguments set, but for COMPUTING, and of the split reported on.
 
     By it results of an older version of a config file are known.
     """
-    found = {}
-    for argument in shlex.split(arguments):
+    found = {"report": config.report} if config.report else {}
+    for argument in shlex.split(arguments_of(config, arm, seed)):
         key, _, text = argument.removeprefix("--").partition("=")
         if argument.startswith("--"):
             found[key] = knobs.parse_flag(text)
@@ -209,6 +215,12 @@ def start_script(command, stdout, n_threads):
                           env={**os.environ, "OMP_NUM_THREADS": str(n_threads)})
 
 
+def is_complete(config, checkpoint):
+    step, run_config = checkpoint["step"], SimpleNamespace(**checkpoint["config"])
+    return step >= run_config.max_steps or config.script == "finetune.py" and (
+        finetune.is_out_of_patience(step, checkpoint["best_step"], run_config))
+
+
 def run(config, arm, rate, seed):
     """Call the script for one run -> its rows of results; if it diverges one at step 0, without numbers."""
     folder, arguments = folder_of(config, arm, rate, seed), arguments_of(config, arm, seed)
@@ -219,10 +231,15 @@ def run(config, arm, rate, seed):
     with open(folder / "output.txt", "a+", encoding="utf-8") as output:
         before = output.tell()  # a run that was stopped has said something already
         status = start_script(command, output, n_threads).returncode
-        if config.report and not status:
-            command = [sys.executable, "evaluate.py", f"--checkpoint={folder}/best.pt",
-                       f"--split={config.report}"]
-            status = start_script(command, output, n_threads).returncode
+        if status == 0:
+            checkpoint = common.load_checkpoint(folder / "ckpt.pt")
+            if not is_complete(config, checkpoint):
+                common.fail(f"{folder} was stopped at step {checkpoint['step']}; the same command goes on "
+                            "from there")
+            if config.report:
+                command = [sys.executable, "evaluate.py", f"--checkpoint={folder}/best.pt",
+                           f"--split={config.report}"]
+                status = start_script(command, output, n_threads).returncode
         output.seek(before)
         errors = [line for line in output.read().splitlines() if line.startswith("error: ")]
         output.seek(0)
@@ -230,15 +247,12 @@ def run(config, arm, rate, seed):
                    if line.startswith("run ") and " | commit " in line]
     row = dict.fromkeys(RESULTS, "") | {
         "study": Path(config.out_dir).name, "arm": arm, "learning_rate": f"{rate:g}", "seed": str(seed),
-        "metric": config.metric, "arguments": arguments, "knobs": knobs_of(arguments)}
+        "metric": config.metric, "arguments": arguments, "knobs": knobs_of(config, arm, seed)}
     if status == common.DIVERGED_STATUS:
         return [row | {"step": "0"}]
     if status:
         common.fail(f"{shlex.join(command)} ended with status {status}; "
                     f"{errors[0] if errors else f'see {folder}/output.txt'}")
-    checkpoint = common.load_checkpoint(folder / "ckpt.pt")
-    if checkpoint["step"] < checkpoint["config"]["max_steps"] and not checkpoint["config"].get("patience"):
-        common.fail(f"{folder} was stopped at step {checkpoint['step']}; the same command goes on from there")
 
     row["hardware"] = (headers or [""])[-1].partition(" | ")[2]
     row["parameters"] = str(common.count_parameters(checkpoint["model"]))
@@ -276,11 +290,14 @@ def read_evaluation(run, split):
     return found
 
 
-def keep_best(config, arm, rate, seed):
-    """Copy a run with the best learning rate to out_dir/<arm>/seed<seed>, if need be -> whether it exists."""
+def keep_best(config, arm, rate, seed, replace):
+    """Copy a run with the best learning rate to out_dir/<arm>/seed<seed>, if need be -> whether it exists.
+
+    replace: also where one with another learning rate is.
+    """
     folder, best = folder_of(config, arm, rate, seed), Path(config.out_dir) / arm / f"seed{seed}"
-    if folder.exists() and (not best.exists()
-                            or common.read_json(best / "config.json")["learning_rate"] != rate):
+    if folder.exists() and (not best.exists() or replace and (
+            common.read_json(best / "config.json")["learning_rate"] != rate)):
         part = best.with_name(f"{best.name}.part")
         for old in (part, best):
             shutil.rmtree(old, ignore_errors=True)
@@ -292,12 +309,15 @@ def keep_best(config, arm, rate, seed):
 def best_runs(config, final):
     """The runs of each arm with its best learning rate, dict arm to rows of results."""
     best = {arm: best_rate(final, arm) for arm in config.arms}
-    return {arm: [row for (name, rate, _), row in final.items() if (name, rate) == (arm, best[arm])]
-            for arm in config.arms}
+    return {arm: [row for (name, rate, seed), row in final.items()
+                  if (name, rate) == (arm, best[arm]) and seed <= config.seeds] for arm in config.arms}
 
 
 def over_seeds(rows, metric):
     """Mean and standard deviation as text; empty if a run has no such number."""
+    n_diverged = sum(row["step"] == "0" for row in rows)
+    if n_diverged:
+        return f"diverged ({n_diverged} of {len(rows)})"
     numbers = [number_in(row, metric) for row in rows]
     text = "" if math.isnan(np.mean(numbers)) else f"{np.mean(numbers):.4g}"
     return f"{text} +- {spread(numbers):.2g}" if text and len(rows) > 1 else text
@@ -317,8 +337,7 @@ def wide_table(config, final):
 def table(config, final):
     """Yield lines of markdown, one per arm: mean and standard deviation over seeds, the tuning of seed 1."""
     runs = best_runs(config, final)
-    known = {metric for rows in runs.values() for row in rows for metric in METRICS
-             if number_in(row, metric) > 0}
+    known = {metric for rows in runs.values() for row in rows for metric in METRICS if row[metric]}
     shown = [metric for metric in METRICS
              if metric == config.metric or metric in known and metric != "val_loss"]
     tuning_head = f"{config.metric} of seed 1 by learning rate"
@@ -342,11 +361,13 @@ def main():
         return final_rows(read_results(config.results), study)
 
     for (arm, _, seed), row in done().items():
-        if arm in config.arms and row["knobs"] != knobs_of(arguments_of(config, arm, seed)):
+        if arm in config.arms and (row["knobs"], row["metric"]) != (
+                knobs_of(config, arm, seed), config.metric):
             common.fail(f"{config.results}: arm {arm} of {study} was run with other knobs, "
-                        f"{row['arguments']}; set them back, or choose another out_dir, whose last part is "
-                        "the study's name")
-    if missing_runs(config, done()):
+                        f"{row['arguments']}, or another report or metric; set them back, or choose another "
+                        "out_dir, whose last part is the study's name")
+    has_to_run = bool(missing_runs(config, done()))
+    if has_to_run:
         check_arms(config)
         knobs.print_knobs(config)
     while jobs := missing_runs(config, done()):
@@ -364,7 +385,7 @@ def main():
                 pool.shutdown(cancel_futures=True)
                 raise
     final = done()
-    if not all([keep_best(config, arm, best_rate(final, arm), seed) for arm in config.arms
+    if not all([keep_best(config, arm, best_rate(final, arm), seed, replace=has_to_run) for arm in config.arms
                 for seed in range(1, config.seeds + 1)]):
         print(f"note: not all runs are in {config.out_dir}; a study that begins from one that is missing "
               "cannot run")
