@@ -200,9 +200,9 @@ def print_header(config, process, model, n_train):
               "about new events")
 
 
-def print_schedule_notes(config, saved, warmup_steps, learning_rate):
+def print_schedule_notes(config, saved, process, warmup_steps, learning_rate):
     """Say so if the run is too short to reach its learning rate, or if one that has cooled down goes on."""
-    if not common.is_main_process():
+    if not process.is_main:
         return
     if warmup_steps > config.max_steps:
         print(f"note: the warm-up of {warmup_steps} steps is longer than the run, which never reaches its "

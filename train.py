@@ -247,7 +247,7 @@ def main():
 
     # while lock exists, no other run writes into out_dir; log(row) adds to log.csv
     lock, log = runs.start_run(config, process, raw_model, n_train, saved, LOG_COLUMNS)
-    runs.print_schedule_notes(config, saved, warmup_steps(config), learning_rate)
+    runs.print_schedule_notes(config, saved, process, warmup_steps(config), learning_rate)
 
     # ---- training loop -------------------------------------------------------------------------------------
     loader = data.prefetch(load_step, range(first_step, config.max_steps), process.device)
