@@ -383,6 +383,7 @@ def study(config, runs, plt):
         plain_log(axis.xaxis, xs if len(xs) < 8 else ())
     if config.fit:
         plain_log(axis.yaxis)
+    axis.margins(y=0.08)  # a baseline may be the lowest
     for name, height in config.baselines.items():
         axis.axhline(height, color="0.55", linewidth=1, linestyle="--")
         axis.annotate(name, (0, height), xycoords=("axes fraction", "data"), xytext=(4, 2),
