@@ -97,7 +97,7 @@ def read_detector(path):
     Without strings, 5160 rows are IceCube-86; in any other table DOMs of equal x, y are a string.
     """
     if not path.is_file():
-        fail(f"{path}: no such file; it tells where the DOMs are, and simulate.py writes one beside its events")
+        fail(f"{path}: no such file; it tells where the DOMs are; simulate.py writes one beside its events")
     try:
         table = pa.csv.read_csv(path)
     except (pa.ArrowException, OSError) as error:

@@ -279,16 +279,23 @@ def scaling(config, runs, plt):
     plain_log(axis.xaxis, sorted(set(x)) if len(set(x)) < 8 else ())
     plain_log(axis.yaxis)
     axis.margins(0.15, 0.15)
-    figure.canvas.draw()
-    taken = []  # places of labels [pixels of the figure]: one moves down until it covers no other
-    for place, name in zip(axis.transData.transform(np.c_[x, y]), names):
-        down = 0
-        while any(abs(place[0] - other[0]) < 90 and abs(place[1] - down - other[1]) < 11 for other in taken):
-            down += 11
-        taken.append((place[0], place[1] - down))
-        axis.annotate(name, place, (6, 4 - down), xycoords="figure pixels", textcoords="offset pixels",
-                      fontsize=7, color="0.35", annotation_clip=False)
+    write_names(axis, zip(zip(x, y), names, ["0.35"] * len(x)))
     return figure
+
+
+def write_names(axis, points):
+    """Write names right of points, (place, name, colour) each; one that would cover another moves up."""
+    axis.figure.canvas.draw()
+    taken = []  # places of names [points of print]
+    for (x, y), (place, name, color) in sorted(
+            ((axis.transData.transform(point[0]) * 72 / axis.figure.dpi, point) for point in points),
+            key=lambda item: item[0][1]):
+        up = 0
+        while any(abs(x - other[0]) < 90 and abs(y + up - other[1]) < 11 for other in taken):
+            up += 1
+        taken.append((x, y + up))
+        axis.annotate(name, place, (8, up), textcoords="offset points", va="center", fontsize=9, color=color,
+                      annotation_clip=False)
 
 
 def draw_power_law(axis, x, y, name="", **line):
@@ -391,24 +398,8 @@ def study(config, runs, plt):
     if config.x == "learning_rate" or config.fit:
         axis.legend()
     elif len(lines) > 1:
-        name_lines(axis, ends)
+        write_names(axis, ends)
     return figure
-
-
-def name_lines(axis, ends):
-    """Write the name of each line behind its last point, in its colour; names that would touch move up.
-
-    ends: (place, name, colour) of each.
-    """
-    axis.figure.canvas.draw()
-    points = 72 / axis.figure.dpi  # in a pixel
-    heights = axis.transData.transform([place for place, _, _ in ends])[:, 1] * points
-    free = -np.inf
-    for i in np.argsort(heights):
-        place, name, color = ends[i]
-        free = max(heights[i], free + 11)
-        axis.annotate(name, place, (8, free - heights[i]), textcoords="offset points", va="center",
-                      fontsize=9, color=color, annotation_clip=False)
 
 
 # ------------------------------------------------------------------------------------------------------------

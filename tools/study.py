@@ -269,7 +269,8 @@ def run(config, arm, rate, seed):
         found = read_evaluation(folder, split)
         if config.report:
             rows[-1] |= {column.replace("val_", "report_"): f"{found['rows'][0][name]:.6g}"
-                         for column, name in TASKS[found["task"]].log.items()}
+                         for column, name in TASKS[found["task"]].log.items()
+                         if found["rows"][0][name] is not None}  # the ROC area of a single class
         if "calibration" in found:
             for level in (50, 90):
                 share = np.interp(level / 100, found["calibration"]["level"], found["calibration"]["inside"])
