@@ -294,9 +294,9 @@ def write_names(axis, points):
         while any(abs(x - other[0]) < 90 and abs(y + up - other[1]) < 11 for other in taken):
             up += 1
         taken.append((x, y + up))
-        text = axis.annotate(name, place, (8, up), textcoords="offset points", va="center", fontsize=9,
-                             color=color, annotation_clip=False)
-        text.set_bbox({"facecolor": "white", "alpha": 0.8, "pad": 1, "linewidth": 0})  # over a line
+        axis.annotate(name, place, (8, up), textcoords="offset points", va="center", fontsize=9, color=color,
+                      annotation_clip=False,
+                      bbox={"facecolor": "white", "alpha": 0.8, "pad": 1, "linewidth": 0})  # over a line
 
 
 def draw_power_law(axis, x, y, name="", **line):

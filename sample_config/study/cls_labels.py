@@ -1,6 +1,6 @@
 # The direction from what cls.py pretrained, seed s from seed s of each arm: few labels and many, all weights
-# trained (tuned) or the head alone (frozen). One learning rate for all, not tuned; labels.py
-# tunes it. Reported on events that nothing was tuned on.
+# trained (tuned) or the head alone (frozen). One learning rate for all, not tuned; labels.py tunes it.
+# Reported on events that nothing was tuned on.
 script = "finetune.py"
 shared = ("sample_config/study/finetune.py --direction_loss=vmf --batch_size=64 --val_split=report "
           "--val_events=2000")
