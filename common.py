@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 import zlib
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -65,6 +66,8 @@ def run_stage(main):
                 fail(f"out of GPU memory ({first_line(error)}); lower micro_batch_size")
             if "gloo" in str(error) and "onnection" in str(error):
                 fail("lost another rank, which died; the same command goes on from the last checkpoint")
+            if type(error).__name__ in ("InductorError", "BackendCompilerFailed"):
+                fail(f"torch.compile failed ({first_line(error)}); --compile=False does without")
             raise
     except SystemExit as end:
         if isinstance(end.code, str):
@@ -425,7 +428,12 @@ def compiled_and_distributed(raw_model, config, process):
     """The model as the loop calls it. What is saved and evaluated is raw_model, whose weights it shares."""
     import torch
     check_flash(raw_model, process)
-    model = torch.compile(raw_model, dynamic=True) if config.compile else raw_model
+    model = raw_model
+    if config.compile:
+        if process.is_main:
+            print("torch.compile: the first step takes about a minute", flush=True)
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # start_process says why not
+        model = torch.compile(raw_model, dynamic=True)
     if process.world_size == 1:
         return model
     # DDP goes around the compiled model; else it would cut its graph, and compile anew for each new length

@@ -85,7 +85,8 @@ def state_space(x, log_decay, b, c, chunk=256):
 
     x (B, L, H, P), log_decay (B, L, H) <= 0, b and c (B, L, N) -> y (B, L, H, P). Within a chunk of Q tokens
     y = (decays * c b^T) x, a product with a masked Q x Q matrix. The state is handed from chunk to chunk, so
-    memory grows with L * chunk, not with L * L.
+    memory grows with L * chunk, not with L * L. No einsum of three: where opt_einsum is installed, it ties a
+    compiled graph to the sizes that it saw first.
     """
     state, ys = 0.0, []
     for x, log_decay, b, c in zip(*(part.split(chunk, dim=1) for part in (x, log_decay, b, c))):
@@ -95,8 +96,9 @@ def state_space(x, log_decay, b, c, chunk=256):
         weight = (c @ b.transpose(1, 2))[..., None] * between.masked_fill(~past, float("-inf")).exp()
         y = torch.einsum("btsh,bshp->bthp", weight, x)
         if ys:
-            y = y + torch.einsum("btn,bhnp,bth->bthp", c, state, total.exp())
+            y = y + torch.einsum("btn,bhnp->bthp", c, state) * total.exp()[..., None]
             state = state * total[:, -1, :, None, None].exp()
-        state = state + torch.einsum("bsn,bshp,bsh->bhnp", b, x, (total[:, -1:] - total).exp())
+        until_end = (total[:, -1:] - total).exp()
+        state = state + torch.einsum("bsn,bshp->bhnp", b, x * until_end[..., None])
         ys.append(y)
     return torch.cat(ys, dim=1)

@@ -96,12 +96,16 @@ class Fork:
 
     def __init__(self, script, *args, env=(), before=lambda: None, output=None):
         self.output, self.returncode = output or tempfile.TemporaryFile("w+"), None
+        torch = sys.modules.get("torch")
+        uses_gpu = torch and torch.cuda.is_initialized()  # then its copy cannot
         self.pid = os.fork()
         if self.pid == 0:
             status = 1
             try:
                 os.setsid()
                 os.environ.update(env)
+                if uses_gpu:
+                    torch.cuda.is_available = lambda: False
                 signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist's workers ignore it
                 for number in (1, 2):
                     os.dup2(self.output.fileno(), number)

@@ -16,7 +16,7 @@ import common
 import data
 import model as m
 import train
-from conftest import TINY_RUN, forked_ranks, run_ok, torchrun
+from conftest import TINY_RUN, forked_ranks, run_ok, torchrun, user_error
 from optimizers import GuardedOptimizer
 from tasks import TASKS
 from test_model import BACKBONES, doubled, make, one_batch
@@ -260,6 +260,13 @@ def test_one_rank_and_two_train_the_same_with_compile(demo_data, tmp_path):
     run_ok("train.py", *args, f"--out_dir={tmp_path}/two", "--compile=True", launcher=forked_ranks(2))
     for name in ("one", "two"):
         assert_trained_alike(tmp_path / name, tmp_path / "plain")
+
+
+def test_compile_without_a_compiler(demo_data, tmp_path):
+    line = user_error("train.py", f"--data_dir={demo_data}", *TINY_RUN, "--num_layers=1", "--compile=True",
+                      f"--out_dir={tmp_path}/run",
+                      env={"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": f"{tmp_path}/cache"})
+    assert line.startswith("error: torch.compile failed") and "--compile=False" in line
 
 
 # ------------------------------------------------------------------------------------------------------------

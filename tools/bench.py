@@ -2,7 +2,7 @@
 
     python -m tools.bench                                           # a training step of the base model
     python -m tools.bench --what=backbones                          # transformer, GRU, Mamba at base width
-    python -m tools.bench --what=all --device=cuda --compile=True   # both; docs/speed.md waits for it
+    python -m tools.bench --what=all --device=cuda --compile=True   # both; what docs/speed.md shows
     python -m tools.bench --what=prepare                            # files simulated for it, minutes
 
 The training baseline does what the published code does: every event padded to max_pulses, logits at every
@@ -45,7 +45,7 @@ class BenchConfig(ModelConfig):
     batch_size: int = 0  # events a step; 0 = 4096 on a GPU, 64 elsewhere
     micro_batch_sizes: str = ""  # events at once, an arm each; "" = 64,512,1024 on a GPU, 32 elsewhere
     rounds: int = 5  # measurements of each arm, in turns
-    steps: int = 2  # training steps in a measurement
+    steps: int = 0  # training steps in a measurement; 0 = 10 on a GPU, 2 elsewhere
     device: str = "auto"  # or "cuda", "mps", "cpu"
     dtype: str = "auto"  # of the fast arms: "bfloat16", "float16", "float32"; auto as in train.py
     compile: bool = False  # compiled arms beside the eager ones
@@ -53,8 +53,8 @@ class BenchConfig(ModelConfig):
 
     def check(self):
         yield from super().check()
-        yield from knobs.check_positive(self, "rounds", "steps", "n_events")
-        yield from knobs.check_not_negative(self, "batch_size")
+        yield from knobs.check_positive(self, "rounds", "n_events")
+        yield from knobs.check_not_negative(self, "batch_size", "steps")
         yield from knobs.check_choice(self, "what", ("train", "backbones", "all", "prepare"))
         yield from knobs.check_device(self)
         if not all(size.strip().isdigit() and int(size) for size in self.micro_batch_sizes.split(",")
@@ -194,11 +194,11 @@ class Arm:
         self.n_events += len(steps) * self.config.batch_size
 
     def count_launches(self, step):
-        """Kernels that one step starts on a GPU."""
+        """Kernels that a step of one micro-batch starts on a GPU."""
         from torch.profiler import DeviceType, ProfilerActivity, profile
         batches, = data.prefetch(self.load, [step], self.process.device)
-        with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
-            self.train(batches)
+        with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:
+            self.train(batches[:1])
             torch.cuda.synchronize()
         self.launches = sum(event.device_type == DeviceType.CUDA for event in profiled.events())
 
@@ -213,7 +213,7 @@ def bench_train(config):
                                batch_size=config.batch_size or (4096 if on_cuda else 64),
                                data_dir=config.data_dir)
     sizes = config.micro_batch_sizes or ("64,512,1024" if on_cuda else "32")
-    sizes = [int(size) for size in sizes.split(",")]
+    sizes, n_steps = [int(size) for size in sizes.split(",")], config.steps or (10 if on_cuda else 2)
     name_of_dtype = str(process.dtype).removeprefix("torch.")
     arms = {}
 
@@ -236,12 +236,12 @@ def bench_train(config):
     with common.progress_bar((config.rounds + 1) * len(arms), "bench", "measurement") as bar:
         for i in range(config.rounds + 1):  # round 0 warms up
             for arm in arms.values():
-                arm.measure(range(i * config.steps, (i + 1) * config.steps))
+                arm.measure(range(i * n_steps, (i + 1) * n_steps))
                 bar.update()
     for arm in arms.values():
         arm.rates = arm.rates[1:]
         if on_cuda:
-            arm.count_launches((config.rounds + 1) * config.steps)
+            arm.count_launches((config.rounds + 1) * n_steps)
 
     where = torch.cuda.get_device_name() if on_cuda else f"{torch.get_num_threads()} CPU threads"
     peak = next((flops for name, flops in PEAK_FLOPS.items() if name in where), None)
@@ -252,7 +252,7 @@ def bench_train(config):
         if config.what == "train":
             flops = arm.flops / arm.n_events * rate
             text += f" | {flops / 1e12:.3g} TFLOP/s" + (f", {flops / peak:.1%} of the peak" if peak else "")
-        return text + (f" | {arm.launches:,} launches a step | {arm.memory:.1f} GB" if on_cuda else "")
+        return text + (f" | {arm.launches:,} launches a micro-batch | {arm.memory:.1f} GB" if on_cuda else "")
 
     print(f"torch {torch.__version__}, {where}, {train_config.batch_size} events a step, "
           f"{split.events['length'].mean():.0f} pulses an event, at most "
