@@ -133,6 +133,28 @@ def test_runs_of_several_lengths_are_one_line(tmp_path):
     assert container.lines[0].get_xdata().tolist() == [80_000, 120_000, 160_000]
 
 
+def test_power_laws_above_a_floor(tmp_path, capsys):
+    """y = 2 + 8 parameters^-0.25 number^-0.5, half a percent up and down."""
+    rows = []
+    for width in (10, 100, 1000):
+        for number in (100, 400, 1600):
+            ends = [2 + 8 * width**-0.25 * number**-0.5 * off for off in (1.005, 0.995)]
+            rows += study_rows("law", {f"w{width}/{number}": {0.01: ends}})
+            for row in rows[-2:]:
+                row["parameters"] = str(width)
+    study.add_results(tmp_path / "r.csv", rows)
+    config = plot.PlotConfig(what="study", study="law", x="number", fit=True, floor=2.0,
+                             results=f"{tmp_path}/r.csv")
+    axis = plot.study(config, [], plt).axes[0]
+    assert [text.get_text() for text in axis.get_legend().texts if "power" in text.get_text()] == [
+        f"w{width} power -0.500 $\\pm$ 0.002" for width in (10, 100, 1000)]
+    assert capsys.readouterr().out == ("one law for all lines: parameters to the power -0.250 +- 0.001, "
+                                       "number -0.500 +- 0.001\n")
+    config.floor = 2.1
+    with pytest.raises(SystemExit, match="must be below all"):
+        plot.study(config, [], plt)
+
+
 def test_spread_is_that_of_a_sample():
     assert study.spread([1.0, 3.0]) == pytest.approx(2**0.5) and np.isnan(study.spread([1.0]))
 

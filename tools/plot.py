@@ -46,6 +46,7 @@ class PlotConfig:
     study: str = ""  # study: its name, or several separated by commas
     results: str = "out/study/results.csv"  # study: the file that study.py wrote
     fit: bool = False  # scaling, study: a power law through the points
+    floor: float = 0.0  # fit: what y cannot fall below; the law is for what lies above
     x_label: str = ""  # study: what the number in an arm's name means; "" = x
     arms: dict = field(default_factory=dict)  # study: the lines to draw, name to words for it; {} = all
     baselines: dict = field(default_factory=dict)  # study: horizontal lines to draw, name to height
@@ -274,7 +275,7 @@ def scaling(config, runs, plt):
     axis.set(xlabel={"events": "events seen", "parameters": "parameters"}[config.x],
              ylabel=AXES.get(config.y, config.y))
     if config.fit and len(set(x)) > 2:
-        draw_power_law(axis, np.array(x), np.array(y), color="0.55")
+        draw_power_law(axis, np.array(x), np.array(y), config.floor, color="0.55")
         axis.legend()
     plain_log(axis.xaxis, sorted(set(x)) if len(set(x)) < 8 else ())
     plain_log(axis.yaxis)
@@ -299,15 +300,24 @@ def write_names(axis, points):
                       bbox={"facecolor": "white", "alpha": 0.8, "pad": 1, "linewidth": 0})  # over a line
 
 
-def draw_power_law(axis, x, y, name="", **line):
-    """Fit a straight line to log y over log x and draw it; the slope's error is by the points' scatter."""
-    u, v = np.log(x), np.log(y)
-    slope, offset = np.polyfit(u, v, 1)
-    rest = v - slope * u - offset
-    error = (rest @ rest / (len(x) - 2) / np.square(u - u.mean()).sum()) ** 0.5
+def fit_power_law(xs, y, floor):
+    """Least squares for log (y - floor) over the log of each x -> exponents, their errors by scatter, law(xs).
+
+    xs (number of variables, number of points), y (number of points,).
+    """
+    if min(y) <= floor:
+        common.fail(f"floor = {floor:g}: must be below all that is drawn, the lowest of which is {min(y):.4g}")
+    u, v = np.log(np.vstack([np.full(len(y), np.e), xs])).T, np.log(y - floor)
+    best, *_ = np.linalg.lstsq(u, v, rcond=None)
+    scatter = np.square(v - u @ best).sum() / (len(y) - len(best))
+    errors = np.diag(scatter * np.linalg.inv(u.T @ u)) ** 0.5
+    return best[1:], errors[1:], lambda x: floor + np.exp(best[0]) * x ** best[1]
+
+
+def draw_power_law(axis, x, y, floor, name="", **line):
+    (slope,), (error,), law = fit_power_law(x[None], y, floor)
     grid = np.geomspace(min(x), max(x))
-    axis.plot(grid, np.exp(offset) * grid**slope, linewidth=1,
-              label=f"{name} power {slope:.3f} $\\pm$ {error:.3f}", **line)
+    axis.plot(grid, law(grid), linewidth=1, label=f"{name} power {slope:.3f} $\\pm$ {error:.3f}", **line)
 
 
 def points_of_study(config, results, name):
@@ -353,6 +363,7 @@ def study(config, runs, plt):
     that share what stands before the number. x = events or seconds: the course of runs with the best one.
     """
     results, lines = read_results(config.results), {}  # name of a line -> x -> values, one per seed
+    sizes = []  # of all runs drawn: parameters, x, y
     names = [name.strip() for name in config.study.split(",")]
     for name in names:
         for line, x, row in points_of_study(config, results, name):
@@ -365,6 +376,7 @@ def study(config, runs, plt):
             elif row[config.y]:
                 line = f"{name}: {line}" if len(names) > 1 and line != name else line
                 lines.setdefault(line, {}).setdefault(x, []).append(number_in(row, config.y))
+                sizes.append((number_in(row, "parameters"), x, number_in(row, config.y)))
     if not lines:
         common.fail(f"{config.results}: {config.y} is empty in {config.study}")
     styles = [style(i) for i in range(len(lines))]
@@ -384,13 +396,18 @@ def study(config, runs, plt):
         ends.append(((x[-1], mean[-1]), line, line_style["color"]))
         if config.fit and len(x) > 2:  # of all runs, not of their means: the slope's error knows the spread
             runs_of_line = np.array([(k, y) for k in x for y in points[k]])
-            draw_power_law(axis, *runs_of_line.T, line, color=line_style["color"], alpha=0.5)
+            draw_power_law(axis, *runs_of_line.T, config.floor, line, color=line_style["color"], alpha=0.5)
     axis.set(xlabel=config.x_label or AXES.get(config.x, config.x), ylabel=AXES.get(config.y, config.y))
     xs = sorted(set().union(*lines.values()))
     if config.x != "seconds" and xs[0] > 0:
         plain_log(axis.xaxis, xs if len(xs) < 8 else ())
     if config.fit:
         plain_log(axis.yaxis)
+        *over, y = np.array(sizes).T
+        if config.x == "number" and min(len(set(values)) for values in over) > 2:
+            (a, b), (a_error, b_error), _ = fit_power_law(np.array(over), y, config.floor)
+            print(f"one law for all lines: parameters to the power {a:.3f} +- {a_error:.3f}, "
+                  f"{config.x_label or 'number'} {b:.3f} +- {b_error:.3f}")
     axis.margins(y=0.08)  # a baseline may be the lowest
     for name, height in config.baselines.items():
         axis.axhline(height, color="0.55", linewidth=1, linestyle="--")
