@@ -146,8 +146,8 @@ def test_power_laws_above_a_floor(tmp_path, capsys):
     config = plot.PlotConfig(what="study", study="law", x="number", fit=True, floor=2.0,
                              results=f"{tmp_path}/r.csv")
     axis = plot.study(config, [], plt).axes[0]
-    assert [text.get_text() for text in axis.get_legend().texts if "power" in text.get_text()] == [
-        f"w{width} power -0.500 $\\pm$ 0.002" for width in (10, 100, 1000)]
+    assert {text.get_text() for text in axis.texts} == {
+        f"w{width}: power -0.500 $\\pm$ 0.002" for width in (10, 100, 1000)}
     assert capsys.readouterr().out == ("one law for all lines: parameters to the power -0.250 +- 0.001, "
                                        "number -0.500 +- 0.001\n")
     config.floor = 2.1

@@ -275,8 +275,7 @@ def scaling(config, runs, plt):
     axis.set(xlabel={"events": "events seen", "parameters": "parameters"}[config.x],
              ylabel=AXES.get(config.y, config.y))
     if config.fit and len(set(x)) > 2:
-        draw_power_law(axis, np.array(x), np.array(y), config.floor, color="0.55")
-        axis.legend()
+        axis.set_title(draw_power_law(axis, np.array(x), np.array(y), config.floor, color="0.55"))
     plain_log(axis.xaxis, sorted(set(x)) if len(set(x)) < 8 else ())
     plain_log(axis.yaxis)
     axis.margins(0.15, 0.15)
@@ -314,10 +313,12 @@ def fit_power_law(xs, y, floor):
     return best[1:], errors[1:], lambda x: floor + np.exp(best[0]) * x ** best[1]
 
 
-def draw_power_law(axis, x, y, floor, name="", **line):
+def draw_power_law(axis, x, y, floor, **line):
+    """-> the exponent as text."""
     (slope,), (error,), law = fit_power_law(x[None], y, floor)
     grid = np.geomspace(min(x), max(x))
-    axis.plot(grid, law(grid), linewidth=1, label=f"{name} power {slope:.3f} $\\pm$ {error:.3f}", **line)
+    axis.plot(grid, law(grid), linewidth=1, **line)
+    return f"power {slope:.3f} $\\pm$ {error:.3f}"
 
 
 def points_of_study(config, results, name):
@@ -393,10 +394,12 @@ def study(config, runs, plt):
         x = np.array(sorted(points))
         mean, bar = np.array([(np.mean(points[k]), spread(points[k])) for k in x]).T
         axis.errorbar(x, mean, bar, label=line, marker="o", markersize=4, capsize=3, **line_style)
-        ends.append(((x[-1], mean[-1]), line, line_style["color"]))
+        name = line
         if config.fit and len(x) > 2:  # of all runs, not of their means: the slope's error knows the spread
             runs_of_line = np.array([(k, y) for k in x for y in points[k]])
-            draw_power_law(axis, *runs_of_line.T, config.floor, line, color=line_style["color"], alpha=0.5)
+            power = draw_power_law(axis, *runs_of_line.T, config.floor, color=line_style["color"], alpha=0.5)
+            name = f"{line}: {power}"
+        ends.append(((x[-1], mean[-1]), name, line_style["color"]))
     axis.set(xlabel=config.x_label or AXES.get(config.x, config.x), ylabel=AXES.get(config.y, config.y))
     xs = sorted(set().union(*lines.values()))
     if config.x != "seconds" and xs[0] > 0:
@@ -413,9 +416,9 @@ def study(config, runs, plt):
         axis.axhline(height, color="0.55", linewidth=1, linestyle="--")
         axis.annotate(name, (0, height), xycoords=("axes fraction", "data"), xytext=(4, 2),
                       textcoords="offset points", fontsize=8, color="0.4")
-    if config.x == "learning_rate" or config.fit:
+    if config.x == "learning_rate":
         axis.legend()
-    elif len(lines) > 1:
+    elif len(lines) > 1 or config.fit:
         write_names(axis, ends)
     return figure
 
