@@ -1,5 +1,5 @@
-# Do losses follow power laws in parameters and events, with muP and without? AdamW, as muP is for it; each arm
-# sees its events once. data/large:
+# Do losses follow power laws in parameters and events, with muP and without? AdamW, as muP is for it; each
+# arm sees its events once. data/large:
 #     python simulate.py sample_config/study/simulate.py --n_events=250_000 --out_dir=data/large_raw
 #     python prepare.py sample_config/study/prepare.py --input_dir=data/large_raw --data_dir=data/large \
 #         "--splits={'pretrain': (1, 21), 'finetune': (22, 23), 'val': (24, 24), 'report': (25, 25)}"
