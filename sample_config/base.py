@@ -1,5 +1,5 @@
-# The paper's pretraining run, spelled out; but for compile equal to the defaults of train.py. 7.6 M parameters,
-# 520 M events.
+# The paper's pretraining run, spelled out; equal to the defaults of train.py but for compile. 7.6 M
+# parameters, 520 M events.
 data_dir = "data/icecube"
 train_split = "pretrain"
 val_split = "val"
@@ -35,4 +35,4 @@ dom_loss = "ce"
 loss_weighting = "per_event"
 cls_target = "charge"
 
-compile = True  # a GPU is 1.4 times as fast then (docs/speed.md), after a minute; for short runs --compile=False
+compile = True  # 1.4 times as fast on a GPU, the first step a minute longer; short runs: --compile=False

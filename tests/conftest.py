@@ -97,7 +97,7 @@ class Fork:
     def __init__(self, script, *args, env=(), before=lambda: None, output=None):
         self.output, self.returncode = output or tempfile.TemporaryFile("w+"), None
         torch = sys.modules.get("torch")
-        uses_gpu = torch and torch.cuda.is_initialized()  # then its copy cannot
+        uses_gpu = torch and torch.cuda.is_initialized()  # a forked copy cannot use it again
         self.pid = os.fork()
         if self.pid == 0:
             status = 1

@@ -134,7 +134,7 @@ def test_runs_of_several_lengths_are_one_line(tmp_path):
 
 
 def test_power_laws_above_a_floor(tmp_path, capsys):
-    """y = 2 + 8 parameters^-0.25 number^-0.5, half a percent up and down."""
+    """y = 2 + 8 parameters^-0.25 number^-0.5, what lies above 2 half a percent up and down."""
     rows = []
     for width in (10, 100, 1000):
         for number in (100, 400, 1600):
@@ -147,9 +147,15 @@ def test_power_laws_above_a_floor(tmp_path, capsys):
                              results=f"{tmp_path}/r.csv")
     axis = plot.study(config, [], plt).axes[0]
     assert {text.get_text() for text in axis.texts} == {
-        f"w{width}: power -0.500 $\\pm$ 0.002" for width in (10, 100, 1000)}
+        f"w{width}: power -0.500 $\\pm$ 0.002 above 2" for width in (10, 100, 1000)}
     assert capsys.readouterr().out == ("one law for all lines: parameters to the power -0.250 +- 0.001, "
                                        "number -0.500 +- 0.001\n")
+    for row in rows:  # parameters that follow the number: no law of both
+        row["parameters"] = row["arm"].rpartition("/")[2]
+    (tmp_path / "r.csv").unlink()
+    study.add_results(tmp_path / "r.csv", rows)
+    plot.study(config, [], plt)
+    assert capsys.readouterr().out == ""
     config.floor = 2.1
     with pytest.raises(SystemExit, match="must be below all"):
         plot.study(config, [], plt)

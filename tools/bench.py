@@ -2,7 +2,7 @@
 
     python -m tools.bench                                           # a training step of the base model
     python -m tools.bench --what=backbones                          # transformer, GRU, Mamba at base width
-    python -m tools.bench --what=all --device=cuda --compile=True   # both; what docs/speed.md shows
+    python -m tools.bench --what=all --device=cuda --compile=True   # both, eager and compiled
     python -m tools.bench --what=prepare                            # files simulated for it, minutes
 
 The training baseline does what the published code does: every event padded to max_pulses, logits at every
@@ -194,7 +194,7 @@ class Arm:
         self.n_events += len(steps) * self.config.batch_size
 
     def count_launches(self, step):
-        """Kernels that a step of one micro-batch starts on a GPU."""
+        """What a step of one micro-batch starts on a GPU: kernels, copies, the optimizer's."""
         from torch.profiler import DeviceType, ProfilerActivity, profile
         batches, = data.prefetch(self.load, [step], self.process.device)
         with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:

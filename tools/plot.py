@@ -62,6 +62,8 @@ class PlotConfig:
         yield from knobs.check_choice(self, "x", xs.get(self.what, xs["study"]))
         yield from knobs.check_not_negative(self, "event")
         yield from knobs.check_fraction(self, "hide")
+        if self.floor and not self.fit:
+            yield "floor is where a power law ends: it needs fit = True"
         if not self.runs and self.what not in ("event", "study"):
             yield "runs is empty: name one or more folders of runs, separated by commas"
         if self.what == "study":
@@ -300,25 +302,25 @@ def write_names(axis, points):
 
 
 def fit_power_law(xs, y, floor):
-    """Least squares for log (y - floor) over the log of each x -> exponents, their errors by scatter, law(xs).
+    """Least squares for log (y - floor) over log xs -> factor, exponents, errors of these by scatter.
 
-    xs (number of variables, number of points), y (number of points,).
+    xs: one array (number of points,) for each variable; y (number of points,).
     """
     if min(y) <= floor:
-        common.fail(f"floor = {floor:g}: must be below all that is drawn, the lowest of which is {min(y):.4g}")
-    u, v = np.log(np.vstack([np.full(len(y), np.e), xs])).T, np.log(y - floor)
+        common.fail(f"floor = {floor:g}: must be below all that is drawn, at least {min(y):.4g}")
+    u, v = np.column_stack([np.ones(len(y)), *np.log(xs)]), np.log(y - floor)
     best, *_ = np.linalg.lstsq(u, v, rcond=None)
     scatter = np.square(v - u @ best).sum() / (len(y) - len(best))
     errors = np.diag(scatter * np.linalg.inv(u.T @ u)) ** 0.5
-    return best[1:], errors[1:], lambda x: floor + np.exp(best[0]) * x ** best[1]
+    return np.exp(best[0]), best[1:], errors[1:]
 
 
 def draw_power_law(axis, x, y, floor, **line):
-    """-> the exponent as text."""
-    (slope,), (error,), law = fit_power_law(x[None], y, floor)
+    """Fit a power law and draw it -> its exponent, as text."""
+    factor, (slope,), (error,) = fit_power_law([x], y, floor)
     grid = np.geomspace(min(x), max(x))
-    axis.plot(grid, law(grid), linewidth=1, **line)
-    return f"power {slope:.3f} $\\pm$ {error:.3f}"
+    axis.plot(grid, floor + factor * grid**slope, linewidth=1, **line)
+    return f"power {slope:.3f} $\\pm$ {error:.3f}" + (f" above {floor:g}" if floor else "")
 
 
 def points_of_study(config, results, name):
@@ -377,7 +379,7 @@ def study(config, runs, plt):
             elif row[config.y]:
                 line = f"{name}: {line}" if len(names) > 1 and line != name else line
                 lines.setdefault(line, {}).setdefault(x, []).append(number_in(row, config.y))
-                sizes.append((number_in(row, "parameters"), x, number_in(row, config.y)))
+                sizes.append((float(row["parameters"] or 0), x, number_in(row, config.y)))
     if not lines:
         common.fail(f"{config.results}: {config.y} is empty in {config.study}")
     styles = [style(i) for i in range(len(lines))]
@@ -388,7 +390,7 @@ def study(config, runs, plt):
                                                              float(item[0].rpartition("/")[2]))))
         styles = [style(numbers.index(float(line.rpartition("/")[2])), kinds.index(line.rpartition("/")[0]))
                   for line in lines]
-    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(9 if config.fit else 7, 4.5), layout="constrained")
     ends = []  # of the lines: place, name, colour
     for (line, points), line_style in zip(lines.items(), styles):
         x = np.array(sorted(points))
@@ -406,9 +408,11 @@ def study(config, runs, plt):
         plain_log(axis.xaxis, xs if len(xs) < 8 else ())
     if config.fit:
         plain_log(axis.yaxis)
-        *over, y = np.array(sizes).T
-        if config.x == "number" and min(len(set(values)) for values in over) > 2:
-            (a, b), (a_error, b_error), _ = fit_power_law(np.array(over), y, config.floor)
+        parameters, x, y = np.array(sizes).T
+        n_sizes, n_xs, n_both = len(set(parameters)), len(set(x)), len(set(zip(parameters, x)))
+        is_crossed = n_both > max(n_sizes, n_xs) and min(n_sizes, n_xs) > 2 and all(parameters)
+        if config.x == "number" and is_crossed:
+            _, (a, b), (a_error, b_error) = fit_power_law([parameters, x], y, config.floor)
             print(f"one law for all lines: parameters to the power {a:.3f} +- {a_error:.3f}, "
                   f"{config.x_label or 'number'} {b:.3f} +- {b_error:.3f}")
     axis.margins(y=0.08)  # a baseline may be the lowest
