@@ -307,7 +307,9 @@ def fit_power_law(xs, y, floor):
     xs: one array (number of points,) for each variable; y (number of points,).
     """
     if min(y) <= floor:
-        common.fail(f"floor = {floor:g}: must be below all that is drawn, at least {min(y):.4g}")
+        common.fail(f"floor = {floor:g}: must be below {min(y):.4g}, the smallest value drawn")
+    if np.min(xs) <= 0:
+        common.fail("fit = True: a power law needs numbers above 0")
     u, v = np.column_stack([np.ones(len(y)), *np.log(xs)]), np.log(y - floor)
     best, *_ = np.linalg.lstsq(u, v, rcond=None)
     scatter = np.square(v - u @ best).sum() / (len(y) - len(best))
@@ -413,8 +415,8 @@ def study(config, runs, plt):
         is_crossed = n_both > max(n_sizes, n_xs) and min(n_sizes, n_xs) > 2 and all(parameters)
         if config.x == "number" and is_crossed:
             _, (a, b), (a_error, b_error) = fit_power_law([parameters, x], y, config.floor)
-            print(f"one law for all lines: parameters to the power {a:.3f} +- {a_error:.3f}, "
-                  f"{config.x_label or 'number'} {b:.3f} +- {b_error:.3f}")
+            print(f"one law for {len(y)} runs of {len(lines)} lines: parameters to the power {a:.3f} +- "
+                  f"{a_error:.3f}, {config.x_label or 'number'} {b:.3f} +- {b_error:.3f}")
     axis.margins(y=0.08)  # a baseline may be the lowest
     for name, height in config.baselines.items():
         axis.axhline(height, color="0.55", linewidth=1, linestyle="--")
