@@ -252,8 +252,9 @@ def bench_train(config):
         if config.what == "train":
             flops = arm.flops / arm.n_events * rate
             text += f" | {flops / 1e12:.3g} TFLOP/s" + (f", {flops / peak:.1%} of the peak" if peak else "")
-        return text + (f" | {arm.launches:,} launches for one and the optimizer | "
-                       f"{arm.memory:.1f} GB" if on_cuda else "")
+        if on_cuda:
+            text += f" | {arm.launches:,} launches (a micro-batch, the optimizer) | {arm.memory:.1f} GB"
+        return text
 
     print(f"torch {torch.__version__}, {where}, {train_config.batch_size} events a step, "
           f"{split.events['length'].mean():.0f} pulses an event, at most "
