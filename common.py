@@ -53,7 +53,7 @@ def is_main_process():
 
 
 def run_stage(main):
-    """Call a script's main(). Errors of users, Ctrl-C, a full GPU, a dead rank, no compiler end it in one line."""
+    """Call a script's main(). One line ends errors of users, Ctrl-C, a full GPU, a dead rank, no compiler."""
     try:
         try:
             main()
