@@ -132,7 +132,7 @@ def plain_log(axis, ticks=()):
     axis._set_axes_scale("log")
     low, high = axis.get_view_interval()
     if len(ticks):
-        axis.set_ticks(ticks, labels=[f"{float(f'{tick:.3g}'):,.10g}" for tick in ticks])
+        axis.set_ticks(ticks, labels=[f"{float(f'{tick:.4g}'):,.10g}" for tick in ticks])
     else:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 5 * low else MaxNLocator(7))
         axis.set_major_formatter("{x:,.10g}")
