@@ -545,14 +545,14 @@ def stop_bad_run(config, step, losses, batches, process):
     some = ", ".join(map(str, (bad if len(bad) else event_ids)[:10].tolist()))
     fail(f"step {step}: the gradient was not finite in more than max_bad_steps = {config.max_bad_steps} "
          f"steps in a row, which were skipped; {what}: event_id {some}{', ...' if len(bad) > 10 else ''}. "
-         f"Look at these events in {config.data_dir}, or lower learning_rate; {config.out_dir} keeps its "
-         "last checkpoint", SystemExit if 0 < len(bad) < len(losses) else Diverged)
+         f"Look at these events in {config.data_dir}, or start another run with a smaller learning_rate in "
+         f"another out_dir; {config.out_dir} keeps its last checkpoint", SystemExit if 0 < len(bad) < len(losses) else Diverged)
 
 
 def check_val_loss(config, step, val_loss):
     if not math.isfinite(val_loss):
-        fail(f"step {step}: val_loss is {val_loss}; {config.out_dir} keeps the last good checkpoint, go on "
-             "with a smaller learning_rate", Diverged)
+        fail(f"step {step}: val_loss is {val_loss}; {config.out_dir} keeps the last good checkpoint; "
+             "start another run with a smaller learning_rate in another out_dir", Diverged)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -564,7 +564,8 @@ def save_checkpoint(path, **content):
     import torch
     if not all(bool(value.isfinite().all()) for value in content["model"].values()):
         fail(f"{path} is left as it was: after {content['step']} steps the model holds NaN or infinite "
-             "numbers; go on with a smaller learning_rate or grad_clip, or with dtype = 'float32'", Diverged)
+             "numbers; go on with dtype = 'float32', or start another run with a smaller learning_rate or "
+             "grad_clip in another out_dir", Diverged)
 
     def write(part):
         with open(part, "wb") as file:  # given a path, torch reports a full disk as something else

@@ -55,7 +55,7 @@ EVENT = np.dtype([
 # what prepare.py keeps in a data folder until it is done: its settings, the finished batches
 UNFINISHED = "unfinished"
 
-# events that lie together on disk and stay together in the shuffle: 5.8 kB, one or two pages of the disk
+# events that lie together on disk and stay together in the shuffle: 5.8 kB, two or three pages of the disk
 GROUP_SIZE = 8
 
 

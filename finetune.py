@@ -121,6 +121,12 @@ def is_out_of_patience(step, best_step, config):
     return config.patience > 0 and step - best_step >= config.patience * config.eval_interval
 
 
+def is_complete(saved, config):
+    """Whether a run has reached its end; one that was stopped has yet to make the evaluation of that step."""
+    return saved["step"] >= config.max_steps or saved.get("ended", False) and is_out_of_patience(
+        saved["step"], saved["best_step"], config)
+
+
 # ------------------------------------------------------------------------------------------------------------
 
 def main():
@@ -160,7 +166,7 @@ def main():
 
     if saved:
         runs.check_data(saved, config, n_train, geometry, fingerprint)
-        if saved["step"] >= config.max_steps or is_out_of_patience(saved["step"], saved["best_step"], config):
+        if is_complete(saved, config):
             runs.say_complete(config, saved, process)
             if not os.path.exists(best_path):
                 common.fail(f"{best_path} is missing; the last weights can be evaluated with: python "
@@ -191,8 +197,8 @@ def main():
     def save(path, step):
         if process.is_main:
             common.save_checkpoint(path, model=raw_model.state_dict(), **optimizer.state_dict(), step=step,
-                                   best_val=best_val, best_step=best_step, n_train=n_train, data=fingerprint,
-                                   config=dataclasses.asdict(config))
+                                   best_val=best_val, best_step=best_step, ended=is_end, n_train=n_train,
+                                   data=fingerprint, config=dataclasses.asdict(config))
 
     lock, log = runs.start_run(config, process, raw_model, n_train, saved, LOG_COLUMNS)
     runs.print_schedule_notes(config, saved, process, warmup_steps(config), learning_rate)

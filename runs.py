@@ -117,7 +117,7 @@ def find_branch(config, saved, warmup_steps):
     origin = common.load_checkpoint(path)
     if "task" in origin["config"]:
         common.fail(f"{path} is a fine-tuned checkpoint; a branch begins from one of train.py")
-    check_knobs(config, origin["config"], path, MAY_CHANGE | {"branch_from"})
+    check_knobs(config, origin["config"], path, MAY_CHANGE | {"branch_from", "pretrained"})
     last = origin["config"]["max_steps"] - origin["config"]["cooldown_steps"]
     if warmup_steps > last:
         common.fail(f"{path}: its run has no flat part to branch from: a warm-up of {warmup_steps} steps, "

@@ -40,7 +40,10 @@ def chamfer_distance(logits, dom, event, geometry):
     Expected position of a hidden pulse: sum_j p_j x_j. Which guess belongs to which pulse does not count: the
     mean over an event is the Chamfer distance of two sets of points.
     """
-    expected, true = logits.softmax(-1) @ geometry, geometry[dom]  # (M, 3)
+    if not len(dom):
+        return logits.sum(-1)
+    with torch.autocast(logits.device.type, enabled=False):  # bfloat16 is off by a metre
+        expected, true = logits.softmax(-1) @ geometry, geometry[dom]  # (M, 3)
     distance = torch.cdist(true, expected, compute_mode="donot_use_mm_for_euclid_dist") / 100  # (M, M)
     distance = distance.masked_fill(event[:, None] != event, float("inf"))
     return distance.amin(1) + distance.amin(0)

@@ -171,7 +171,7 @@ def learning_rate(step, config):
     if config.schedule == "trapezoidal":
         return config.learning_rate * min(rise, (config.max_steps - step) / max(config.cooldown_steps, 1))
     if config.schedule == "cosine" and step >= warmup:
-        done = (step - warmup) / (config.max_steps - warmup)
+        done = (step - warmup) / max(config.max_steps - warmup, 1)
         return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
     return config.learning_rate * rise  # "constant"
 
@@ -273,8 +273,8 @@ def main():
                     best_val = row["val_loss"]
                     save(f"{config.out_dir}/best.pt", step)
 
-            # save; at step 0 too, so that a run that has a log has a checkpoint
-            if step % config.save_interval == 0 or is_end:
+            # save; at the first step too, so that a run that has a log has a checkpoint
+            if step % config.save_interval == 0 or step == first_step or is_end:
                 save(checkpoint_path, step)
             if config.keep_every and step % config.keep_every == 0 and step > 0:
                 save(f"{config.out_dir}/ckpt_{step}.pt", step)

@@ -171,6 +171,7 @@ def test_warmup_follows_beta2_and_both_ends_are_finite():
     for schedule in ("trapezoidal", "cosine", "constant"):  # a warm-up longer than the run
         config = schedule_config(schedule=schedule, warmup_steps=1000, cooldown_steps=0)
         assert all(0 < learning_rate(step, config) <= 0.1 for step in range(100))
+    assert learning_rate(100, schedule_config(schedule="cosine", warmup_steps=100)) == 0.1  # a warm-up alone
     assert learning_rate(100, schedule_config(schedule="trapezoidal", beta2=0.9)) == 0
 
 

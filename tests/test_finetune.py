@@ -300,6 +300,10 @@ def test_patience_ends_a_run_and_it_stays_ended(demo_data, pretrained, tmp_path)
     best, last = (common.load_checkpoint(tmp_path / name)["step"] for name in ("best.pt", "ckpt.pt"))
     assert last == best + 2 < 200
     assert f"is complete at step {last}" in run_ok("finetune.py", *args).stdout
+    stopped = common.load_checkpoint(tmp_path / "ckpt.pt") | {"ended": False}  # before it evaluated there
+    torch.save(stopped, tmp_path / "ckpt.pt")
+    output = run_ok("finetune.py", *args).stdout
+    assert "is complete" not in output and f"no lower val_loss than at step {best}" in output
 
 
 EXPORTED = {"direction": ["--direction_loss=vmf"], "energy": ["--backbone=mamba", "--task=energy"],

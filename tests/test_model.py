@@ -394,6 +394,9 @@ def test_chamfer_distance_by_hand():
     # other pulse; back, from the guesses DOM 1 and DOM 2: 0 m and 400 m. Event 1: 700 m both ways
     found = tasks.chamfer_distance(logits, dom, event, geometry)
     assert torch.allclose(found, torch.tensor([3.0 + 0, 0 + 4.0, 14.0]))
+    with torch.autocast("cpu", torch.bfloat16):  # which has no 303, but 302 and 304
+        assert torch.equal(found, tasks.chamfer_distance(logits, dom, event, geometry + 3))
+    assert len(tasks.chamfer_distance(logits[:0], dom[:0], event[:0], geometry)) == 0
 
 
 def test_the_position_head_is_the_plain_formula():

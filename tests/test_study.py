@@ -95,7 +95,7 @@ def test_wide_table_has_a_column_for_what_follows_the_last_slash():
 def test_a_run_is_complete_at_its_last_step_or_out_of_patience():
     def is_complete(script, step, **knobs):
         return study.is_complete(study.StudyConfig(script=script), {
-            "step": step, "best_step": 40, "config": {"max_steps": 100, "eval_interval": 10, **knobs}})
+            "step": step, "best_step": 40, "ended": True, "config": {"max_steps": 100, "eval_interval": 10, **knobs}})
     assert is_complete("train.py", 100) and not is_complete("train.py", 99)
     assert is_complete("finetune.py", 60, patience=2) and not is_complete("finetune.py", 50, patience=2)
     assert not is_complete("finetune.py", 60, patience=0)

@@ -240,6 +240,12 @@ def test_a_branch_is_the_run_that_would_have_ended_there(straight, demo_data, tm
     assert_same_weights(tmp_path / "short", tmp_path / "branch")
     assert column(tmp_path / "branch", "lr") == column(tmp_path / "short", "lr")[20:]
     assert "is complete at step 25" in run_ok("train.py", *branch).stdout
+    killed = [*branch, f"--out_dir={tmp_path}/killed", "--cooldown_steps=2000", "--save_interval=10_000"]
+    process = Fork("train.py", *killed)
+    wait_for_step(process, tmp_path / "killed", 20)  # it has a checkpoint as soon as it has a log
+    process.kill()
+    process.communicate()
+    assert common.load_checkpoint(tmp_path / "killed/ckpt.pt")["step"] == 20
     too_late = user_error("train.py", *args, f"--out_dir={tmp_path}/late",
                           f"--branch_from={straight}/ckpt_40.pt")
     assert "outside the flat part" in too_late and "10 to 38" in too_late
@@ -250,6 +256,10 @@ def test_a_branch_is_the_run_that_would_have_ended_there(straight, demo_data, tm
                                         f"--branch_from={tmp_path}/slow/ckpt.pt")
     assert "mask_prob = 0.25" in user_error("train.py", *branch, f"--out_dir={tmp_path}/other",
                                             "--mask_prob=0.5")
+    # the origin's own beginning does not matter
+    run_ok("train.py", *args, f"--out_dir={tmp_path}/second", f"--pretrained={straight}/ckpt.pt",
+           "--max_steps=20", "--keep_every=12")
+    run_ok("train.py", *args, f"--out_dir={tmp_path}/of_second", f"--branch_from={tmp_path}/second/ckpt_12.pt")
 
 
 @pytest.mark.parametrize("knob", ["--dtype=float32", "--dtype=float16", "--optimizer=muon"])
@@ -336,7 +346,7 @@ def test_what_may_not_change_when_a_run_goes_on(pretrained, demo_data):
 def test_a_run_that_explodes_ends_in_one_line_and_keeps_its_last_good_checkpoint(demo_data, tmp_path):
     line = user_error("train.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}", *TINY_RUN,
                       "--learning_rate=1e30", "--warmup_steps=1", status=common.DIVERGED_STATUS)
-    assert "smaller learning_rate" in line and str(tmp_path) in line
+    assert "another run with a smaller learning_rate" in line and str(tmp_path) in line
     for file in tmp_path.glob("*.pt"):
         assert all(value.isfinite().all() for value in common.load_checkpoint(file)["model"].values())
 

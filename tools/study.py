@@ -216,9 +216,10 @@ def start_script(command, stdout, n_threads):
 
 
 def is_complete(config, checkpoint):
-    step, run_config = checkpoint["step"], SimpleNamespace(**checkpoint["config"])
-    return step >= run_config.max_steps or config.script == "finetune.py" and (
-        finetune.is_out_of_patience(step, checkpoint["best_step"], run_config))
+    run_config = SimpleNamespace(**checkpoint["config"])
+    if config.script == "finetune.py":
+        return finetune.is_complete(checkpoint, run_config)
+    return checkpoint["step"] >= run_config.max_steps
 
 
 def run(config, arm, rate, seed):
