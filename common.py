@@ -59,11 +59,12 @@ def run_stage(main):
             main()
         except KeyboardInterrupt:
             if is_main_process():
-                print("\nstopped; the same command goes on where this one was", file=sys.stderr)
+                print("\nstopped; nothing finished is lost, give the same command again", file=sys.stderr)
             raise SystemExit(130) from None
         except RuntimeError as error:  # torch's errors, told by their names: prepare.py does not import torch
             if type(error).__name__ == "OutOfMemoryError":
-                fail(f"out of GPU memory ({first_line(error)}); lower micro_batch_size")
+                fail(f"out of GPU memory ({first_line(error)}); lower micro_batch_size, in evaluate.py "
+                     "batch_size")
             if "gloo" in str(error) and "onnection" in str(error):
                 fail("lost another rank, which died; the same command goes on from the last checkpoint")
             if type(error).__name__ in ("InductorError", "BackendCompilerFailed"):
@@ -546,7 +547,8 @@ def stop_bad_run(config, step, losses, batches, process):
     fail(f"step {step}: the gradient was not finite in more than max_bad_steps = {config.max_bad_steps} "
          f"steps in a row, which were skipped; {what}: event_id {some}{', ...' if len(bad) > 10 else ''}. "
          f"Look at these events in {config.data_dir}, or start another run with a smaller learning_rate in "
-         f"another out_dir; {config.out_dir} keeps its last checkpoint", SystemExit if 0 < len(bad) < len(losses) else Diverged)
+         f"another out_dir; {config.out_dir} keeps its last checkpoint",
+         SystemExit if 0 < len(bad) < len(losses) else Diverged)
 
 
 def check_val_loss(config, step, val_loss):

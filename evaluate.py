@@ -43,6 +43,7 @@ class EvaluateConfig:
 
     def check(self):
         yield from knobs.check_positive(self, "batch_size")
+        yield from knobs.check_not_negative(self, "n_events")
         yield from knobs.check_device(self)
         for key, endings in (("predictions", (".csv", ".parquet")), ("embeddings", (".parquet",))):
             path = getattr(self, key)

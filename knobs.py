@@ -130,7 +130,7 @@ def read_config_file(path):
 def parse_flag(text):
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):  # {[1]: 2} is a TypeError
         return {"true": True, "false": False}.get(text.lower(), text)
 
 

@@ -190,7 +190,11 @@ def kaggle_events(path, row, pieces):
     events["event_id"], events["start"], events["n_pulses"] = table["event_id"], first, last - first + 1
     for label in ("azimuth", "zenith", "energy"):
         events[label] = table.get(label, np.nan)
-    events["event_class"] = table.get("event_class", 0)
+    events["event_class"] = event_class = table.get("event_class", np.zeros(len(first), np.int64))
+    refuse(events["energy"] <= 0, path, row,
+           lambda i: f"{name(i)} has energy {events['energy'][i]:g}; it must be above 0 GeV, or missing")
+    refuse((event_class < 0) | (event_class > 2), path, row,
+           lambda i: f"{name(i)} has event_class {event_class[i]}; 0 is unknown, 1 a track, 2 a cascade")
     if "azimuth" in table:
         azimuth, zenith = table["azimuth"], table["zenith"]
         refuse(~((np.abs(azimuth) <= 6.2832) & (zenith >= 0) & (zenith <= 3.1416)), path, row,
@@ -374,9 +378,14 @@ def write_batch(config, detector, batch, events):
             "n_cut": int((events["n_pulses"] > events["length"]).sum()), "time": time, "charge": charge}
 
 
-def make_room(data_dir, sizes):
-    """Create those of the files (path: bytes) at their final size that are not there -> whether any was."""
+def make_room(data_dir, sizes, records):
+    """Create those of the files (path: bytes) at their final size that are not there.
+
+    If any is not, the records of what is done go first: they may be of files that are gone.
+    """
     sizes = {path: size for path, size in sizes.items() if not path.is_file() or path.stat().st_size != size}
+    for path in records if sizes else ():
+        path.unlink(missing_ok=True)
     need, free = sum(sizes.values()), shutil.disk_usage(data_dir).free
     free += sum(path.stat().st_blocks * 512 for path in sizes if path.is_file())
     if need > free:
@@ -389,7 +398,6 @@ def make_room(data_dir, sizes):
             path.unlink(missing_ok=True)
             fail(f"{path}: no room for its {size_of(size)} ({error.strerror}); make room, then the same "
                  "command goes on")
-    return bool(sizes)
 
 
 def summarize(config, split, results):
@@ -460,20 +468,19 @@ def main():
 
     # take the folder
     lock = hold_lock(unfinished)  # held until main() ends
+    if (data_dir / "meta.json").exists():
+        fail(f"{data_dir}: another run has finished it meanwhile; the same command shows what it holds")
     print_knobs(config)
     if (unfinished / "settings.json").exists():
         check_settings(data_dir, read_json(unfinished / "settings.json"), settings, "data_dir")
-    is_new = make_room(data_dir, sizes)
+    records = [unfinished / f"{batch.split}_{batch.number}.json" for batch in batches]
+    make_room(data_dir, sizes, records)
     write_json(unfinished / "settings.json", {"command": shlex.join(["python", *sys.argv]), **settings})
     geometry = np.zeros(len(detector), GEOMETRY)
     geometry["position"], geometry["string"] = detector.position.T, detector.string
     write_atomic(data_dir / "geometry.bin", geometry.tofile)
 
     # read, rule, write: the batches that are not done yet
-    records = [unfinished / f"{batch.split}_{batch.number}.json" for batch in batches]
-    if is_new:  # what was noted as done lay in files that are gone
-        for path in records:
-            path.unlink(missing_ok=True)
     todo = {batch.path: record for batch, record in zip(batches, records) if not record.exists()}
     left = [batch for batch in batches if batch.path in todo]
     n_events, n_left = sum(batch.n_events for batch in batches), sum(batch.n_events for batch in left)

@@ -70,6 +70,7 @@ def test_files_and_flags_apply_left_to_right(monkeypatch, tmp_path, capsys):
     ("--schedule=cosin", "did you mean 'cosine'"),
     ("--dom_embed_dim=256", "smaller than"),
     ("--micro_batch_size=-1", "must not be negative"),
+    ("--max_steps={[1]:2}", "not an integer"),
     ("--max_steps", "--key=value"),
     ("-max_steps=3", "--key=value"),
     ("nothing.py", "no such config file"),

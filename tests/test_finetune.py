@@ -377,6 +377,7 @@ def test_user_errors_of_evaluate(tuned, demo_data, pretrained, tmp_path):
                          ([f"--predictions={tmp_path}/new/x.csv"], f"mkdir -p {tmp_path}/new"),
                          ([f"--predictions={tmp_path}"], "must end in"),
                          ([f"--predictions={tmp_path}/d.csv"], "is a folder"),
+                         (["--n_events=-5"], "n_events = -5: must not be negative"),
                          (["--split=test"], "no labels of the direction to evaluate with"),
                          (["--split=tset"], "no split 'tset'"),
                          (["--data_dir=data/nowhere"], "no such data folder"),

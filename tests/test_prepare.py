@@ -406,7 +406,7 @@ def test_stopped_and_gone_on_is_as_never_stopped(slow, tmp_path, stop):
         process.send_signal(stop)
     error = process.communicate(timeout=30)[1]
     assert process.returncode == (130 if stop == signal.SIGINT else -stop) and "Traceback" not in error, error
-    assert stop != signal.SIGINT or "the same command goes on" in error
+    assert stop != signal.SIGINT or "give the same command again" in error
     n_done = len(list(target.glob("unfinished/all_*.json")))
     assert not (target / "meta.json").exists() and n_done < 40
 
@@ -445,6 +445,21 @@ def test_a_complete_folder_is_left_alone(raw, straight, tmp_path):
                                           SPLITS)
 
 
+def test_a_folder_that_another_run_has_finished_meanwhile(raw, straight, tmp_path, monkeypatch):
+    plan = prepare.plan_kaggle
+
+    def slow_plan(config):
+        batches = plan(config)
+        shutil.copytree(straight[0], tmp_path / "data")
+        return batches
+    monkeypatch.setattr(prepare, "plan_kaggle", slow_plan)
+    monkeypatch.setattr(sys, "argv", ["prepare.py", f"--input_dir={raw[0]}", f"--data_dir={tmp_path}/data",
+                                      SPLITS, "--max_pulses=30"])
+    with pytest.raises(SystemExit, match="another run has finished it meanwhile"):
+        prepare.main()
+    assert data.read_meta(tmp_path / "data")["max_pulses"] == 127
+
+
 def test_a_full_disk(raw, straight, tmp_path, monkeypatch):
     """A limit on the size of files stands for the disk: pretrain_pulses.bin does not fit."""
     flags = [f"--input_dir={raw[0]}", f"--data_dir={tmp_path}/data", SPLITS, "--workers=2"]
@@ -454,9 +469,13 @@ def test_a_full_disk(raw, straight, tmp_path, monkeypatch):
     run_ok("prepare.py", *flags)
     assert contents(tmp_path / "data") == contents(straight[0])
 
+    (tmp_path / "record.json").write_text("{}")  # of a batch whose file is gone: it counts no more
+    monkeypatch.setattr(prepare, "reserve", lambda path, size: (tmp_path / "record.json").read_text())
+    with pytest.raises(SystemExit, match="no room for its 0.0 MB"):
+        prepare.make_room(tmp_path, {tmp_path / "gone.bin": 1000}, [tmp_path / "record.json"])
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
     with pytest.raises(SystemExit, match="needs 1.0 MB, the disk has 0.0 MB free; make room"):
-        prepare.make_room(tmp_path, {tmp_path / "big.bin": 1_000_000})
+        prepare.make_room(tmp_path, {tmp_path / "big.bin": 1_000_000}, [])
     assert not (tmp_path / "big.bin").exists()
 
 
@@ -555,6 +574,10 @@ CASES = {  # what is wrong: (how to spoil the file, the words that the error lin
                     [M, f"row {FIRST + 1}", "batch 2", "azimuth nan"]),
     "zenith absent": (lambda f: change(f / M, "zenith", FIRST + 1, None), [M, f"row {FIRST + 1}", "zenith"]),
     "zenith in degrees": (lambda f: change(f / M, "zenith", FIRST + 1, 91.0), [M, "radians"]),
+    "energy of 0": (lambda f: change(f / M, "energy", FIRST + 2, 0.0),
+                    [M, f"row {FIRST + 2}", "energy 0", "above 0 GeV"]),
+    "unknown class": (lambda f: change(f / M, "event_class", FIRST + 2, 258, pa.int64()),
+                      [M, f"row {FIRST + 2}", "event_class 258"]),
     "test without events": (lambda f: pq.write_table(pq.read_table(f / T).slice(0, 0), f / T),
                             [T, "no events", "'test'"]),
     "batches mixed": (lambda f: change(f / M, "batch_id", FIRST + 8, 1),

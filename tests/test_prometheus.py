@@ -4,6 +4,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -266,6 +267,16 @@ def test_the_light_or_the_final_states_tell_the_reading(tmp_path, monkeypatch, w
                  for i, name in enumerate(("azimuth", "zenith"))]
         signs = zip(layout.READINGS[angles], layout.READINGS[written])
         assert right == [sign == truth for sign, truth in signs]  # the knob decides, whatever the light says
+
+
+def test_a_vertical_track_keeps_an_angle_that_prepare_takes():
+    """pi in float32 is larger than pi."""
+    one = np.zeros(1, np.int64)
+    truth = {"azimuth": np.zeros(1), "zenith": np.full(1, np.pi, np.float32)}
+    events, *_ = layout.event_tables(prometheus.PrometheusConfig(angles="flight"),
+                                     SimpleNamespace(position=np.zeros((3, 1))), one, truth, one, one,
+                                     np.zeros(1), np.ones(1), np.zeros(1, bool))
+    assert events["zenith"].to_pylist() == [0.0]
 
 
 def test_a_wrong_knob_is_a_warning(tmp_path):

@@ -95,7 +95,8 @@ def test_wide_table_has_a_column_for_what_follows_the_last_slash():
 def test_a_run_is_complete_at_its_last_step_or_out_of_patience():
     def is_complete(script, step, **knobs):
         return study.is_complete(study.StudyConfig(script=script), {
-            "step": step, "best_step": 40, "ended": True, "config": {"max_steps": 100, "eval_interval": 10, **knobs}})
+            "step": step, "best_step": 40, "ended": True,
+            "config": {"max_steps": 100, "eval_interval": 10, **knobs}})
     assert is_complete("train.py", 100) and not is_complete("train.py", 99)
     assert is_complete("finetune.py", 60, patience=2) and not is_complete("finetune.py", 50, patience=2)
     assert not is_complete("finetune.py", 60, patience=0)
@@ -149,6 +150,13 @@ def test_a_complete_study_runs_nothing_and_refuses_other_arguments(small_study, 
     assert "arm charge of small was run with other knobs" in changed
     assert "or another report or metric" in user_error("tools/study.py", folder / "small.py",
                                                        "--metric=val_charge_loss")
+    assert "choose one of" in user_error("tools/study.py", folder / "small.py", "--metric=coverage_50")
+    assert "lacks runs" not in again.stdout
+    copy = folder / "small/charge/seed1/config.json"
+    rate = json.loads(copy.read_text())["learning_rate"]
+    copy.write_text(copy.read_text().replace(f'"learning_rate": {rate}', '"learning_rate": 0.7'))
+    assert "lacks runs with the best learning rate" in run_ok("tools/study.py", folder / "small.py").stdout
+    copy.write_text(copy.read_text().replace("0.7", str(rate)))
     assert (folder / "results.csv").read_bytes() == before and log.stat().st_mtime_ns == written
     assert again.stdout.splitlines()[-4:] == done.stdout.splitlines()[-4:]
 

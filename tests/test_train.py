@@ -259,7 +259,8 @@ def test_a_branch_is_the_run_that_would_have_ended_there(straight, demo_data, tm
     # the origin's own beginning does not matter
     run_ok("train.py", *args, f"--out_dir={tmp_path}/second", f"--pretrained={straight}/ckpt.pt",
            "--max_steps=20", "--keep_every=12")
-    run_ok("train.py", *args, f"--out_dir={tmp_path}/of_second", f"--branch_from={tmp_path}/second/ckpt_12.pt")
+    run_ok("train.py", *args, f"--out_dir={tmp_path}/of_second",
+           f"--branch_from={tmp_path}/second/ckpt_12.pt")
 
 
 @pytest.mark.parametrize("knob", ["--dtype=float32", "--dtype=float16", "--optimizer=muon"])

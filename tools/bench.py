@@ -120,7 +120,7 @@ def plain_losses(model, batch):
 
 
 def count_flops(config, batch, n_doms):
-    """Operations of a transformer's matrix products, forward and backward, by the shapes of a micro-batch."""
+    """Operations of the matrix products, forward and backward, of a transformer with a linear DOM head."""
     D, lengths = config.embedding_dim, batch["starts"].diff().double()
     n_tokens, is_plain = lengths.sum().item(), "is_hidden" in batch
     block = n_tokens * (4 * D * D + 2 * D * config.hidden_size) + 2 * lengths.square().sum().item() * D
@@ -249,7 +249,8 @@ def bench_train(config):
     def more(name, rate):
         arm = arms[name]
         text = f" | {rate * arm.n_tokens / arm.n_events:,.0f} tokens/s"
-        if config.what == "train":
+        if config.what == "train" and (train_config.backbone, train_config.dom_head) == (
+                "transformer", "linear"):  # what count_flops counts
             flops = arm.flops / arm.n_events * rate
             text += f" | {flops / 1e12:.3g} TFLOP/s" + (f", {flops / peak:.1%} of the peak" if peak else "")
         if on_cuda:

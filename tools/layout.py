@@ -115,7 +115,7 @@ def event_tables(config, detector, event_id, truth, event, dom, time, charge, au
     if azimuth_sign == 1:  # labels point to the source
         azimuth = azimuth + math.pi
     if zenith_sign == 1:
-        zenith = math.pi - zenith
+        zenith = np.maximum(math.pi - zenith, 0)  # pi as float32 is larger
     truth = truth | {"azimuth": azimuth % (2 * math.pi), "zenith": zenith}
     time = shift_times(event, time, aux, event_id, config.seed)
     events = {"event_id": event_id, "n_pulses": np.bincount(event, minlength=len(event_id)), **truth}

@@ -64,11 +64,11 @@ class PlotConfig:
         yield from knobs.check_fraction(self, "hide")
         if self.floor and not self.fit:
             yield "floor is where a power law ends: it needs fit = True"
-        if not self.runs and self.what not in ("event", "study"):
+        if not self.runs.strip(", ") and self.what not in ("event", "study"):
             yield "runs is empty: name one or more folders of runs, separated by commas"
         if self.what == "study":
             yield from knobs.check_choice(self, "y", METRICS)
-            if not self.study:
+            if not self.study.strip(", "):
                 yield "study is empty: name one or more studies, separated by commas"
             if self.fit and self.x not in ("number", "parameters"):
                 yield ("fit = True: a power law is for runs that have ended, over x = 'number' or "

@@ -65,7 +65,7 @@ class StudyConfig:
 
     def check(self):
         yield from knobs.check_choice(self, "script", CONFIGS)
-        yield from knobs.check_choice(self, "metric", METRICS)
+        yield from knobs.check_choice(self, "metric", [name for name in METRICS if name.startswith("val_")])
         yield from knobs.check_choice(self, "wide", ("", *METRICS))
         if self.report and self.script != "finetune.py":
             yield "report is for script = 'finetune.py': evaluate.py scores what that has made"
@@ -293,19 +293,21 @@ def read_evaluation(run, split):
 
 
 def keep_best(config, arm, rate, seed, replace):
-    """Copy a run with the best learning rate to out_dir/<arm>/seed<seed>, if need be -> whether it exists.
+    """Copy a run with the best learning rate to out_dir/<arm>/seed<seed>, if need be -> whether it is there.
 
     replace: also where one with another learning rate is.
     """
     folder, best = folder_of(config, arm, rate, seed), Path(config.out_dir) / arm / f"seed{seed}"
-    if folder.exists() and (not best.exists() or replace and (
-            common.read_json(best / "config.json")["learning_rate"] != rate)):
+
+    def is_there():
+        return best.exists() and common.read_json(best / "config.json")["learning_rate"] == rate
+    if folder.exists() and not is_there() and (replace or not best.exists()):
         part = best.with_name(f"{best.name}.part")
         for old in (part, best):
             shutil.rmtree(old, ignore_errors=True)
         shutil.copytree(folder, part)
         part.rename(best)
-    return folder.exists()
+    return is_there()
 
 
 def best_runs(config, final):
@@ -389,8 +391,8 @@ def main():
     final = done()
     if not all([keep_best(config, arm, best_rate(final, arm), seed, replace=has_to_run) for arm in config.arms
                 for seed in range(1, config.seeds + 1)]):
-        print(f"note: not all runs are in {config.out_dir}; a study that begins from one that is missing "
-              "cannot run")
+        print(f"note: {config.out_dir} lacks runs with the best learning rate; a study that begins from them "
+              "cannot run, or begins from others")
     print(*(wide_table if config.wide else table)(config, final), sep="\n")
 
 
