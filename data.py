@@ -29,7 +29,8 @@ GEOMETRY = np.dtype([
 ])  # 14 bytes, packed; one record per DOM, n_doms in all: 5160 in IceCube, 65,535 at most
 
 PULSE = np.dtype([
-    ("time", "<f4"),  # [ns] in the readout window, trigger near 10,000
+    # [ns] in the readout window, trigger near 10,000  # DIFF(upstream): float16, off by up to 29 ns
+    ("time", "<f4"),
     ("charge", "<f4"),  # [p.e.]
     # sensor_id, 0..n_doms - 1; an integer all the way  # DIFF(upstream): float16 ids merge 5160 into 3338
     ("dom", "<u2"),

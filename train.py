@@ -287,6 +287,7 @@ def main():
         optimizer.set_learning_rate(row["lr"])
 
         # events; what the DOM loss is the mean over, on all ranks; whether any rank was asked to stop
+        # DIFF(upstream): means over each GPU's batch there
         batches = speed.next_step(loader)
         count = "n_scored" if config.loss_weighting == "per_event" else "n_hidden"
         n_averaged, asked_to_stop = common.sum_over_ranks(

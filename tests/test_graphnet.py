@@ -388,7 +388,7 @@ def test_stopped_before_the_meta_table(nubench, straight, tmp_path, monkeypatch)
         replace(source, target)
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", stop)
-        with pytest.raises(AssertionError, match="the same command goes on"):
+        with pytest.raises(AssertionError, match="give the same command again"):
             run_ok(TOOL, *flags)
     assert "553/553" in run_ok(TOOL, *flags).stderr  # nothing is converted twice, the bar begins there
     assert contents(tmp_path / "raw") == contents(straight[0])

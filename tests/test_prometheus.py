@@ -146,7 +146,7 @@ def test_photons_become_pulses_and_go_through_prepare(photons, straight, tmp_pat
     assert np.array_equal(found.position, given.position) and np.array_equal(found.string, given.string)
     assert not (out_dir / ".parts").exists()
 
-    command = f"python prepare.py --input_dir={out_dir} --data_dir=data/prometheus "
+    command = f"python prepare.py --input_dir={out_dir} --data_dir={out_dir}_prepared "
     command += "--splits=\"{'pretrain': (1, 6), 'val': (7, 7)}\""
     assert done.stdout.splitlines()[-1] == f"to go on, run: {command}"
     run_ok("prepare.py", f"--input_dir={out_dir}", f"--data_dir={tmp_path}/data", "--splits={'all': (1, 7)}")
@@ -345,7 +345,7 @@ def test_stopped_in_the_main_process(photons, straight, tmp_path, monkeypatch, w
         replace(source, target)
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", stop)
-        with pytest.raises(AssertionError, match="the same command goes on"):
+        with pytest.raises(AssertionError, match="give the same command again"):
             run_ok(TOOL, *flags)
     assert not (tmp_path / "raw" / where).exists() and (tmp_path / "raw/train/batch_1.parquet").exists()
     assert "81/81" in run_ok(TOOL, *flags).stderr  # nothing is converted twice, the bar begins there

@@ -2,7 +2,7 @@
 
     python -m tools.bench                                           # a training step of the base model
     python -m tools.bench --what=backbones                          # transformer, GRU, Mamba at base width
-    python -m tools.bench --what=all --device=cuda --compile=True   # both, eager and compiled
+    python -m tools.bench --what=all --device=cuda --compile=True   # both, compiled
     python -m tools.bench --what=prepare                            # files simulated for it, minutes
 
 The training baseline does what the published code does: every event padded to max_pulses, logits at every
@@ -48,7 +48,7 @@ class BenchConfig(ModelConfig):
     steps: int = 0  # training steps in a measurement; 0 = 10 on a GPU, 2 elsewhere
     device: str = "auto"  # or "cuda", "mps", "cpu"
     dtype: str = "auto"  # of the fast arms: "bfloat16", "float16", "float32"; auto as in train.py
-    compile: bool = False  # compiled arms beside the eager ones
+    compile: bool = False  # train: compiled arms beside the eager ones; backbones: instead of them
     n_events: int = 50_000  # of a batch file to prepare; Kaggle's have 200,000
 
     def check(self):

@@ -94,8 +94,11 @@ def open_database(path):
     """Open an SQLite file for reading. A copy that was cut off is found at once, not hours later."""
     if not path.is_file():
         fail(f"{path}: no such file; check database")
-    with open(path, "rb") as file:
-        header = file.read(100)
+    try:
+        with open(path, "rb") as file:
+            header = file.read(100)
+    except OSError as error:
+        fail(f"{path}: cannot be read ({error.strerror})")
     if len(header) < 100 or header[:16] != b"SQLite format 3\0":
         fail(f"{path}: not an SQLite database; get it anew")
     # file format, section 1.3: bytes of a page, number of pages, and whether that number is to be believed
@@ -288,7 +291,7 @@ def read_truth(config, database, event_no):
         rows = read_numbers(look_up(database, table, columns.values(), event_no), len(columns))
     truth = {name: np.full(len(event_no), np.nan) for name in TRUTH_EXTRA}
     truth |= {name: values for name, values in zip(columns, rows.T) if name != "event_no"}
-    for name, low, high in (("azimuth", -6.284, 6.284), ("zenith", 0, 3.142), ("energy", 0, MAX_FLOAT)):
+    for name, low, high in (("azimuth", -6.284, 6.284), ("zenith", 0, 3.142), ("energy", 1e-9, MAX_FLOAT)):
         if name in columns:
             refuse_values(path, table, event_no, columns[name], truth[name], low, high)
     interaction, flavour = truth.pop("interaction"), np.abs(truth.pop("pid"))  # 1 charged current, 2 neutral
@@ -363,7 +366,7 @@ def main():
     if found:
         print_readings(config, found["readings"])
         print(f"{out_dir} is complete, nothing to do")
-        print_next_command(out_dir, "data/nubench", found["splits"])
+        print_next_command(out_dir, found["splits"])
         return
 
     lock = hold_lock(out_dir)  # held until main() ends
@@ -396,7 +399,7 @@ def main():
     print_readings(config, readings)
     write_json(record, settings | {"n_batches": len(batches), "splits": ranges, "readings": readings})
     shutil.rmtree(out_dir / ".parts")
-    print_next_command(out_dir, "data/nubench", ranges)
+    print_next_command(out_dir, ranges)
 
 
 if __name__ == "__main__":

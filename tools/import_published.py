@@ -1,5 +1,6 @@
 """A checkpoint of the published PolarBERT code (timinar/PolarBERT, flash variant) -> one of ours.
 
+    mkdir -p out
     python -m tools.import_published --checkpoint=weights.pth --data_dir=data/icecube --out=out/published.pt
     python finetune.py sample_config/finetune.py --pretrained=out/published.pt
 
@@ -94,7 +95,7 @@ def main():
         if known.shape == position.shape and (known - position).abs().max() < 0.01:
             weights["encoder.embedding.geometry"] = position
         Pretrainer(run, geometry).load_state_dict(weights)
-    except (KeyError, RuntimeError) as error:
+    except (AttributeError, KeyError, RuntimeError, ValueError) as error:
         common.fail(f"{config.checkpoint}: published PolarBERT weights, but not of the plain flash variant: "
                     f"{' '.join(str(error).split())[:200]}; not supported")
     common.check_geometry({"model": weights}, geometry, config.checkpoint, config.data_dir)

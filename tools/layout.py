@@ -86,7 +86,7 @@ def find_doms(position, places, n_doms, known):
     doms = []
     for key, i in zip(keys.tolist(), first.tolist()):
         if key not in known:
-            apart = np.abs(places - position[:, i, None]).max(axis=0)
+            apart = np.linalg.norm(places - position[:, i, None], axis=0)
             known[key] = int(apart.argmin()) % n_doms if apart.min() < 1 else -1
         doms.append(known[key])
     return np.array(doms, np.int64)[inverse.ravel()]
@@ -233,7 +233,9 @@ def print_summary(out_dir, n_batches, lengths, n_dark, what):
           f"median {np.median(lengths):.0f} an event; {n_dark:,} events without a {what} were left out")
 
 
-def print_next_command(out_dir, data_dir, splits):
+def print_next_command(out_dir, splits):
+    data_dir = str(out_dir).removesuffix("_raw")
+    data_dir += "_prepared" if data_dir == str(out_dir) else ""
     splits = {name: tuple(batches) for name, batches in splits.items()}  # lists, if read from a record
     print(f"to go on, run: python prepare.py --input_dir={out_dir} --data_dir={data_dir} "
           f'--splits="{splits}"')

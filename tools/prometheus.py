@@ -119,7 +119,8 @@ def read_photons(path, places, n_doms):
             return to_numpy(arrays[name].flatten(), path, row, name), np.repeat(np.arange(len(n)), n)
 
         truth = {}
-        for name, low, high in (("energy", 0, MAX_FLOAT), ("azimuth", -6.284, 6.284), ("zenith", 0, 3.142)):
+        for name, low, high in (("energy", 1e-9, MAX_FLOAT), ("azimuth", -6.284, 6.284),
+                                ("zenith", 0, 3.142)):
             column = f"mc_truth.initial_state_{name}"
             truth[name] = to_numpy(arrays[column], path, row, column)
             refuse_outside(truth[name], low, high, path, row, column)
@@ -288,7 +289,7 @@ def main():
     if found:
         print_readings(config, found["readings"])
         print(f"{out_dir} is complete, nothing to do")
-        print_next_command(out_dir, "data/prometheus", split_batches(found["n_batches"]))
+        print_next_command(out_dir, split_batches(found["n_batches"]))
         return
 
     lock = hold_lock(out_dir)  # held until main() ends
@@ -318,7 +319,7 @@ def main():
     print_readings(config, readings)
     write_json(record, settings | {"n_batches": len(metas), "readings": readings})
     shutil.rmtree(out_dir / ".parts")
-    print_next_command(out_dir, "data/prometheus", split_batches(len(metas)))
+    print_next_command(out_dir, split_batches(len(metas)))
 
 
 if __name__ == "__main__":

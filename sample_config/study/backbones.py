@@ -1,5 +1,5 @@
-# GRU and Mamba in the place of attention, 0.15 M parameters each; the transformer is trapezoidal/800 of
-# schedule.py.
+# GRU and Mamba in the place of attention, 0.15 M parameters in three layers; the transformer is
+# trapezoidal/800 of schedule.py.
 shared = ("sample_config/study/train.py --batch_size=64 --max_steps=800 --cooldown_steps=400 "
           "--cls_target=charge+motion --dom_head=position")
 arms = {"gru/800": "sample_config/ablation/gru.py", "mamba/800": "sample_config/ablation/mamba.py"}
