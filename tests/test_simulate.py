@@ -159,7 +159,7 @@ def test_killed_run_goes_on_to_the_same_bytes(demo, tmp_path):
 
 def test_ctrl_c_stops_with_one_line(tmp_path):
     code, stderr = start_and_signal(tmp_path / "demo", lambda process: os.killpg(process.pid, signal.SIGINT))
-    assert code == 130 and "Traceback" not in stderr and "the same command goes on" in stderr
+    assert code == 130 and "Traceback" not in stderr and "give the same command again" in stderr
 
 
 def test_seed_changes_every_event(demo, tmp_path):
