@@ -5,8 +5,8 @@
     python simulate.py --geometry=sensor_geometry.csv --out_dir=data/true_raw    # any detector, from a file
     python simulate.py --scattering=1.3 --afterpulses=0.06 --out_dir=data/real_raw   # other ice, other tubes
 
-Prints a bar and what was written; some 800 events a second and core. The bytes are the same for any number
-of workers. A run that was stopped goes on from its finished batches; a complete folder is left as it is.
+Prints a bar and what was written. The bytes are the same for any number of workers. A run that was stopped
+goes on from its finished batches; a complete folder is left as it is.
 
 What it is: a muon or a cascade at a random place, light that falls with distance and comes late by
 scattering, noise, local coincidence, a trigger. Enough for pulses that look like the real ones and carry

@@ -40,9 +40,9 @@ from knobs import check_choice, check_not_negative, check_positive, load_config,
 from simulate import (META_SCHEMA, batch_paths, describe_geometry, join_meta, local_coincidence,
                       number_along_strings, write_detector)
 from tables import CHUNK, MAX_FLOAT, to_numpy
-from tools.layout import (MAX_TIME, READINGS, describe_place, event_tables, find_doms, find_reading,
-                          find_record, print_next_command, print_readings, print_summary, read_doms,
-                          read_table, score_readings, write_pulses)
+from tools.layout import (MAX_TIME, MIN_ENERGY, READINGS, describe_place, event_tables, find_doms,
+                          find_reading, find_record, print_next_command, print_readings, print_summary,
+                          read_doms, read_table, score_readings, write_pulses)
 
 # what a column may be called: in NuBench and what else comes from Prometheus, in IceCube's databases
 PULSES = {"x": ("sensor_pos_x", "dom_x"), "y": ("sensor_pos_y", "dom_y"), "z": ("sensor_pos_z", "dom_z"),
@@ -291,7 +291,8 @@ def read_truth(config, database, event_no):
         rows = read_numbers(look_up(database, table, columns.values(), event_no), len(columns))
     truth = {name: np.full(len(event_no), np.nan) for name in TRUTH_EXTRA}
     truth |= {name: values for name, values in zip(columns, rows.T) if name != "event_no"}
-    for name, low, high in (("azimuth", -6.284, 6.284), ("zenith", 0, 3.142), ("energy", 1e-9, MAX_FLOAT)):
+    for name, low, high in (("azimuth", -6.284, 6.284), ("zenith", 0, 3.142),
+                            ("energy", MIN_ENERGY, MAX_FLOAT)):
         if name in columns:
             refuse_values(path, table, event_no, columns[name], truth[name], low, high)
     interaction, flavour = truth.pop("interaction"), np.abs(truth.pop("pid"))  # 1 charged current, 2 neutral

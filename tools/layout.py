@@ -20,6 +20,8 @@ from tables import KINDS, Detector, read_detector, refuse, to_numpy
 SURFACE_Z = -1948.07  # [m] z of IceCube's centre for Prometheus, which counts from the surface
 MAX_TIME = 1e6  # [ns] no light of an event is this late
 MIN_PULSES = 8  # good ones, for a line fit that is worth asking
+MIN_ENERGY = 1e-9  # [GeV] above 0, as prepare.py demands
+
 # what angles can mean: does (azimuth, zenith) point along the flight (1) or back to the source (-1)?
 READINGS = {"flight": (1, 1), "source": (-1, -1), "zenith_flight": (-1, 1), "azimuth_flight": (1, -1)}
 

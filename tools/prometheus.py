@@ -36,9 +36,9 @@ from knobs import check_choice, check_not_negative, check_positive, load_config,
 from simulate import (META_SCHEMA, batch_paths, describe_geometry, join_meta, local_coincidence,
                       number_along_strings, unit_vector, write_detector)
 from tables import CHUNK, KINDS, MAX_FLOAT, open_parquet, read_batches, refuse, refuse_outside, to_numpy
-from tools.layout import (MAX_TIME, READINGS, describe_place, event_tables, find_doms, find_reading,
-                          find_record, flight_cosines, print_next_command, print_readings, print_summary,
-                          read_doms, score_readings, write_pulses)
+from tools.layout import (MAX_TIME, MIN_ENERGY, READINGS, describe_place, event_tables, find_doms,
+                          find_reading, find_record, flight_cosines, print_next_command, print_readings,
+                          print_summary, read_doms, score_readings, write_pulses)
 
 ROWS_PER_FILE = 10_000_000  # event_id = this * number of the file, from 1 in sorted order, + row in it
 
@@ -119,7 +119,7 @@ def read_photons(path, places, n_doms):
             return to_numpy(arrays[name].flatten(), path, row, name), np.repeat(np.arange(len(n)), n)
 
         truth = {}
-        for name, low, high in (("energy", 1e-9, MAX_FLOAT), ("azimuth", -6.284, 6.284),
+        for name, low, high in (("energy", MIN_ENERGY, MAX_FLOAT), ("azimuth", -6.284, 6.284),
                                 ("zenith", 0, 3.142)):
             column = f"mc_truth.initial_state_{name}"
             truth[name] = to_numpy(arrays[column], path, row, column)
