@@ -4,9 +4,9 @@
     python evaluate.py --checkpoint=out/demo_finetune/best.pt --split=test --predictions=out/test.csv
     python evaluate.py --checkpoint=out/demo/ckpt.pt --embeddings=out/cls.parquet      what [CLS] knows
 
-Prints the errors of all events and in bins, with bootstrap errors, beside those of a line fit, and keeps them
-as evaluation_<split>.json beside the checkpoint. Events without labels can only be predicted. Seconds for
-4,000 events. Guessing at random gives a mean angular error of pi/2 = 1.571 rad.
+Prints the errors of all events and in bins, with bootstrap errors, beside those of a line fit and of a guess,
+one direction for all events, and keeps them as evaluation_<split>.json beside the checkpoint. Events without
+labels can only be predicted. Seconds for 4,000 events.
 """
 import common  # first: it sets how torch's threads wait
 

@@ -7,7 +7,7 @@
 The encoder learns with it, unless it is frozen. Prints one line every log_interval steps and writes log.csv,
 ckpt.pt (last), best.pt (lowest val_loss after step 0) and config.json into out_dir. At the end evaluate.py
 scores best.pt: result.txt and evaluation_<val_split>.json. Stopping, going on and exit status are as in
-train.py. Guessing at random gives a mean angular error of pi/2 = 1.571 rad.
+train.py. A random direction is off by pi/2 = 1.571 rad on the mean.
 """
 import common  # first: it sets how torch's threads wait
 

@@ -172,13 +172,26 @@ def direction_losses(outputs, batch, config):
 
 
 def direction_scores(arrays, events, config):
-    """Angular errors of the model and of the line fit; with kappa the quantiles that tell its calibration."""
+    """Angular errors of the model and of the line fit, and the truth, unit vectors (n, 3).
+
+    With kappa the quantiles that tell its calibration.
+    """
     truth = unit_vector(*(torch.from_numpy(events[angle].copy()) for angle in ("azimuth", "zenith")))
     direction, kappa, fit = (torch.from_numpy(arrays[name]) for name in ("direction", "kappa", "line_fit"))
-    scores = {"error": angular_error(direction, truth), "fit_error": angular_error(fit, truth)}
+    scores = {"error": angular_error(direction, truth), "fit_error": angular_error(fit, truth),
+              "truth": truth}
     if "vmf" in config.direction_loss:
         scores["quantile"] = vmf_quantile(direction, kappa, truth)
     return {name: values.numpy() for name, values in scores.items()}
+
+
+def guess_angle(truth):
+    """The mean angle [rad] of always guessing one direction, that of the mean of all, unit vectors (n, 3).
+
+    pi/2 if they come from everywhere alike; those that trigger a detector may not.
+    """
+    mean = truth.mean(axis=0)
+    return np.arccos(np.clip(truth @ mean / max(np.linalg.norm(mean), 1e-12), -1, 1)).mean()
 
 
 def direction_columns(arrays, config):
@@ -241,7 +254,8 @@ TASKS = {
         score=direction_scores,
         statistics={"mean": (np.mean, "error"), "median": (np.median, "error"),
                     "68 %": (lambda error: np.quantile(error, 0.68), "error")},
-        baselines={"line_fit_mean": (np.mean, "fit_error"), "line_fit_median": (np.median, "fit_error")},
+        baselines={"line_fit_mean": (np.mean, "fit_error"), "line_fit_median": (np.median, "fit_error"),
+                   "guess_mean": (guess_angle, "truth")},
         log={"val_angle_mean": "mean", "val_angle_median": "median"},
         result="angular error mean {mean:.4f}{mean_error} rad, median {median:.4f} rad",
         columns=direction_columns, csv=("azimuth", "zenith"),

@@ -10,7 +10,7 @@ num_heads = 2
 hidden_size = 256
 num_layers = 3
 head_hidden_size = 256
-# on such data far better than the paper's mean angle, see the older round in docs/studies.md
+# on such data better than the paper's mean angle, see the older round in docs/studies.md
 direction_loss = "vmf"
 
 batch_size = 64

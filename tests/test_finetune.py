@@ -167,6 +167,8 @@ def test_the_evaluation_table_by_hand(tuned, demo_data):
         assert row["68 %"] == pytest.approx(np.quantile(error[mask], 0.68), abs=1e-4)
         assert row["line_fit_median"] == pytest.approx(np.median(np.array(fit)[mask]), abs=1e-3)
         assert row["mean_error"] == pytest.approx(error[mask].std() / mask.sum() ** 0.5, rel=0.35)
+        guess = truth[mask].mean(0) / np.linalg.norm(truth[mask].mean(0))
+        assert row["guess_mean"] == pytest.approx(np.arccos(truth[mask] @ guess).mean(), abs=1e-4)
     assert sum(row["n"] for row in content["rows"] if row["kind"] == "zenith") <= 50
     assert sum(content["histogram"]["error"]) == 50 and "line fit mean" in done.stdout
 

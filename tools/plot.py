@@ -285,7 +285,7 @@ def scaling(config, runs, plt):
     return figure
 
 
-def write_names(axis, points):
+def write_names(axis, points, va="center"):
     """Write names right of points, (place, name, colour) each; one that would cover another moves up."""
     axis.figure.canvas.draw()
     taken = []  # places of names [points of print]
@@ -296,7 +296,7 @@ def write_names(axis, points):
         while any(abs(x - other[0]) < 90 and abs(y + up - other[1]) < 11 for other in taken):
             up += 1
         taken.append((x, y + up))
-        axis.annotate(name, place, (8, up), textcoords="offset points", va="center", fontsize=9, color=color,
+        axis.annotate(name, place, (8, up), textcoords="offset points", va=va, fontsize=9, color=color,
                       annotation_clip=False,
                       bbox={"facecolor": "white", "alpha": 0.8, "pad": 1, "linewidth": 0})  # over a line
 
@@ -354,6 +354,11 @@ def points_of_study(config, results, name):
             yield from ((arm, number_in(row, "events") * scale, row) for row in rows)
 
 
+def smallest_gap(points):
+    """Between the heights of points as write_names takes them: how well their names can be told apart."""
+    return np.diff(np.sort([height for (_, height), *_ in points])).min()
+
+
 def is_numbered(arm):
     """pretrained/500: yes."""
     line, _, number = arm.rpartition("/")
@@ -393,7 +398,7 @@ def study(config, runs, plt):
         styles = [style(numbers.index(float(line.rpartition("/")[2])), kinds.index(line.rpartition("/")[0]))
                   for line in lines]
     figure, axis = plt.subplots(figsize=(9 if config.fit else 7, 4.5), layout="constrained")
-    ends = []  # of the lines: place, name, colour
+    starts, ends = [], []  # of the lines: place, name, colour
     for (line, points), line_style in zip(lines.items(), styles):
         x = np.array(sorted(points))
         mean, bar = np.array([(np.mean(points[k]), spread(points[k])) for k in x]).T
@@ -403,6 +408,7 @@ def study(config, runs, plt):
             runs_of_line = np.array([(k, y) for k in x for y in points[k]])
             power = draw_power_law(axis, *runs_of_line.T, config.floor, color=line_style["color"], alpha=0.5)
             name = f"{line}: {power}"
+        starts.append(((x[0], mean[0]), name, line_style["color"]))
         ends.append(((x[-1], mean[-1]), name, line_style["color"]))
     axis.set(xlabel=config.x_label or AXES.get(config.x, config.x), ylabel=AXES.get(config.y, config.y))
     xs = sorted(set().union(*lines.values()))
@@ -424,8 +430,10 @@ def study(config, runs, plt):
                       textcoords="offset points", fontsize=8, color="0.4")
     if config.x == "learning_rate":
         axis.legend()
-    elif len(lines) > 1 or config.fit:
+    elif config.fit or len(lines) > 1 and smallest_gap(starts) <= smallest_gap(ends):
         write_names(axis, ends)
+    elif len(lines) > 1:
+        write_names(axis, starts, va="bottom")
     return figure
 
 
