@@ -452,6 +452,9 @@ def main():
         shutil.rmtree(unfinished, ignore_errors=True)
         print_table(meta)
         print(f"{data_dir} is complete, nothing to do")
+        source = Path(config.input_dir) / "train_meta.parquet"
+        if source.exists() and source.stat().st_mtime > (data_dir / "meta.json").stat().st_mtime:
+            print(f"note: {source} is younger than {data_dir}; remove that folder to prepare it anew")
         return
 
     if data_dir.is_dir() and not unfinished.is_dir() and any(data_dir.iterdir()):
@@ -474,11 +477,14 @@ def main():
     if (unfinished / "settings.json").exists():
         check_settings(data_dir, read_json(unfinished / "settings.json"), settings, "data_dir")
     records = [unfinished / f"{batch.split}_{batch.number}.json" for batch in batches]
+    geometry, geometry_path = np.zeros(len(detector), GEOMETRY), data_dir / "geometry.bin"
+    geometry["position"], geometry["string"] = detector.position.T, detector.string
+    if geometry_path.exists() and geometry_path.read_bytes() != geometry.tobytes():
+        for record in records:  # centres and motions of what is done are of other places
+            record.unlink(missing_ok=True)
     make_room(data_dir, sizes, records)
     write_json(unfinished / "settings.json", {"command": shlex.join(["python", *sys.argv]), **settings})
-    geometry = np.zeros(len(detector), GEOMETRY)
-    geometry["position"], geometry["string"] = detector.position.T, detector.string
-    write_atomic(data_dir / "geometry.bin", geometry.tofile)
+    write_atomic(geometry_path, geometry.tofile)
 
     # read, rule, write: the batches that are not done yet
     todo = {batch.path: record for batch, record in zip(batches, records) if not record.exists()}
@@ -498,7 +504,7 @@ def main():
     meta = {"format": FORMAT_VERSION, **settings, "n_doms": len(detector), "dtypes": describe_dtypes()}
     meta["splits"] = splits
     write_json(data_dir / "meta.json", meta)
-    shutil.rmtree(unfinished)
+    shutil.rmtree(unfinished, ignore_errors=True)  # network disks keep a lock that is open
     print_table(meta)
 
 

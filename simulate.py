@@ -162,7 +162,7 @@ def choose_detector(path):
         return Detector(np.ascontiguousarray(build_geometry().T),
                         np.arange(ICECUBE_DOMS) // ICECUBE_DOMS_PER_STRING)
     detector = read_detector(Path(path))
-    if not 10 < np.abs(detector.position).max() < 1500:
+    if np.abs(detector.position).max() < 10 or np.abs(detector.position[2]).max() > 1500:
         fail(f"{path}: need x,y,z in m from the middle of the detector, as in Kaggle's sensor_geometry.csv")
     check_sensor_ids(detector, path)
     return detector
@@ -487,7 +487,8 @@ def simulate_events(n, detector, config, rng, max_dark=300):
         if n_dark > max_dark:
             fail(f"none of the last {n_dark * CHUNK:,} neutrinos triggered the detector: that takes "
                  f"{TRIGGER_PULSES} pulses of neighbours on a string; DOMs of equal x and y, or of one "
-                 "number in a column string of the geometry, stand on one")
+                 "number in a column string of the geometry, stand on one; mend it, and begin in another "
+                 "--out_dir")
         if chunk:
             (event, *columns), truth = chunk
             chunks.append(((event + n_found, *columns), truth))
@@ -631,7 +632,7 @@ def main():
         print(f"{out_dir / split}: {len(parts)} files, {len(lengths):,} events, {lengths.sum():,} pulses, "
               f"median {np.median(lengths):.0f} an event")
     write_json(record, {"complete": True} | settings)
-    shutil.rmtree(out_dir / ".parts")
+    shutil.rmtree(out_dir / ".parts", ignore_errors=True)  # network disks keep a lock that is open
 
 
 if __name__ == "__main__":

@@ -419,6 +419,7 @@ def small(events, tmp_path_factory):
     ("UPDATE merged_photons SET t = NULL WHERE event_no = 4", ["event 4: t is nan"]),
     ("UPDATE merged_photons SET t = t + 2e6 * (rowid % 2) WHERE event_no = 4", ["event 4 has pulses more"]),
     ("UPDATE merged_photons SET charge = -1 WHERE event_no = 4", ["event 4: charge is -1.0, must lie in "]),
+    ("UPDATE merged_photons SET charge = 0 WHERE event_no = 4", ["event 4 has no charge; leave it out"]),
     ("UPDATE merged_photons SET charge = 'much' WHERE event_no = 4", ["merged_photons cannot be read"]),
     ("UPDATE merged_photons SET charge = x'00ff' WHERE event_no = 4", ["merged_photons cannot be read"]),
     ("UPDATE merged_photons SET hlc = 2 WHERE event_no = 4", ["event 4: hlc is 2.0"]),
@@ -459,7 +460,8 @@ def test_files_that_are_missing_damaged_or_of_another_kind(small, tmp_path):
     for name, table, words in (("a", {"x": [1.0]}, "needs the columns sensor_pos_x"),
                                ("b", {"dom_x": [1.0], "string": [1]}, "needs the columns sensor_pos_x"),
                                ("c", dom | {"dom_z": ["a"]}, "column dom_z is of type string"),
-                               ("d", dom | {"dom_z": [np.nan]}, "row 0: a position is not finite")):
+                               ("d", dom | {"dom_z": [np.nan]}, "row 0: a position is not finite"),
+                               ("e", {name: 2 * value for name, value in dom.items()}, "equal places")):
         pq.write_table(pa.table(table), tmp_path / f"{name}.parquet")
         assert words in user_error(TOOL, *flags, f"--geometry={tmp_path}/{name}.parquet")
     assert "nothing.csv: no such file" in user_error(TOOL, *flags, "--geometry=nothing.csv")

@@ -211,14 +211,6 @@ def test_no_motion_where_no_line_can_be_fitted():
     np.testing.assert_allclose(events["motion"], [[0, 0, 0]] * 4 + [[0, 0, -1], [0, 0, 0]], atol=1e-6)
 
 
-def test_labels_do_not_enter_motion(raw, straight):
-    """Nor anything else of an event but its labels: the same files with other angles."""
-    split = data.open_split(straight[0], "val")
-    others = [{**event, "azimuth": 1.0, "zenith": 2.0} for event in raw[1][3]]
-    events, _ = reference(others, 127, 0)
-    np.testing.assert_allclose(split.events["motion"], events["motion"], atol=1e-5)
-
-
 def test_strings_of_a_detector(tmp_path):
     """A column string; without it equal x, y; IceCube's 5160 by their ids, x, y are not quite equal there."""
     def read(rows, header="sensor_id,x,y,z"):
@@ -347,24 +339,6 @@ def test_events_are_whole_however_the_files_are_cut(raw, monkeypatch, chunk):
         assert found.tobytes() == expected.tobytes()
 
 
-@pytest.mark.parametrize("kind", [np.int64, np.float64])
-def test_local_coincidence_pair_by_pair(kind):
-    rng = np.random.default_rng(3)
-    n = 1500
-    event, dom = rng.integers(0, 40, n), rng.choice([0, 1, 2, 3, 57, 58, 59, 60, 61, 63, 5159], n)
-    time = rng.uniform(0, 40_000, n).astype(kind)
-    event[:200], dom[:200] = event[200:400], np.where(dom[200:400] % 60 < 58, dom[200:400] + 1,
-                                                      dom[200:400] - 1)
-    time[:200] = np.floor(time[200:400]) + rng.choice([-1001, -1000, 1000, 1001], 200)  # right at the border
-    time[200:400] = np.floor(time[200:400])
-    apart = np.abs(dom[:, None] - dom)
-    near = (event[:, None] == event) & (dom[:, None] // 60 == dom // 60) & (apart >= 1) & (apart <= 2) \
-        & (np.abs(time[:, None] - time) <= 1000)
-    rung = simulate.number_along_strings(simulate.choose_detector(""))[dom]
-    assert np.array_equal(simulate.local_coincidence(event, rung, time), near.any(axis=1))
-    assert simulate.local_coincidence(event[:0], rung[:0], time[:0]).shape == (0,)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # workers, interruptions, settings
 # ------------------------------------------------------------------------------------------------------------
@@ -439,10 +413,28 @@ def test_a_complete_folder_is_left_alone(raw, straight, tmp_path):
                          ([SPLITS, f"--input_dir={tmp_path}/other"], "input_dir = ")):
         line = user_error("prepare.py", f"--input_dir={raw[0]}", f"--data_dir={target}", *flags)
         assert words in line and "choose another data_dir" in line
-    assert contents(target) == before
+    assert contents(target) == before and "younger" not in done.stdout
+    os.utime(target / "meta.json", (0, 0))
+    done = run_ok("prepare.py", f"--input_dir={raw[0]}", f"--data_dir={target}", SPLITS)
+    assert "train_meta.parquet is younger" in done.stdout
     os.truncate(target / "val_pulses.bin", 100)
     assert "val_pulses.bin" in user_error("prepare.py", f"--input_dir={raw[0]}", f"--data_dir={target}",
                                           SPLITS)
+
+
+def test_a_geometry_mended_between_two_runs(raw, straight, tmp_path):
+    """Centres and motions of the batches that were done are of the wrong one."""
+    source = shutil.copytree(raw[0], tmp_path / "raw")
+    write_geometry(source, GEOMETRY + [0, 0, 50])
+    change(source / B, "sensor_id", 1234, 5160)
+    flags = [f"--input_dir={source}", f"--data_dir={tmp_path}/data", SPLITS, "--workers=1"]
+    assert "row 1234" in user_error("prepare.py", *flags)
+    assert list((tmp_path / "data").glob("*/pretrain_1.json"))
+    for name in ("sensor_geometry.csv", B):
+        shutil.copy(raw[0] / name, source / name)
+    run_ok("prepare.py", *flags)
+    found, expected = contents(tmp_path / "data"), contents(straight[0])
+    assert all(found[name] == expected[name] for name in expected if name != "meta.json")
 
 
 def test_a_folder_that_another_run_has_finished_meanwhile(raw, straight, tmp_path, monkeypatch):

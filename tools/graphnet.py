@@ -273,7 +273,11 @@ def convert_events(config, detector, places, table, event_no, light):
         if late.any():
             fail(f"{config.database}: table {table}: event {lit[event[late][0]]} has pulses more than "
                  f"{MAX_TIME:g} ns apart; times must be in ns")
-        aux = ~(local_coincidence(event, rung[dom], time) if hlc is None else hlc[order])
+        is_dark = np.bincount(event, charge) <= 0
+        if is_dark.any():
+            fail(f"{config.database}: table {table}: event {lit[is_dark][0]} has no charge; leave it out of the "
+                 "selections, and begin in another --out_dir")
+        aux = ~(local_coincidence(event, rung[dom], time - first[event]) if hlc is None else hlc[order])
         row = np.searchsorted(event_no, lit)
         events, pulses, cosines = event_tables(
             config, detector, lit, {name: values[row] for name, values in truth.items()},
@@ -337,7 +341,8 @@ def refuse_values(path, table, event_no, column, values, low, high):
     if bad.any():
         i = int(bad.argmax())
         fail(f"{path}: table {table}: event {event_no[i]}: {column} is {values[i]}, must lie in {low:.4g}.."
-             f"{high:.4g} (a NULL reads as nan); correct it, or leave the event out of the selections")
+             f"{high:.4g} (a NULL reads as nan); correct it, or leave the event out of the selections, and "
+             "begin in another --out_dir")
 
 
 # ------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ Nothing to run here. Where the DOMs lie; times and labels; which way the angles 
 of a run.
 """
 import math
+import shlex
 import sys
 
 import numpy as np
@@ -72,6 +73,8 @@ def read_graphnet_table(path, table, names):
     refuse(~np.isfinite(places).all(axis=0), path, 0, lambda i: "a position is not finite; get it anew")
     if places.shape[1] == 0:
         fail(f"{path}: has no rows; get it anew")
+    if len(np.unique(places, axis=1).T) < places.shape[1]:
+        fail(f"{path}: some rows have equal places; need one row per DOM, or per module of several tubes")
     middle = (places[2].min() + places[2].max()) / 2
     for center in (0, SURFACE_Z):  # IceCube's centre is not quite in the middle of its DOMs
         if abs(middle - center) < 50:
@@ -97,7 +100,7 @@ def find_doms(position, places, n_doms, known):
 def describe_place(position, places):
     apart = np.linalg.norm(places - position[:, None], axis=0).min()
     return (f"at {', '.join(f'{x:.2f}' for x in position)}, where the geometry has no DOM (the nearest is "
-            f"{apart:.1f} m away); it belongs to another detector, choose another geometry")
+            f"{apart:.1f} m away); it belongs to another detector, choose another --geometry and --out_dir")
 
 
 # ------------------------------------------------------------------------------
@@ -239,5 +242,5 @@ def print_next_command(out_dir, splits):
     data_dir = str(out_dir).removesuffix("_raw")
     data_dir += "_prepared" if data_dir == str(out_dir) else ""
     splits = {name: tuple(batches) for name, batches in splits.items()}  # lists, if read from a record
-    print(f"to go on, run: python prepare.py --input_dir={out_dir} --data_dir={data_dir} "
-          f'--splits="{splits}"')
+    paths = shlex.join([f"--input_dir={out_dir}", f"--data_dir={data_dir}"])
+    print(f'to go on, run: python prepare.py {paths} --splits="{splits}"')

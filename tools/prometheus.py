@@ -264,7 +264,8 @@ def number_batches(out_dir, results):
 
 def split_batches(n):
     if n == 1:
-        print("one batch cannot be split: for training as well, use a smaller --events_per_batch")
+        print("one batch cannot be split: for training as well, use a smaller --events_per_batch and another "
+              "--out_dir")
         return {"val": (1, 1)}
     n_val = math.ceil(n / 10)
     return {"pretrain": (1, n - n_val), "val": (n - n_val + 1, n)}
