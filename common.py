@@ -63,11 +63,11 @@ def run_stage(main):
             raise SystemExit(130) from None
         except RuntimeError as error:  # torch's errors, told by their names: prepare.py does not import torch
             if type(error).__name__ == "OutOfMemoryError":
-                fail(f"out of GPU memory ({first_line(error)}); lower micro_batch_size, in evaluate.py "
-                     "batch_size")
+                fail(f"out of GPU memory ({first_line(error)}); lower micro_batch_size")
             if "gloo" in str(error) and "onnection" in str(error):
                 fail("lost another rank, which died; the same command goes on from the last checkpoint")
-            if type(error).__name__ in ("InductorError", "BackendCompilerFailed"):
+            if type(error).__name__ in ("InductorError", "BackendCompilerFailed", "TritonMissing",
+                                        "GPUTooOldForTriton"):
                 fail(f"torch.compile failed ({first_line(error)}); --compile=False does without")
             raise
     except SystemExit as end:
@@ -401,7 +401,8 @@ def check_flash(raw_model, process):
     """On a GPU, compare flash attention with the plain one before it is trusted with a long run."""
     import torch
     mixer = raw_model.encoder.backbone.blocks[0].mixer
-    if getattr(mixer, "can_flash", False) and process.dtype != torch.float32:
+    is_used = process.device.type == "cuda" and process.dtype != torch.float32
+    if is_used and getattr(mixer, "can_flash", False):
         error = flash_error(mixer, process.device, process.dtype)
         if not error < 0.05:
             fail(f"flash attention differs from the plain one by {error:.2g} of its largest number on this "

@@ -38,12 +38,13 @@ class EvaluateConfig:
     predictions: str = ""  # .csv (Kaggle's form) or .parquet (with all that is known) to write; "" = none
     embeddings: str = ""  # .parquet to write the [CLS] vector of each event to; "" = none
     batch_size: int = 1024  # events at a time, over all ranks
+    micro_batch_size: int = 0  # events computed at once, which changes no result; 0 = what suits the device
     device: str = "auto"  # or "cuda", "mps", "cpu"
     dtype: str = "auto"  # "bfloat16", "float16", "float32"; auto = bfloat16 where the hardware has it
 
     def check(self):
         yield from knobs.check_positive(self, "batch_size")
-        yield from knobs.check_not_negative(self, "n_events")
+        yield from knobs.check_not_negative(self, "n_events", "micro_batch_size")
         yield from knobs.check_device(self)
         for key, endings in (("predictions", (".csv", ".parquet")), ("embeddings", (".parquet",))):
             path = getattr(self, key)
@@ -348,15 +349,16 @@ def evaluate_checkpoint(config, process):
     model, run, saved = load_model(config.checkpoint, config.data_dir)
     config.data_dir, config.split = config.data_dir or run.data_dir, config.split or run.val_split
     split, n_events = data.open_first_events(config.data_dir, config.split, config.n_events, at_most=True)
-    is_labelled = hasattr(run, "task") and len(find_unlabelled(split, n_events, run)) == 0
+    n_unlabelled = len(find_unlabelled(split, n_events, run)) if hasattr(run, "task") else n_events
+    is_labelled = n_unlabelled == 0
     if not hasattr(run, "task") and (config.predictions or not config.embeddings):
         common.fail(f"{config.checkpoint} is a pretrained checkpoint: it has --embeddings=FILE.parquet, but "
                     "no task to evaluate")
     if not (is_labelled or config.predictions or config.embeddings):
-        common.fail(f"{split.path} has no labels of the {run.task} to evaluate with; name a file to write: "
-                    "--predictions=")
+        common.fail(f"{split.path}: {n_unlabelled:,} of {n_events:,} events have no {run.task} to evaluate "
+                    "with; name a file to write: --predictions=")
     run.batch_size, max_pulses = config.batch_size, data.read_meta(config.data_dir)["max_pulses"]
-    run.micro_batch_size = common.suited_micro_batch_size(process, max_pulses, run)
+    run.micro_batch_size = config.micro_batch_size or common.suited_micro_batch_size(process, max_pulses, run)
     known = [name for name in ("azimuth", "zenith", "energy", "event_class")
              if has_label(split.events[:n_events], name).any()]
     scores = []
@@ -377,7 +379,11 @@ def evaluate_checkpoint(config, process):
         return None
     scores = {name: np.concatenate([part[name] for part in scores]) for name in scores[0]}
     result, content = report(scores, split.events[:n_events], config, run, saved)
-    common.write_json(evaluation_path(saved, config, n_events, len(split)), content)
+    path = evaluation_path(saved, config, n_events, len(split))
+    if os.access(path.parent, os.W_OK):
+        common.write_json(path, content)
+    else:
+        print(f"note: {path.parent} cannot be written to, so that {path.name} is not kept")
     return result
 
 

@@ -136,6 +136,7 @@ def main():
     checkpoint_path, best_path = f"{config.out_dir}/ckpt.pt", f"{config.out_dir}/best.pt"
     pretrained = runs.load_pretrained(config)  # it tells the architecture
     saved = runs.find_run(config)
+    runs.check_ranks(config, saved, process)
 
     # ---- data ----------------------------------------------------------------------------------------------
     geometry, fingerprint = data.read_geometry(config.data_dir), data.fingerprint(config.data_dir)
@@ -160,7 +161,7 @@ def main():
         """Evaluate what was kept as best, print and keep the result."""
         result = evaluate.evaluate_checkpoint(evaluate.EvaluateConfig(
             checkpoint=best_path, data_dir=config.data_dir, split=config.val_split, n_events=n_val,
-            batch_size=config.batch_size), process)
+            batch_size=config.batch_size, micro_batch_size=config.micro_batch_size), process)
         if process.is_main:
             common.write_atomic(f"{config.out_dir}/result.txt", lambda part: part.write_text(result + "\n"))
 

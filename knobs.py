@@ -156,7 +156,7 @@ def take_architecture(config, architecture, saved, path):
         key, known = field.name, saved["config"].get(field.name, default_of(field))  # younger knobs were off
         if key in config.sources and getattr(config, key) != known:
             fail(f"{config.sources[key]}: {key} = {getattr(config, key)!r}, but {path} has {known!r}; leave "
-                 f"{key} out, the checkpoint tells it, or put the config file of that run after the others")
+                 f"{key} out, the checkpoint tells it, or end the command with --{key}={known}")
         setattr(config, key, known)
 
 

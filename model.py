@@ -401,7 +401,7 @@ class Pretrainer(nn.Module):
         """Sums over a batch, in the order of metric_names: of losses, and of what tells them to a reader."""
         logits, answers = self.predict(batch)
         dom, geometry = batch["dom"].index_select(0, batch["hidden"]), self.encoder.embedding.geometry
-        best = logits.topk(5, dim=-1).indices  # (M, 5)
+        best = logits.topk(min(5, logits.shape[1]), dim=-1).indices  # (M, 5)
         sums = [self.dom_losses(logits, batch).sum(),
                 (best[:, 0] == dom).float().sum(), (best == dom[:, None]).float().sum(),
                 (self.string[best[:, 0]] == self.string[dom]).float().sum(),

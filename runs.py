@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import torch
 
 import common
+import data
 import knobs
 from model import ModelConfig
 
@@ -77,6 +78,8 @@ def load_pretrained(config):
     if "task" in pretrained["config"] and not hasattr(config, "task"):
         common.fail(f"{path} is a fine-tuned checkpoint; begin with one of train.py")
     knobs.take_architecture(config, ModelConfig, pretrained, path)
+    for complaint in config.check():
+        common.fail(f"{path}: {complaint}")
     return pretrained
 
 
@@ -105,15 +108,16 @@ def find_run(config):
 
 
 def find_branch(config, saved, warmup_steps):
-    """Where a run with branch_from begins -> its own checkpoint, or that of the long run; and its max_steps.
+    """Where a run with branch_from begins -> its own checkpoint, or that of the long run; sets max_steps.
 
     One long run with a constant learning rate gives a whole curve over training time, if a cooldown branches
     off at several steps (Hägele et al. 2024, arXiv:2405.18392). saved: what find_run found.
     """
+    path, config.sources["max_steps"] = config.branch_from, config.branch_from
     if saved:  # the branch goes on
         check_same(saved["path"], "cooldown_steps", saved["config"]["cooldown_steps"], config.cooldown_steps)
-        return saved, saved["config"]["max_steps"]
-    path = config.branch_from
+        config.max_steps = saved["config"]["max_steps"]
+        return saved
     origin = common.load_checkpoint(path)
     if "task" in origin["config"]:
         common.fail(f"{path} is a fine-tuned checkpoint; a branch begins from one of train.py")
@@ -127,7 +131,17 @@ def find_branch(config, saved, warmup_steps):
         common.fail(f"{path} is at step {origin['step']}, outside the flat part of its schedule, steps "
                     f"{warmup_steps} to {last}; set keep_every in the long run and branch from one of those "
                     "checkpoints")
-    return origin | {"path": path, "best_val": float("inf")}, origin["step"] + config.cooldown_steps
+    config.max_steps = origin["step"] + config.cooldown_steps
+    return origin | {"path": path, "best_val": float("inf")}
+
+
+def check_ranks(config, saved, process):
+    """End a run whose ranks begin at other steps or with other data, as their folders are not the same."""
+    begin = [saved["step"] if saved else 0, int(data.fingerprint(config.data_dir), 16)]
+    n = process.world_size
+    if n > 1 and common.sum_over_ranks(begin, process) != [n * number for number in begin]:
+        common.fail(f"the ranks do not find the same in {config.out_dir} and {config.data_dir}; put both on "
+                    "a disk that all machines share, and give every rank the same paths")
 
 
 def has_content(path):
@@ -184,8 +198,11 @@ def start_run(config, process, model, n_train, saved, columns):
 
 def print_header(config, process, model, n_train):
     """Versions, hardware, commit, size of the model and of the data."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
-                            check=False, cwd=Path(__file__).parent).stdout.strip() or "unknown"
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
+                                check=False, cwd=Path(__file__).parent).stdout.strip() or "unknown"
+    except OSError:  # no git here
+        commit = "unknown"
     where = f"{torch.get_num_threads()} threads"
     if process.device.type == "cuda":
         where = torch.cuda.get_device_name()
@@ -227,5 +244,5 @@ def say_complete(config, saved, process):
     """Of a run whose checkpoint `saved` is already its end."""
     if process.is_main:
         knob = "max_steps (or patience, if that ended it)" if getattr(config, "patience", 0) else "max_steps"
-        print(f"{config.out_dir} is complete at step {saved['step']}; raise {knob} to go on, or choose "
-              "another out_dir")
+        way = "" if getattr(config, "branch_from", "") else f"raise {knob} to go on, or "
+        print(f"{config.out_dir} is complete at step {saved['step']}; {way}choose another out_dir")

@@ -204,7 +204,8 @@ def main():
     pretrained = runs.load_pretrained(config)  # it tells the architecture
     saved = runs.find_run(config)
     if config.branch_from:
-        saved, config.max_steps = runs.find_branch(config, saved, warmup_steps(config))
+        saved = runs.find_branch(config, saved, warmup_steps(config))
+    runs.check_ranks(config, saved, process)
     if saved and saved["step"] >= config.max_steps:
         runs.say_complete(config, saved, process)
         common.stop_process(process)

@@ -171,11 +171,15 @@ def test_flash_is_taken_in_half_precision_and_traced_both_ways(qk_norm, monkeypa
     assert len(calls) == 2  # float32 has no flash kernel
 
 
-@pytest.mark.parametrize("fault, words", [(0.0, None), (0.1, "flash attention differs")])
-def test_a_wrong_flash_kernel_ends_the_run(fault, words, monkeypatch):
+@pytest.mark.parametrize("fault, device, words", [
+    (0.0, "cuda", None), (0.1, "cuda", "flash attention differs"), (0.1, "cpu", None)])
+def test_a_wrong_flash_kernel_ends_the_run(fault, device, words, monkeypatch):
+    """Where it is used: --device=cpu on a machine with a GPU has no need of it."""
     monkeypatch.setattr(m, "can_flash", lambda d: True)
     monkeypatch.setattr(m, "varlen_attn", lambda *args, **kwargs: stand_in(*args, **kwargs) * (1 + fault))
-    process = SimpleNamespace(device=torch.device("cpu"), dtype=torch.bfloat16)
+    flash_error = common.flash_error
+    monkeypatch.setattr(common, "flash_error", lambda mixer, _, dtype: flash_error(mixer, "cpu", dtype))
+    process = SimpleNamespace(device=torch.device(device), dtype=torch.bfloat16)
     with pytest.raises(SystemExit, match=words) if words else nullcontext():
         common.check_flash(make(), process)
 

@@ -380,7 +380,7 @@ def test_user_errors_of_evaluate(tuned, demo_data, pretrained, tmp_path):
                          ([f"--predictions={tmp_path}"], "must end in"),
                          ([f"--predictions={tmp_path}/d.csv"], "is a folder"),
                          (["--n_events=-5"], "n_events = -5: must not be negative"),
-                         (["--split=test"], "no labels of the direction to evaluate with"),
+                         (["--split=test"], "40 of 40 events have no direction to evaluate with"),
                          (["--split=tset"], "no split 'tset'"),
                          (["--data_dir=data/nowhere"], "no such data folder"),
                          ([f"--checkpoint={pretrained[0]}/ckpt.pt"], "is a pretrained checkpoint"),

@@ -15,8 +15,8 @@ import torch
 import common
 import data
 import train
-from conftest import (ROOT, TINY_MODEL, TINY_RUN, Fork, forked, forked_ranks, random_events, run_ok, torchrun,
-                      user_error, write_folder)
+from conftest import (ROOT, TINY_MODEL, TINY_RUN, Fork, forked, forked_ranks, random_events, run, run_ok,
+                      torchrun, user_error, write_folder)
 
 
 def read_log(out_dir):
@@ -191,6 +191,25 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(straight, demo_data, tmp_p
     assert_same_run(straight, tmp_path)
 
 
+def test_ranks_that_share_no_disk(straight, demo_data, tmp_path):
+    """One goes on, the other would begin anew: their weights would drift apart without a word."""
+    for rank in (0, 1):
+        (tmp_path / f"{rank}/out").mkdir(parents=True)
+    shutil.copy(straight / "ckpt_20.pt", tmp_path / "0/out/ckpt.pt")
+    in_folder_of_rank = f'cd {tmp_path}/$RANK && exec {sys.executable} "$0" "$@"'
+    done = run("train.py", f"--data_dir={demo_data}", "--out_dir=out", *LONG_RUN,
+               launcher=(*torchrun(2), "--no-python", "bash", "-c", in_folder_of_rank))
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and len(lines) == 1, done.stderr
+    assert "the ranks do not find the same in out and " in lines[0]
+
+
+def test_it_runs_without_git(demo_data, tmp_path):
+    done = run_ok("train.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}", *TINY_RUN, "--max_steps=1",
+                  env={"PATH": str(tmp_path)})
+    assert "commit unknown" in done.stdout
+
+
 def ranks_of(process):
     """The process ids of torchrun's ranks."""
     tasks = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
@@ -239,7 +258,8 @@ def test_a_branch_is_the_run_that_would_have_ended_there(straight, demo_data, tm
     run_ok("train.py", *branch)
     assert_same_weights(tmp_path / "short", tmp_path / "branch")
     assert column(tmp_path / "branch", "lr") == column(tmp_path / "short", "lr")[20:]
-    assert "is complete at step 25" in run_ok("train.py", *branch).stdout
+    done = run_ok("train.py", *branch, "--max_steps=100").stdout  # its cooldown tells where it ends
+    assert "is complete at step 25; choose another out_dir" in done
     killed = [*branch, f"--out_dir={tmp_path}/killed", "--cooldown_steps=2000", "--save_interval=10_000"]
     process = Fork("train.py", *killed)
     wait_for_step(process, tmp_path / "killed", 20)  # it has a checkpoint as soon as it has a log

@@ -275,8 +275,8 @@ def convert_events(config, detector, places, table, event_no, light):
                  f"{MAX_TIME:g} ns apart; times must be in ns")
         is_dark = np.bincount(event, charge) <= 0
         if is_dark.any():
-            fail(f"{config.database}: table {table}: event {lit[is_dark][0]} has no charge; leave it out of the "
-                 "selections, and begin in another --out_dir")
+            fail(f"{config.database}: table {table}: event {lit[is_dark][0]} has no charge; leave it out of "
+                 "the selections, and begin in another --out_dir")
         aux = ~(local_coincidence(event, rung[dom], time - first[event]) if hlc is None else hlc[order])
         row = np.searchsorted(event_no, lit)
         events, pulses, cosines = event_tables(
