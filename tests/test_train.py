@@ -462,11 +462,16 @@ def test_fewer_validation_events_than_ranks(demo_data, tmp_path):
     assert len(column(tmp_path, "val_loss")) == 2
 
 
-def test_bad_data_is_one_line(demo_data, tmp_path):
+def test_bad_data_is_one_line(demo_data, pretrained, tmp_path):
     args = [*TINY_RUN, f"--out_dir={tmp_path}/run"]
     assert "no such data folder" in user_error("train.py", "--data_dir=nowhere", *args)
     assert "no split 'pretrian'" in user_error("train.py", f"--data_dir={demo_data}",
                                                "--train_split=pretrian", *args)
+    saved = common.load_checkpoint(pretrained[0] / "ckpt.pt")
+    saved["config"]["mup_base_width"] = 16
+    torch.save(saved, tmp_path / "mup.pt")
+    assert "carry learning rates of AdamW" in user_error(
+        "train.py", f"--data_dir={demo_data}", *args, f"--pretrained={tmp_path}/mup.pt", "--optimizer=muon")
     assert "holds 300 events" in user_error("train.py", f"--data_dir={demo_data}", "--train_events=301",
                                             *args)
     assert not (tmp_path / "run").exists()
