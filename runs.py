@@ -113,7 +113,8 @@ def find_branch(config, saved, warmup_steps):
     One long run with a constant learning rate gives a whole curve over training time, if a cooldown branches
     off at several steps (Hägele et al. 2024, arXiv:2405.18392). saved: what find_run found.
     """
-    path, config.sources["max_steps"] = config.branch_from, config.branch_from
+    path = config.branch_from
+    config.sources["max_steps"] = path
     if saved:  # the branch goes on
         check_same(saved["path"], "cooldown_steps", saved["config"]["cooldown_steps"], config.cooldown_steps)
         config.max_steps = saved["config"]["max_steps"]
