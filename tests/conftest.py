@@ -90,27 +90,29 @@ def call_main(script, *args):
 class Fork:
     """A script in a process of its own, group and all, that begins as a copy of this one: torch is loaded.
 
-    As much of subprocess.Popen as the tests need; stderr goes where stdout goes. before: called first;
-    output: a file.
+    On a machine with a GPU it begins anew. As much of subprocess.Popen as the tests need; stderr goes where
+    stdout goes. before: called first; output: a file.
     """
 
     def __init__(self, script, *args, env=(), before=lambda: None, output=None):
         self.output, self.returncode = output or tempfile.TemporaryFile("w+"), None
         torch = sys.modules.get("torch")
-        uses_gpu = torch and torch.cuda.is_initialized()  # a forked copy cannot use it again
+        anew = torch and torch.cuda.is_available()  # a copy lacks the threads that autograd has for a GPU
         self.pid = os.fork()
         if self.pid == 0:
             status = 1
             try:
                 os.setsid()
                 os.environ.update(env)
-                if uses_gpu:
-                    torch.cuda.is_available = lambda: False
                 signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist's workers ignore it
                 for number in (1, 2):
                     os.dup2(self.output.fileno(), number)
                 sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)
                 before()
+                if anew:
+                    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+                    main = "import sys, conftest; sys.exit(conftest.status_of_main(*sys.argv[1:]))"
+                    os.execv(sys.executable, [sys.executable, "-c", main, script, *map(str, args)])
                 status = status_of_main(script, *map(str, args))
                 sys.stdout.flush()
             finally:

@@ -291,8 +291,8 @@ def gradients_of(net, batch, context=nullcontext()):
 
 
 @needs_cuda
-@pytest.mark.parametrize("knobs", [*BACKBONES, {"cls_target": "charge+motion", "dom_head": "position"}],
-                         ids=str)
+@pytest.mark.parametrize("knobs", [*BACKBONES, {"dom_loss": "emd"}, {"dom_loss": "chamfer"},
+                                   {"cls_target": "charge+motion", "dom_head": "position"}], ids=str)
 def test_cuda_computes_what_the_cpu_does(knobs):
     net, (batch,) = make(**knobs), one_batch([3, 50, 17, 1, 127])
     losses, gradient = gradients_of(net.double(), doubled(batch))
