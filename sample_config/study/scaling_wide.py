@@ -7,5 +7,5 @@ arms = {f"standard/256/{256 * steps}": "--embedding_dim=256 --dom_embed_dim=128 
         for steps in (800, 400)}
 learning_rates = "0.0005,0.001,0.002,0.004,0.008,0.016"
 widen = 0
-seeds = 2
+seeds = 3
 out_dir = "out/study/scaling_wide"
