@@ -126,8 +126,14 @@ def test_runs_of_several_lengths_are_one_line(tmp_path):
     study.add_results(tmp_path / "r.csv", study_rows("branches", arms))
     config = plot.PlotConfig(what="study", study="branches", results=f"{tmp_path}/r.csv")
     container, = plot.study(config, [], plt).axes[0].containers
+    study.add_results(tmp_path / "r.csv", study_rows("longer", {"branched/3200": {0.01: [6]}}))
+    config.study = "branches,longer"
+    assert len(plot.study(config, [], plt).axes[0].containers) == 2
+    config.arms = {"branched": "cut off"}
+    joined, = plot.study(config, [], plt).axes[0].containers
+    assert joined.get_label() == "cut off" and joined.lines[0].get_xdata()[-1] == 320_000
     config.arms = {"nothing": "else"}
-    with pytest.raises(SystemExit, match="is empty in branches"):
+    with pytest.raises(SystemExit, match="is empty in branches,longer"):
         plot.study(config, [], plt)
     assert container.get_label() == "branched"
     assert container.lines[0].get_xdata().tolist() == [80_000, 120_000, 160_000]

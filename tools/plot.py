@@ -369,8 +369,9 @@ def study(config, runs, plt):
     """Results of tools.study, mean and standard deviation over seeds. What diverged is named, not drawn.
 
     x = learning_rate: one line per arm; of arms with a number (muP/64), colour tells the number and dashes
-    the name. x = number (pretrained/500) or parameters: the best learning rate of each arm, one line for arms
-    that share what stands before the number. x = events or seconds: the course of runs with the best one.
+    the name. Arms of several studies that config.arms names alike are one line. x = number (pretrained/500)
+    or parameters: the best learning rate of each arm, one line for arms that share what stands before the
+    number. x = events or seconds: the course of runs with the best one.
     """
     results, lines = read_results(config.results), {}  # name of a line -> x -> values, one per seed
     sizes = []  # of all runs drawn: parameters, x, y
@@ -384,7 +385,8 @@ def study(config, runs, plt):
                 print(f"note: {name}, arm {row['arm']}, learning rate {row['learning_rate']}, seed "
                       f"{row['seed']} diverged, it is not drawn")
             elif row[config.y]:
-                line = f"{name}: {line}" if len(names) > 1 and line != name else line
+                if len(names) > 1 and line != name and not config.arms:
+                    line = f"{name}: {line}"
                 lines.setdefault(line, {}).setdefault(x, []).append(number_in(row, config.y))
                 sizes.append((float(row["parameters"] or 0), x, number_in(row, config.y)))
     if not lines:
