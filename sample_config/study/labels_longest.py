@@ -1,7 +1,11 @@
-# As many steps as it wants: from scratch as in labels.py, 32,000 labels in 6,000 steps instead of 2,000.
+# As many steps as it wants: as in labels.py with more steps, from scratch and after best.py's pretraining.
 script = "finetune.py"
 shared = "sample_config/study/finetune.py --direction_loss=vmf --batch_size=64 --val_events=2000"
-arms = {"scratch/32000": "--data_dir=data/study_all --train_events=32000 --max_steps=6000"}
+arms = {f"scratch/{n}": f"--data_dir=data/study_all --train_events={n} --max_steps={steps}"
+        for n, steps in {8000: 3000, 32000: 6000, 128000: 6000}.items()}
+arms = arms | {f"best/{n}": "--pretrained=out/study/pretrain/best/seed{seed}/ckpt.pt "
+                            f"--train_events={n} --max_steps={steps}"
+               for n, steps in {8000: 3000, 32000: 6000}.items()}
 learning_rates = "0.0005,0.001,0.002"
 widen = 0
 metric = "val_angle_mean"
