@@ -1,6 +1,6 @@
 # The direction from 8,000 labels of MC after pretraining on MC or on real, from scratch, and from labels of
-# real (the ceiling). val of where the labels are from tunes, and report of it is what report_... are of; how
-# the runs with labels of MC do on real, docs/studies.md says how to evaluate.
+# real (the ceiling). Tuned on val of the place that the labels are from; report_... are of its report. How
+# the others do on real: docs/studies.md says how to evaluate them there.
 script = "finetune.py"
 shared = ("sample_config/study/finetune.py --direction_loss=vmf --batch_size=64 --train_events=8000 "
           "--max_steps=1000 --val_events=2000")

@@ -1,4 +1,4 @@
-# Many steps: as in labels.py with three times as many, from scratch and after best.py's pretraining.
+# Many steps: as in labels.py with up to three times as many, from scratch and after best.py's pretraining.
 script = "finetune.py"
 shared = "sample_config/study/finetune.py --direction_loss=vmf --batch_size=64 --val_events=2000"
 arms = {f"scratch/{n}": f"--data_dir=data/study_all --train_events={n} --max_steps={steps}"
