@@ -1,285 +1,267 @@
-"""Stage 3: fine-tuning. A small head on [CLS] learns the neutrino's direction, energy or class from labels.
+"""Stage 3: fine-tuning. A head on [CLS] learns direction, energy or class from labels.
 
-    python finetune.py sample_config/demo_finetune.py                       the encoder of out/demo/ckpt.pt
-    python finetune.py sample_config/demo_finetune.py sample_config/ablation/frozen.py      the head alone
-    python finetune.py sample_config/demo_finetune.py sample_config/ablation/scratch.py     no pretraining
+    python finetune.py sample_config/demo_finetune.py    # begins with the demo's encoder
+    python finetune.py sample_config/demo_finetune.py sample_config/ablation/frozen.py
+    python finetune.py sample_config/demo_finetune.py sample_config/ablation/scratch.py
 
-The encoder learns with it, unless it is frozen. Prints one line every log_interval steps and writes log.csv,
-ckpt.pt (last), best.pt (lowest val_loss after step 0) and config.json into out_dir. At the end evaluate.py
-scores best.pt: result.txt and evaluation_<val_split>.json. Stopping, going on and exit status are as in
-train.py. A random direction is off by pi/2 = 1.571 rad on the mean.
+The encoder learns too, unless it is frozen. Prints a line every log_interval steps.
+Writes log.csv, ckpt.pt (last), best.pt (lowest val_loss) and config.json into
+out_dir. At the end evaluate.py scores best.pt. Resuming and exit status are as in
+train.py. A random direction has a mean error of pi/2 = 1.571 rad.
 """
-import common  # first: it sets how torch's threads wait
+import utils  # first: it sets how torch's threads wait
 
-import dataclasses
+import math
 import os
-from dataclasses import dataclass
+import signal
+import time
+from dataclasses import asdict, dataclass
+from typing import Literal
 
 import numpy as np
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 import data
-import evaluate
-import knobs
-import runs
-from model import ModelConfig, Reconstructor, parameter_groups
-from optimizers import GuardedOptimizer
-from tasks import DIRECTION_LOSSES, TASKS
-from train import learning_rate, make_adamw, warmup_steps
-
+from evaluate import (EvaluateConfig, evaluate_checkpoint, has_labels, predict, statistics,
+                      task_scores)
+from model import TASKS, ModelConfig, Reconstructor, weights_for_detector
+from optim import (Optimizer, Schedule, clip_and_step, get_lr, load_optimizers,
+                   make_optimizers)
 
 @dataclass
-class FinetuneConfig(runs.RunConfig, ModelConfig):
-    """What is learned, and how. Beside it, as in train.py: the architecture, and runs.RunConfig."""
-    data_dir: str = "data/icecube"  # folder made by prepare.py
-    train_split: str = "finetune"  # split with labels to learn from
-    val_split: str = "val"  # split to evaluate on
-    train_events: int = 0  # use the first N events of train_split, so that sets are nested; 0 = all
-    val_events: int = 0  # evaluate on the first N events of val_split, or as many as there are; 0 = all
-    pretrained: str = "out/base/ckpt.pt"  # checkpoint whose encoder to begin with; "" = from scratch
-    task: str = "direction"  # or "energy", log10 of the neutrino's in GeV; or "class", track or cascade
-    direction_loss: str = "angular"  # mean angle; or "cosine", "vmf" (with uncertainty), "angular+vmf"
-    freeze_backbone: bool = False  # train the head alone; the whole encoder, its embedding too, stays
-    head_hidden_size: int = 1024  # of the head: Linear(D, this), ReLU, Linear(this, what the task needs)
-    head_lr_factor: float = 1.0  # learning rate of the head over that of the encoder
-    time_offset_std: float = 0.0  # [ns] shift each event in time at random: only differences count
+class FinetuneConfig(ModelConfig):
+    # data
+    data_dir: str = "data/icecube"  # folder that prepare.py wrote
+    train_split: str = "finetune"  # needs labels
+    val_split: str = "val"  # to evaluate on
+    train_events: int = 0  # use the first N, so that sets are nested; 0 = all
+    val_events: int = 0  # use the first N; 0 = all
+    time_offset_std: float = 0.0  # [ns] shift events in time at random
+    # task
+    pretrained: str = "out/base/ckpt.pt"  # checkpoint; "" = from scratch
+    task: Literal["direction", "energy", "class"] = "direction"  # class: track or cascade
+    direction_loss: str = "angular"  # or cosine, vmf; joined by +
+    freeze_backbone: bool = False  # train the head alone
+    head_hidden_size: int = 1024  # Linear(D, this), ReLU, Linear(this, n)
+    # optimizer
     batch_size: int = 1024  # events a step, over all ranks
-    max_steps: int = 19_531  # updates; 19,531 x 1024 events = 20 epochs of 1 M labels
-    patience: int = 0  # end after so many evaluations without a lower val_loss; 0 = never
-    learning_rate: float = 1.5e-5  # at the top of the schedule; the encoder is good already
-    warmup_steps: int = 1000  # linear rise from 0; 0 = 1 / (1 - beta2)
-    cooldown_steps: int = 1000  # trapezoidal only: linear fall to 0 at the end
-    schedule: str = "cosine"  # or "trapezoidal", "constant"
+    micro_batch_size: int = 0  # events at once; 0 = what suits the device
+    max_steps: int = 19_531  # 20 epochs of 1 M labels
+    learning_rate: float = 1.5e-5  # at the top of the schedule
+    warmup_steps: int = 1000  # linear rise; 0 = 1 / (1 - beta2)
+    cooldown_steps: int = 1000  # trapezoidal: linear fall to 0
+    schedule: Schedule = "cosine"  # after the warm-up
+    optimizer: Optimizer = "adamw"  # muon: for the matrices of the blocks
     beta1: float = 0.92  # Adam's memory of the gradient
-    beta2: float = 0.9998  # Adam's memory of the squared gradient
-    adam_eps: float = 3e-7  # Adam's epsilon, added to the root of the mean squared gradient
-    weight_decay: float = 0.0  # of the matrices only
-    grad_clip: float = 1.0  # largest norm of the gradient
+    beta2: float = 0.9998  # Adam's memory of its square
+    adam_eps: float = 3e-7  # Adam's epsilon
+    weight_decay: float = 0.0  # of matrices only
+    grad_clip: float = 1.0  # largest norm of the gradient; 0 = no limit
+    # run
+    out_dir: str = ""  # "" = out/<names of the config files joined by +>
+    eval_interval: int = 1000  # steps between evaluations
+    log_interval: int = 50  # steps between lines
+    save_interval: int = 1000  # steps between checkpoints
     seed: int = 0  # of the weights and the order of events
+    device: utils.Device = "auto"  # auto: a GPU if there is one
+    dtype: utils.Dtype = "auto"  # auto: what is fast here
+    compile: bool = False  # 1.4 times as fast on a GPU, not on a CPU
+    wandb_project: str = ""  # log to Weights & Biases too
 
     def check(self):
-        yield from ModelConfig.check(self)
-        yield from runs.RunConfig.check(self)
-        yield from knobs.check_positive(self, "head_hidden_size", "head_lr_factor")
-        yield from knobs.check_not_negative(self, "time_offset_std", "patience")
-        yield from knobs.check_choice(self, "task", TASKS)
-        yield from knobs.check_joined(self, "direction_loss", DIRECTION_LOSSES)
-        if self.task != "direction" and getattr(self, "sources", {}).get("direction_loss") == "command line":
-            yield f"direction_loss has no meaning for task = {self.task!r}; leave it out"
+        names = set(self.direction_loss.split("+"))
+        if not names <= {"angular", "cosine", "vmf"}:
+            utils.fail(f"direction_loss = {self.direction_loss!r}: angular, cosine or vmf")
         if self.freeze_backbone and not self.pretrained:
-            yield ("freeze_backbone = True needs a pretrained checkpoint: a frozen random encoder learns "
-                   "nothing")
+            utils.fail("freeze_backbone = True needs a pretrained checkpoint")
 
+# ---- what the loop needs ------------------------------------------------------------------------
 
-# the columns of other tasks stay empty; angles in rad, bias and resolution in dex
-LOG_COLUMNS = ["step", "events", "lr", "loss", "grad_norm", "events_per_s", "val_loss",
-               *(column for task in TASKS.values() for column in task.log),
-               "data_ms", "bad_steps"]  # time a step waits for its events; steps so far that were skipped
+def open_labelled(config, name, n_events):
+    """Open the first n_events of a split, all of which must have the labels of the task."""
+    split = data.open_split(config.data_dir, name, n_events)
+    missing = ~has_labels(split.events, config.task)
+    if missing.any():
+        utils.fail(f"{split.path}: {missing.sum():,} of {len(missing):,} events have no "
+                   f"{config.task}, first event_id {split.events['event_id'][missing][0]}")
+    return split
 
-
-# ------------------------------------------------------------------------------------------------------------
-# from a pretrained model to one for a task
-# ------------------------------------------------------------------------------------------------------------
-
-def load_encoder(model, weights, path):
-    """Copy the encoder of a pretrained (or fine-tuned) checkpoint. All of it must be there; the head is new.
-
-    # DIFF(upstream): strict=False there, whatever is missing stays random without a word
-    """
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    new_head = [name for name in model.state_dict() if not name.startswith("encoder.")]
-    if missing != new_head or unexpected:
-        common.fail(f"{path}: its encoder is not complete: missing {sorted(set(missing) - set(new_head))}, "
-                    f"not known {unexpected}")
-
-
-def finetune_groups(model, config):
-    """Optimizer groups with the head in its own: its learning rate is head_lr_factor times as large."""
-    head = {id(parameter) for parameter in model.head.parameters()}
-    groups = []
-    for group in parameter_groups(model, config.weight_decay):
-        for is_head, factor in ((False, 1.0), (True, config.head_lr_factor)):
-            params = [parameter for parameter in group["params"] if (id(parameter) in head) == is_head]
-            groups.append({**group, "params": params, "lr_scale": group["lr_scale"] * factor})
-    return [group for group in groups if group["params"]]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# what the loop needs
-# ------------------------------------------------------------------------------------------------------------
-
-def shift_at_random(events, pulses, index, epoch, config):
-    """A copy of the pulses, each event shifted in time by a normal number of its own, new in each epoch."""
+def shift_times(events, pulses, index, epoch, config):
+    """Return a copy of the pulses, each event shifted by a normal number of its own [ns]."""
     u, v = (data.uniform_hash(config.seed, epoch, 2 * index + i) for i in (0, 1))
-    normal = np.sqrt(-2 * np.log1p(-u)) * np.cos(2 * np.pi * v)  # Box & Muller: of two uniform ones
+    normal = np.sqrt(-2 * np.log1p(-u)) * np.cos(2 * np.pi * v)  # Box & Muller
     pulses = pulses.copy()
-    pulses["time"] += np.repeat((config.time_offset_std * normal).astype(np.float32), events["length"])
+    offset = (config.time_offset_std * normal).astype(np.float32)
+    pulses["time"] += np.repeat(offset, events["length"])
     return pulses
 
+def evaluate(model, split, config, autocast) -> dict:
+    """Return the mean loss and the statistics over a split."""
+    parts = [{"loss": arrays["loss"], **task_scores(arrays["x"], events, config.task)}
+             for events, arrays in predict(model, split, config, autocast)]
+    scores = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    scores = {name: values.astype(np.float64) for name, values in scores.items()}
+    results, _ = statistics(scores, config.task)
+    prefix = "val_angle_" if config.task == "direction" else "val_"
+    val = {"val_loss": scores["loss"].mean()}
+    val |= {prefix + name: x for name, x in results.items()}
+    return {name: float(x) for name, x in val.items()}
 
-def is_out_of_patience(step, best_step, config):
-    return config.patience > 0 and step - best_step >= config.patience * config.eval_interval
-
-
-def is_complete(saved, config):
-    """Whether a run has reached its end; one that was stopped has yet to make the evaluation of that step."""
-    return saved["step"] >= config.max_steps or saved.get("ended", False) and is_out_of_patience(
-        saved["step"], saved["best_step"], config)
-
-
-# ------------------------------------------------------------------------------------------------------------
+# ---- training -----------------------------------------------------------------------------------
 
 def main():
-    config = knobs.load_config(FinetuneConfig, __doc__)
-    task = TASKS[config.task]
-    process = common.start_process(config)
-    checkpoint_path, best_path = f"{config.out_dir}/ckpt.pt", f"{config.out_dir}/best.pt"
-    pretrained = runs.load_pretrained(config)  # it tells the architecture
-    saved = runs.find_run(config)
-    runs.check_ranks(config, saved, process)
+    config = utils.load_config(FinetuneConfig, __doc__)
+    device, dtype, autocast = utils.init_distributed(config)
+    lock = utils.lock_folder(config.out_dir)  # held until the end
 
-    # ---- data ----------------------------------------------------------------------------------------------
-    geometry, fingerprint = data.read_geometry(config.data_dir), data.fingerprint(config.data_dir)
-    train_split, n_train = data.open_first_events(config.data_dir, config.train_split, config.train_events)
-    val_split, n_val = data.open_first_events(config.data_dir, config.val_split, config.val_events,
-                                              at_most=True)
-    evaluate.check_labels(train_split, n_train, config)
-    evaluate.check_labels(val_split, n_val, config)
-    config.micro_batch_size = config.micro_batch_size or common.suited_micro_batch_size(
-        process, data.read_meta(config.data_dir)["max_pulses"], config)
+    # data
+    meta, geometry = data.read_folder(config.data_dir)
+    train_data = open_labelled(config, config.train_split, config.train_events)
+    val_data = open_labelled(config, config.val_split, config.val_events)
+    n_train = len(train_data.events)
+    data_id = {"fingerprint": meta["fingerprint"], "n_train": n_train, "rule": meta["rule"]}
+    if config.micro_batch_size == 0:
+        config.micro_batch_size = data.fitting_micro_batch_size(config, device, meta)
 
     def load_step(step):
-        """This rank's share of a step; the step's events do not depend on the number of ranks."""
+        """Load this rank's share of a step."""
         index, epoch = data.step_events(step, config.batch_size, n_train, config.seed)
-        mine = common.share_of_rank(config.batch_size, process)
-        events, pulses = data.read_events(train_split, index[mine])
+        mine = data.shard(config.batch_size)
+        events, pulses = data.read_events(train_data, index[mine])
         if config.time_offset_std:
-            pulses = shift_at_random(events, pulses, index[mine], epoch[mine], config)
-        return data.micro_batches(events, pulses, config.micro_batch_size, task.labels)
+            pulses = shift_times(events, pulses, index[mine], epoch[mine], config)
+        labels = TASKS[config.task][0]
+        return data.micro_batches(events, pulses, config.micro_batch_size, labels)
 
-    def evaluate_best():
-        """Evaluate what was kept as best, print and keep the result."""
-        result = evaluate.evaluate_checkpoint(evaluate.EvaluateConfig(
-            checkpoint=best_path, data_dir=config.data_dir, split=config.val_split, n_events=n_val,
-            batch_size=config.batch_size, micro_batch_size=config.micro_batch_size), process)
-        if process.is_main:
-            common.write_atomic(f"{config.out_dir}/result.txt", lambda part: part.write_text(result + "\n"))
+    # checkpoint: of this run, or of a pretrained model
+    resume = os.path.exists(f"{config.out_dir}/ckpt.pt")
+    path = f"{config.out_dir}/ckpt.pt" if resume else config.pretrained
+    checkpoint = utils.load_checkpoint(path) if path else None
+    if checkpoint:
+        utils.match_options(config, checkpoint, ModelConfig, data_id, path, resume)
 
-    if saved:
-        runs.check_data(saved, config, n_train, geometry, fingerprint)
-        if is_complete(saved, config):
-            runs.say_complete(config, saved, process)
-            if not os.path.exists(best_path):
-                common.fail(f"{best_path} is missing; the last weights can be evaluated with: python "
-                            f"evaluate.py --checkpoint={checkpoint_path}")
-            evaluate_best()
-            common.stop_process(process)
-            return
-
-    # ---- model, optimizer, checkpoint ----------------------------------------------------------------------
+    # model, optimizer
     torch.manual_seed(config.seed)
-    raw_model = Reconstructor(config, geometry)
-    if pretrained and not saved:
-        encoder = common.weights_for(pretrained, geometry, config.pretrained, config.data_dir, "encoder.")
-        load_encoder(raw_model, encoder, config.pretrained)
-        if "task" in pretrained["config"] and process.is_main:
-            print(f"note: {config.pretrained} is fine-tuned; its encoder goes on, its head does not")
+    raw_model = Reconstructor(config, geometry).to(device)
+    start_step, best_val_loss = 0, math.inf
+    n_bad_steps = torch.zeros((), device=device)
+    if checkpoint:
+        weights = checkpoint["model"]
+        if not resume:  # the encoder of the checkpoint, a new head
+            weights = {name: x for name, x in weights.items() if name.startswith("encoder.")}
+            weights |= {f"head.{name}": x for name, x in raw_model.head.state_dict().items()}
+        # DIFF(upstream): strict=False, what is missing stays random without a word
+        raw_model.load_state_dict(weights_for_detector(weights, geometry, path))
     raw_model.encoder.requires_grad_(not config.freeze_backbone)
-    raw_model.to(process.device)
-    adamw = make_adamw(finetune_groups(raw_model, config), config)
-    optimizer = GuardedOptimizer(raw_model, [adamw], config, process)
-    first_step, best_val, best_step = 0, float("inf"), 0
-    if saved:
-        raw_model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved)
-        first_step, best_val, best_step = saved["step"], saved["best_val"], saved["best_step"]
-    model = common.compiled_and_distributed(raw_model, config, process)
+    optimizers = make_optimizers(raw_model, config)
+    is_float16 = dtype == torch.float16
+    scaler = torch.amp.GradScaler(device.type, init_scale=1024, enabled=is_float16)
+    if resume:
+        load_optimizers(optimizers, scaler, checkpoint)
+        start_step, best_val_loss = checkpoint["step"], checkpoint["best_val_loss"]
+        n_bad_steps += checkpoint["bad_steps"]
+    state = [start_step, data_id["fingerprint"]]
+    if utils.all_reduce_sum(state) != [utils.WORLD_SIZE * x for x in state]:
+        utils.fail("the ranks find other checkpoints or data; all machines must share a disk")
+    model = torch.compile(raw_model, dynamic=True) if config.compile else raw_model
+    if utils.WORLD_SIZE > 1:
+        torch._dynamo.config.optimize_ddp = False  # or each new length compiles again
+        model = DistributedDataParallel(model, broadcast_buffers=False)
 
-    def save(path, step):
-        if process.is_main:
-            common.save_checkpoint(path, model=raw_model.state_dict(), **optimizer.state_dict(), step=step,
-                                   best_val=best_val, best_step=best_step, ended=is_end, n_train=n_train,
-                                   data=fingerprint, config=dataclasses.asdict(config))
+    def save(name, step):
+        content = {
+            "format": utils.CHECKPOINT_FORMAT,
+            "model": raw_model.state_dict(),
+            "optimizer": [optimizer.state_dict() for optimizer in optimizers],
+            "scaler": scaler.state_dict(),
+            "step": step,
+            "best_val_loss": best_val_loss,
+            "bad_steps": n_bad_steps.item(),
+            "data": data_id,
+            "config": asdict(config),
+        }
+        path = f"{config.out_dir}/{name}"
+        utils.write_atomic(path, lambda part: torch.save(content, part))
 
-    lock, log = runs.start_run(config, process, raw_model, n_train, saved, LOG_COLUMNS)
-    runs.print_schedule_notes(config, saved, process, warmup_steps(config), learning_rate)
+    n_parameters = sum(parameter.numel() for parameter in raw_model.parameters())
+    utils.print0(f"{config.out_dir}: {n_parameters / 1e6:.2f} M parameters, {n_train:,} events, "
+                 f"{utils.WORLD_SIZE} x {device.type}, {dtype}")
+    log = utils.start_log(config, start_step)
 
-    # ---- training loop -------------------------------------------------------------------------------------
-    loader = data.prefetch(load_step, range(first_step, config.max_steps), process.device)
-    bar = common.progress_bar(config.max_steps, "finetune", "step", initial=first_step)
-    speed, caught, asked_to_stop = common.Speedometer(config.batch_size), common.catch_signals(), False
-    for step in range(first_step, config.max_steps + 1):  # one extra turn to evaluate and save
-        is_end = step == config.max_steps
-        row = {"step": step, "events": step * config.batch_size}
+    # training loop
+    loader = data.prefetch(load_step, range(start_step, config.max_steps), device)
+    caught_signals, stop_requested = [], False
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: caught_signals.append(number))
+    start_time, n_timed = time.perf_counter(), 0
+    for step in range(start_step, config.max_steps + 1):
+        last_step = step == config.max_steps
+        row = {}
 
-        # asked to stop
-        if asked_to_stop and not is_end:
-            save(checkpoint_path, step)
-            bar.close()
-            common.end_stopped_run(config, caught, step, process)
-
-        with speed.pause():
-            # evaluate
-            if step % config.eval_interval == 0 or is_end:
-                row |= evaluate.summary(evaluate.score_events(raw_model, val_split, n_val, config, process),
-                                        config)
-                bar.write(common.evaluation_line(row, config))
-                common.check_val_loss(config, step, row["val_loss"])
-                if row["val_loss"] < best_val and step > 0:
-                    best_val, best_step = row["val_loss"], step
-                    save(best_path, step)
-                if is_out_of_patience(step, best_step, config) and not is_end:
-                    is_end = True
-                    bar.write(f"no lower val_loss than at step {best_step} in patience = {config.patience} "
-                              "evaluations: this is the end")
-
-            # save; at step 0 too, so that a run that has a log has a checkpoint
-            if step % config.save_interval == 0 or is_end:
-                save(checkpoint_path, step)
-        if is_end:
-            log(row)
+        # evaluate, save
+        pause_time = time.perf_counter()
+        if last_step or step % config.eval_interval == 0 and not stop_requested:
+            row |= evaluate(raw_model, val_data, config, autocast)
+            text = " ".join(f"{name} {x:.4g}" for name, x in row.items())
+            utils.print0(f"eval {step}/{config.max_steps} | {text}")
+            if not math.isfinite(row["val_loss"]):
+                utils.fail(f"step {step}: val_loss is not finite; ckpt.pt is from before; "
+                           "try a smaller learning_rate", status=3)
+            if row["val_loss"] < best_val_loss:
+                best_val_loss = row["val_loss"]
+                save("best.pt", step)
+        if last_step or step % config.save_interval == 0 or stop_requested:
+            save("ckpt.pt", step)
+        if last_step or stop_requested:
             break
+        start_time += time.perf_counter() - pause_time
 
-        # learning rate
-        row["lr"] = learning_rate(step, config)
-        optimizer.set_learning_rate(row["lr"])
+        # this step's events
+        batches = next(loader)
+        stop_requested, = utils.all_reduce_sum([len(caught_signals)])
 
-        # events; whether any rank was asked to stop: then all do, after this step
-        batches = speed.next_step(loader)
-        asked_to_stop, = common.sum_over_ranks([bool(caught)], process)
-
-        # micro-batches: each adds its share of the step's mean, so the cuts do not change the update
+        # micro-batches: normalise by the whole step, so they do not change the update
         step_loss = 0.0
         for i, batch in enumerate(batches):
-            with common.summing_gradients(model, process, is_last=i == len(batches) - 1):
-                with process.autocast:
-                    outputs = model(batch)
-                loss = task.loss(outputs, batch, config).sum() / config.batch_size
-                optimizer.backward(loss * process.world_size)  # DDP takes the mean over ranks
+            model.require_backward_grad_sync = i == len(batches) - 1  # DDP adds gradients once
+            with autocast:
+                x = model(batch)
+            loss = raw_model.loss(x, batch).sum() / config.batch_size
+            scaler.scale(loss * utils.WORLD_SIZE).backward()  # DDP averages over ranks
             step_loss += loss.detach()
 
-        # clip the gradient, update the weights; a gradient that is not finite changes nothing
-        grad_norm = optimizer.step()
+        # clip, update
+        lr = get_lr(step, config)
+        grad_norm = clip_and_step(raw_model, optimizers, scaler, lr, config.grad_clip)
+        n_bad_steps += ~grad_norm.isfinite()
 
         # log; only here the loop waits for the GPU
+        n_timed += 1
         if step % config.log_interval == 0:
-            row["loss"], = common.sum_over_ranks(step_loss[None], process)
-            row |= {"grad_norm": grad_norm.item(), "bad_steps": optimizer.n_bad.item()} | speed.read()
-            bar.write(common.step_line(row, config))
-            if optimizer.gave_up():
-                with torch.no_grad(), process.autocast:
-                    losses = [task.loss(raw_model(batch), batch, config) for batch in batches]
-                common.stop_bad_run(config, step, losses, batches, process)
-        if step % config.log_interval == 0 or "val_loss" in row:
-            log(row)
-        bar.update()
+            loss, = utils.all_reduce_sum(step_loss[None])
+            row |= {"lr": lr, "loss": loss, "grad_norm": grad_norm.item()}
+            row["bad_steps"] = int(n_bad_steps.item())
+            seconds = (time.perf_counter() - start_time) / n_timed
+            row["events_per_s"] = config.batch_size / seconds
+            start_time, n_timed = time.perf_counter(), 0
+            names = [name for name in row if "val" not in name]
+            text = " ".join(f"{name} {row[name]:.4g}" for name in names)
+            utils.print0(f"step {step}/{config.max_steps} | {text}")
+            if not math.isfinite(row["loss"]):
+                utils.fail(f"step {step}: the loss is not finite; ckpt.pt is from before; "
+                           "try a smaller learning_rate", status=3)
+        if row:
+            log({"step": step, "events": step * config.batch_size, **row})
 
-    bar.close()
-    common.release_signals()
-    common.wait_for_all(process)  # rank 0 may still be writing best.pt
-    evaluate_best()
-    common.stop_process(process)
-
+    if not last_step:
+        utils.print0(f"stopped at step {step}; the same command resumes")
+        return 130 if signal.SIGINT in caught_signals else 0
+    log({"step": step, "events": step * config.batch_size, **row})
+    utils.all_reduce_sum([0])  # wait: rank 0 may still be writing best.pt
+    best = EvaluateConfig(f"{config.out_dir}/best.pt", n_events=config.val_events,
+                          batch_size=config.batch_size)
+    evaluate_checkpoint(best, device, autocast)
 
 if __name__ == "__main__":
-    common.run_stage(main)
+    utils.run_main(main)

@@ -1,474 +1,418 @@
-"""PolarBERT: the transformer with its embedding and its heads, in the order in which data flows through them.
+"""PolarBERT, top to bottom: embedding, attention, blocks, heads, losses.
 
-    pulses -> PulseEmbedding -> Backbone -> final norm -> heads        (Encoder = all but the heads)
+    pulses -> PulseEmbedding -> blocks -> final norm -> heads
+              (Encoder: all except the heads)
 
-Pretrainer predicts the hidden DOM ids, and from [CLS] what is known of the whole event (tasks.CLS_TARGETS).
-Reconstructor tells from [CLS] one of tasks.TASKS. Both are pure functions of their inputs: no random number
-is drawn after the weights are made.
+PolarBERT predicts the masked DOMs, and from [CLS] summaries of the event.
+Reconstructor predicts from [CLS] the direction, the energy or the class.
+Both are pure functions of their inputs.
 
-A batch is packed: the T tokens of its B events lie one after another without padding, and the first token of
-each event is its [CLS]. It is a dict that data.micro_batches makes, of tensors but for longest:
+A batch is packed: the T tokens of its B events, one after another without
+padding. The first token of an event is its [CLS]. A batch is a dict of tensors,
+made by data.micro_batches:
 
-    time, charge   (T,) float32, [ns] and [p.e.]; like dom and aux 0 at [CLS], where nothing reads them
+    time, charge   (T,) float32 [ns], [p.e.]; 0 at [CLS], as are dom and aux
     dom, aux       (T,) int64 and bool
-    starts         (B + 1,) int32: event i is tokens starts[i] to starts[i + 1] - 1
-    longest        int: the tokens of the longest event
-    hidden         (M,) int64: the tokens whose DOM is hidden; hidden_event (M,): the event of each, 0..B - 1
-    labels         fields of data.EVENT that the heads learn: total_charge, energy, ... (B,), center (B, 3)
+    cu_seqlens     (B + 1,) int32: where each event starts, and T
+    max_seqlen     int: tokens of the longest event
+    masked         (M,) int64: the masked tokens
+    masked_event   (M,) int64: the event of each
+    labels         fields of data.EVENT: energy (B,), center (B, 3), ...
 
-Other sizes: D embedding_dim, E dom_embed_dim, H heads, d = D / H, V DOMs, 5160 in IceCube. geometry: a
-detector's data.GEOMETRY records (V,). DIFF(upstream) marks what differs from the published PolarBERT code;
-docs/upstream.md lists it.
+Sizes: D embedding_dim, E dom_embed_dim, H heads, d = D / H, V DOMs,
+L max_seqlen. geometry: data.GEOMETRY records (V,).
 """
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 
-import knobs
-import recurrent
-from tasks import CLS_TARGETS, DOM_LOSSES, POSITION_SCALE, TASKS
+from recurrent import Bidirectional
+from utils import fail, print0
 
+POSITION_SCALE = 500.0  # [m] half of IceCube's height
+# name: (field of data.EVENT with the truth, width of the head)
+CLS_TARGETS = {
+    "charge": ("total_charge", 1),
+    "center": ("center", 3),
+    "line_fit": ("line_fit", 3),
+}
+TASKS = {
+    "direction": (("azimuth", "zenith"), 3),
+    "energy": (("energy",), 1),
+    "class": (("event_class",), 1),
+}
 
 @dataclass
 class ModelConfig:
     embedding_dim: int = 256  # D, width of the residual stream
-    dom_embed_dim: int = 128  # E, part of D that tells which DOM; the other D - E hold time, charge and aux
-    num_heads: int = 8  # H, of D / H = 32 dimensions each
+    dom_embed_dim: int = 128  # E, the part of D for the DOM
+    num_heads: int = 8  # H
     hidden_size: int = 1024  # width of the MLP, 4 D
     num_layers: int = 8  # blocks
-    use_dom_positions: bool = True  # DOM part from x, y, z; False: a learned table of all DOMs
-    use_dom_table: bool = False  # with positions: add the learned table to them
-    fourier_features: bool = False  # beside time, charge and position also their sines and cosines
-    backbone: str = "transformer"  # what mixes the pulses; or "gru", "mamba": two directions, equal size
-    mlp: str = "relu"  # or "gelu", "swiglu"; of equal parameter count
-    norm: str = "layernorm"  # or "rmsnorm"
-    qk_norm: bool = False  # transformer: normalise queries and keys, which bounds the attention logits
-    final_norm: bool = True  # norm before the heads; upstream has none up to v0.2
-    dom_head: str = "linear"  # a weight vector per DOM; or "position": it follows from where the DOM is
-    dom_loss: str = "ce"  # cross-entropy; or "emd", "chamfer", distances of the guesses; or some joined by +
-    distance_weight: float = 1.0  # of all DOM losses but ce: emd and chamfer count in 100 m
-    loss_weighting: str = "per_event"  # events count alike; or "per_pulse", hidden pulses do (paper v0.1)
-    cls_target: str = "charge"  # what [CLS] predicts: "charge", "center", "motion", or some joined by +
-    mup_base_width: int = 0  # muP: embedding_dim where the learning rate was tuned, see width_ratio; 0 = off
-    mup_base_heads: int = 0  # num_heads of that base model; 0 = as many as here: wider heads
-    mup_base_layers: int = 0  # CompleteP: the same for num_layers; 0 = off
+    use_dom_positions: bool = True  # DOM part from x, y, z; False: a learned table
+    backbone: Literal["transformer", "gru", "mamba"] = "transformer"  # the mixer
+    mlp: Literal["relu", "gelu", "swiglu"] = "relu"  # equal parameter count
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # before each branch
+    qk_norm: bool = False  # normalise queries and keys
+    final_norm: bool = True  # before the heads  # DIFF(upstream): none up to v0.2
+    dom_head: Literal["linear", "position"] = "linear"  # weights per DOM, or from x, y, z
+    dom_loss: Literal["ce", "emd", "chamfer"] = "ce"  # cross-entropy, distances [100 m]
+    cls_target: str = "charge"  # or center, line_fit; joined by +
+    mup_base_width: int = 0  # muP: width where the learning rate was tuned; 0 = off
 
-    def check(self):
-        """Yield one line for each value that makes no sense."""
-        yield from knobs.check_positive(self, "embedding_dim", "dom_embed_dim", "num_heads", "hidden_size",
-                                        "num_layers", "distance_weight")
-        yield from knobs.check_not_negative(self, "mup_base_width", "mup_base_heads", "mup_base_layers")
-        for key, choices in CHOICES.items():
-            yield from knobs.check_choice(self, key, choices)
-        yield from knobs.check_joined(self, "cls_target", CLS_TARGETS)
-        yield from knobs.check_joined(self, "dom_loss", DOM_LOSSES)
-        if self.embedding_dim % self.num_heads:
-            yield f"embedding_dim = {self.embedding_dim} cannot be shared among num_heads = {self.num_heads}"
-        if self.dom_embed_dim >= self.embedding_dim:
-            yield (f"dom_embed_dim = {self.dom_embed_dim} must be smaller than embedding_dim = "
-                   f"{self.embedding_dim}: the rest holds time, charge and aux")
-        if self.backbone != "transformer":
-            yield from recurrent.check(self)
-        if self.mup_base_heads and (not self.mup_base_width or self.mup_base_width % self.mup_base_heads):
-            yield (f"mup_base_heads = {self.mup_base_heads}: must divide mup_base_width = "
-                   f"{self.mup_base_width}, the width of the same base model")
+def check_model(config):
+    D, H = config.embedding_dim, config.num_heads
+    if D % H or config.dom_embed_dim >= D:
+        fail(f"embedding_dim = {D} must be a multiple of num_heads = {H} and larger than "
+             f"dom_embed_dim = {config.dom_embed_dim}")
+    if not set(config.cls_target.split("+")) <= CLS_TARGETS.keys():
+        fail(f"cls_target = {config.cls_target!r}: join some of {', '.join(CLS_TARGETS)} by +")
+    is_recurrent = config.backbone in ("gru", "mamba")
+    if is_recurrent and (D % (4 * H) or config.qk_norm or config.mup_base_width):
+        fail(f"backbone = {config.backbone!r}: embedding_dim must be a multiple of 4 num_heads; "
+             "qk_norm and mup_base_width are for the transformer")
 
-
-# ------------------------------------------------------------------------------------------------------------
-# embedding
-# ------------------------------------------------------------------------------------------------------------
+# ---- embedding ----------------------------------------------------------------------------------
 
 class PulseEmbedding(nn.Module):
-    """A batch -> one vector for each token, (T, D).
-
-    Each vector is [DOM part (E) | Linear(time, charge, aux) (D - E)]. Time is a feature, so there is no
-    positional encoding.
-    """
+    """A batch -> token vectors (T, D) = [DOM part (E) | Linear(time, charge, aux) (D - E)]."""
 
     def __init__(self, config, geometry):
         super().__init__()
         D, E = config.embedding_dim, config.dom_embed_dim
-        # (V, 3) [m], kept in the checkpoint: it tells in which detector the model was trained
+        # (V, 3) [m], saved in the checkpoint: the detector in which the model was trained
         self.register_buffer("geometry", torch.from_numpy(geometry["position"].copy()))
-        self.has_waves, n_position, n_features = config.fourier_features, 3, 3
-        if self.has_waves:  # a sine and a cosine each
-            n_position += 3 * 2 * POSITION_WAVES
-            n_features += 2 * TIME_WAVES + 2 * CHARGE_WAVES
-        self.position = nn.Linear(n_position, E) if config.use_dom_positions else None
+        self.use_dom_positions = config.use_dom_positions
         if config.use_dom_positions:
-            self.mask = nn.Parameter(torch.empty(1, E))  # a hidden DOM has no position
-        has_table = config.use_dom_table or not config.use_dom_positions
-        self.dom_table = nn.Embedding(len(geometry) + 1, E) if has_table else None  # the last row is MASK
-        self.features = nn.Linear(n_features, D - E)
+            self.position = nn.Linear(3, E)
+            self.mask = nn.Parameter(torch.empty(1, E))
+        else:
+            self.dom_table = nn.Embedding(len(geometry) + 1, E)  # the last row is MASK
+        self.features = nn.Linear(3, D - E)  # time, charge, aux
+        # Light crosses the detector in 0.1 of the scaled time, but in 2 of the scaled
+        # positions: a small signal, learned late.  # DIFF(upstream): no factor
+        self.features.init_scale = torch.tensor([10.0, 1.0, 1.0])
         self.cls = nn.Parameter(torch.empty(D))
 
     def forward(self, batch):
-        dom = batch["dom"]  # (T,)
-        if "hidden" in batch:  # only the id is hidden: when and how bright the pulse was stays visible
-            dom = dom.index_fill(0, batch["hidden"], len(self.geometry))  # MASK
-        with torch.autocast(dom.device.type, enabled=False):  # bfloat16: a scaled 12,000 ns is 7 off
-            dom_part = F.embedding(dom, self.dom_vectors())  # (T, E)
-            features = scale_pulses(batch)  # (T, 3)
-            if self.has_waves:
-                time = waves(features[:, :1], 1.0, TIME_WAVES)  # wavelengths of 30 us to 30 ns
-                charge = waves(features[:, 1:2], 4 / 3, CHARGE_WAVES)  # 4 to 0.5 decades
-                features = torch.cat([features, time, charge], dim=-1)
-            x = torch.cat([dom_part, self.features(features)], dim=-1)  # (T, D)
-        first = batch["starts"][:-1].long()
+        dom = batch["dom"]
+        if "masked" in batch:  # only the id is masked: time, charge and aux stay visible
+            dom = dom.index_fill(0, batch["masked"], len(self.geometry))
+        # physical units -> numbers of order one, by upstream's factors
+        time = (batch["time"] - 1e4) / 3e4  # [ns] the trigger is near 10,000
+        charge = torch.log10(batch["charge"].clamp(min=1e-3)) / 3  # [p.e.] from 0.025 on
+        pulses = torch.stack([time, charge, batch["aux"].to(time.dtype) - 0.5], dim=-1)  # (T, 3)
+        with torch.autocast(dom.device.type, enabled=False):  # bfloat16 rounds 12,000 ns by 7
+            if self.use_dom_positions:
+                position = self.geometry / POSITION_SCALE
+                vectors = torch.cat([self.position(position), self.mask])  # (V + 1, E)
+            else:
+                vectors = self.dom_table.weight
+            x = torch.cat([F.embedding(dom, vectors), self.features(pulses)], dim=-1)  # (T, D)
+        first = batch["cu_seqlens"][:-1].long()
         return x.index_copy(0, first, self.cls.expand(first.shape[0], -1))
 
-    def dom_vectors(self):
-        """One vector for each DOM and for MASK, (V + 1, E)."""
-        if self.position is None:
-            return self.dom_table.weight
-        position = position_features(self.geometry) if self.has_waves else self.geometry / POSITION_SCALE
-        vectors = torch.cat([self.position(position), self.mask])
-        return vectors if self.dom_table is None else vectors + self.dom_table.weight
-
-
-def scale_pulses(batch):
-    """Physical units -> numbers of order one, (T, 3). Pulses are scaled here alone, by upstream's factors."""
-    time = (batch["time"] - 1e4) / 3e4  # the trigger is near 10,000 ns
-    charge = torch.log10(batch["charge"].clamp(min=1e-3)) / 3  # the smallest real charge is 0.025 p.e.
-    return torch.stack([time, charge, batch["aux"].to(time.dtype) - 0.5], dim=-1)
-
-
-TIME_WAVES, CHARGE_WAVES, POSITION_WAVES = 11, 4, 8  # octaves of fourier_features
-
-
-def waves(x, longest, n):
-    """Sines and cosines of x (..., C) with wavelengths longest / 1, 2, 4, ... -> (..., 2 n C)."""
-    octaves = 2.0 ** torch.arange(n, device=x.device)
-    phase = (2 * math.pi / longest * x[..., None] * octaves).flatten(-2)
-    return torch.cat([phase.sin(), phase.cos()], dim=-1)
-
-
-def position_features(geometry):
-    """x, y, z [m] (V, 3) scaled, and their waves of 2000 m to 16 m, the distance of two DOMs -> (V, 51)."""
-    return torch.cat([geometry / POSITION_SCALE, waves(geometry, 2000.0, POSITION_WAVES)], dim=-1)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# backbone: x (T, D) -> x (T, D)
-# ------------------------------------------------------------------------------------------------------------
-
-class Backbone(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-
-    def forward(self, x, starts, longest):
-        packing = Packing(starts, longest, x.shape[0])
-        for block in self.blocks:
-            x = block(x, packing)
-        return x
-
+# ---- blocks -------------------------------------------------------------------------------------
 
 class Packing:
-    """Where the events lie among T packed tokens. Only mixers need it, all else works token by token.
+    """Where the events are among the packed tokens; pads them to a rectangle (B, L) and back."""
+    def __init__(self, cu_seqlens, max_seqlen, n_tokens):
+        self.cu_seqlens, self.max_seqlen = cu_seqlens, max_seqlen
+        column = torch.arange(max_seqlen, device=cu_seqlens.device)
+        self.valid = column < cu_seqlens.diff()[:, None]  # (B, L), False at padding
+        token = torch.arange(n_tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+        event = torch.searchsorted(cu_seqlens, token, right=True) - 1
+        self.place = event * max_seqlen + token - cu_seqlens[event]  # (T,), in the flat rectangle
 
-    A mixer that cannot work on packed tokens lays them out in a rectangle, one event per row, L = longest
-    tokens wide, and packs the result again.
-    """
-
-    def __init__(self, starts, longest, n_tokens):
-        self.starts, self.longest = starts, longest  # int32 (B + 1,), int
-        column = torch.arange(longest, device=starts.device)
-        self.valid = column < starts.diff()[:, None]  # (B, L), False at padding
-        token = torch.arange(n_tokens, device=starts.device, dtype=starts.dtype)
-        event = torch.searchsorted(starts, token, right=True) - 1
-        self.cell = event * longest + token - starts[event]  # (T,), its place in the rectangle
-
-    def unpack(self, x):
+    def pad(self, x):
         """(T, C) -> (B, L, C), padding 0."""
         B, L = self.valid.shape
-        return x.new_zeros(B * L, x.shape[1]).index_copy(0, self.cell, x).view(B, L, -1)
+        return x.new_zeros(B * L, x.shape[1]).index_copy(0, self.place, x).view(B, L, -1)
 
-    def pack(self, x):
+    def unpad(self, x):
         """(B, L, ...) -> (T, ...)."""
-        return x.flatten(0, 1).index_select(0, self.cell)
-
-
-class Block(nn.Module):
-    """Pre-norm: x + mixer(norm(x)), then x + mlp(norm(x)). Only the mixer lets pulses see each other.
-
-    CompleteP (Dey et al. 2025, arXiv:2505.01618, alpha = 1) weighs both branches by base layers / layers.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        self.norm1 = NORMS[config.norm](config.embedding_dim)
-        self.mixer = MIXERS[config.backbone](config)
-        self.norm2 = NORMS[config.norm](config.embedding_dim)
-        self.mlp = MLP(config)
-        self.branch_scale = config.mup_base_layers / config.num_layers if config.mup_base_layers else 1.0
-
-    def forward(self, x, packing):
-        x = x.add(self.mixer(self.norm1(x), packing), alpha=self.branch_scale)
-        return x.add(self.mlp(self.norm2(x)), alpha=self.branch_scale)
-
-
-class MLP(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        D, width = config.embedding_dim, config.hidden_size
-        self.is_gated = config.mlp == "swiglu"
-        if self.is_gated:
-            width = round(width * 2 / 3 / 8) * 8  # three matrices instead of two: as many parameters
-        self.up = nn.Linear(D, 2 * width if self.is_gated else width)
-        self.activation = {"relu": F.relu, "gelu": F.gelu, "swiglu": F.silu}[config.mlp]
-        self.down = nn.Linear(width, D)
-
-    def forward(self, x):
-        x = self.up(x)
-        if self.is_gated:
-            gate, x = x.chunk(2, dim=-1)
-            return self.down(self.activation(gate) * x)
-        return self.down(self.activation(x))
-
+        return x.flatten(0, 1).index_select(0, self.place)
 
 class Attention(nn.Module):
-    """Every token looks at every token of its event."""
+    """Every token attends to every token of its event."""
 
     def __init__(self, config):
         super().__init__()
         D, self.num_heads = config.embedding_dim, config.num_heads
+        d = D // config.num_heads
         self.qkv = nn.Linear(D, 3 * D, bias=False)
         self.out = nn.Linear(D, D, bias=False)
-        self.qk_norm = nn.RMSNorm(D // config.num_heads) if config.qk_norm else None
-        self.scale = attention_scale(config)
-        self.can_flash = can_flash(D // config.num_heads)
+        self.qk_norm = nn.RMSNorm(d) if config.qk_norm else None
+        self.scale = d ** -0.5
+        if config.mup_base_width:  # trained q and k correlate: q.k grows with d (muP, table 8)
+            self.scale = (config.mup_base_width / config.num_heads) ** 0.5 / d
+        has_flash = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+        self.can_flash = has_flash and d % 8 == 0 and d <= 256
 
     def forward(self, x, packing):
-        T, D = x.shape
-        qkv = self.qkv(x).view(T, 3, self.num_heads, -1)  # (T, 3, H, d)
+        qkv = self.qkv(x).view(x.shape[0], 3, self.num_heads, -1)  # (T, 3, H, d)
         if self.qk_norm is not None:
             q, k, v = qkv.unbind(1)
-            q, k = self.qk_norm(q).to(v.dtype), self.qk_norm(k).to(v.dtype)  # autocast: norms are float32
+            # autocast norms in float32
+            q, k = self.qk_norm(q).to(v.dtype), self.qk_norm(k).to(v.dtype)
             qkv = torch.stack([q, k, v], dim=1)
         is_half = qkv.dtype in (torch.bfloat16, torch.float16)
-        is_flash = self.can_flash and is_half and qkv.device.type != "cpu"
-        attend = flash_attention if is_flash else rectangle_attention
-        return self.out(attend(qkv, packing, self.scale).reshape(T, D))
+        if self.can_flash and is_half and qkv.device.type != "cpu":
+            # DIFF(upstream): it passes a mask, and then CUDA never runs the flash kernel
+            ends, longest = packing.cu_seqlens, packing.max_seqlen
+            q, k, v = qkv.unbind(1)
+            x = varlen_attn(q, k, v, ends, ends, longest, longest, scale=self.scale)
+        else:
+            x = padded_attention(qkv, packing, self.scale)
+        return self.out(x.flatten(1))
 
-
-def can_flash(d):
-    """Whether flash attention over packed events runs here, with heads d wide: on CUDA, from an A100 on."""
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
-        return False
-    return d % 8 == 0 and d <= 256
-
-
-def flash_attention(qkv, packing, scale):
-    """Flash attention over packed events, bfloat16 or float16 on CUDA. qkv (T, 3, H, d) -> (T, H, d).
-
-    # DIFF(upstream): it calls "flash" with a padding mask, and then CUDA never runs the flash kernel
-    """
-    starts, longest = packing.starts, packing.longest
-    return varlen_attn(*qkv.unbind(1), starts, starts, longest, longest, scale=scale)
-
-
-def rectangle_attention(qkv, packing, scale):
-    """The same in a padded rectangle, for all other devices and dtypes. qkv (T, 3, H, d) -> (T, H, d)."""
-    rows = packing.unpack(qkv.flatten(1)).unflatten(-1, qkv.shape[1:])  # (B, L, 3, H, d)
+def padded_attention(qkv, packing, scale):
+    """Attend without flash attention. qkv (T, 3, H, d) -> (T, H, d)."""
+    rows = packing.pad(qkv.flatten(1)).unflatten(-1, qkv.shape[1:])  # (B, L, 3, H, d)
     q, k, v = rows.permute(2, 0, 3, 1, 4)  # (B, H, L, d)
-    seen = packing.valid[:, None, None, :]  # (B, 1, 1, L)
+    mask = packing.valid[:, None, None, :]
     if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
-        # torch's own has a very slow bfloat16 backward: 185 ms against 45 ms at (64, 8, 128, 32), torch 2.13
+        # torch's bfloat16 backward: 185 ms instead of 45 at (64, 8, 128, 32), torch 2.13
         scores = (q @ k.transpose(-2, -1)).float() * scale
-        x = scores.masked_fill(~seen, float("-inf")).softmax(-1).to(v.dtype) @ v
+        x = scores.masked_fill(~mask, float("-inf")).softmax(-1).to(v.dtype) @ v
     else:
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
-    return packing.pack(x.transpose(1, 2))
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return packing.unpad(x.transpose(1, 2))
 
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        D, width, self.activation = config.embedding_dim, config.hidden_size, config.mlp
+        if config.mlp == "swiglu":  # three matrices instead of two: as many parameters
+            width = round(width * 2 / 3 / 8) * 8
+        self.up = nn.Linear(D, 2 * width if config.mlp == "swiglu" else width)
+        self.down = nn.Linear(width, D)
+
+    def forward(self, x):
+        x = self.up(x)
+        if self.activation == "swiglu":
+            gate, x = x.chunk(2, dim=-1)
+            return self.down(F.silu(gate) * x)
+        return self.down(F.relu(x) if self.activation == "relu" else F.gelu(x))
 
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
-MIXERS = {"transformer": Attention, "gru": lambda config: recurrent.TwoWays(config, recurrent.GRU),
-          "mamba": lambda config: recurrent.TwoWays(config, recurrent.Mamba)}
 
+class Block(nn.Module):
+    """Pre-norm. Only the mixer lets pulses see each other."""
 
-# ------------------------------------------------------------------------------------------------------------
-# models
-# ------------------------------------------------------------------------------------------------------------
+    def __init__(self, config):
+        super().__init__()
+        self.norm1 = NORMS[config.norm](config.embedding_dim)
+        is_transformer = config.backbone == "transformer"
+        self.mixer = Attention(config) if is_transformer else Bidirectional(config)
+        self.norm2 = NORMS[config.norm](config.embedding_dim)
+        self.mlp = MLP(config)
+
+    def forward(self, x, packing):
+        x = x + self.mixer(self.norm1(x), packing)
+        return x + self.mlp(self.norm2(x))
 
 class Encoder(nn.Module):
-    """A batch -> what the model knows about each event, [CLS] (B, D), and about each token (T, D)."""
+    """A batch -> a vector per event, [CLS] (B, D), and per token (T, D)."""
 
     def __init__(self, config, geometry):
         super().__init__()
+        check_model(config)
+        D = config.embedding_dim
         self.embedding = PulseEmbedding(config, geometry)
-        self.backbone = Backbone(config)
-        self.final_norm = NORMS[config.norm](config.embedding_dim) if config.final_norm else nn.Identity()
-        self.output_scale = 1 / width_ratio(config)  # muP: what heads see shrinks with the width
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.final_norm = NORMS[config.norm](D) if config.final_norm else nn.Identity()
+        # muP (Yang et al. 2022, arXiv:2203.03466): the learning rate of a narrow model
+        # serves a wide one. It enters here, in Attention.scale, in the first weights of
+        # the heads (init_weights), in the blocks' learning rate (optim.parameter_groups).
+        self.output_scale = config.mup_base_width / D if config.mup_base_width else 1.0
 
     def forward(self, batch):
-        x = self.backbone(self.embedding(batch), batch["starts"], batch["longest"])
+        x = self.embedding(batch)
+        packing = Packing(batch["cu_seqlens"], batch["max_seqlen"], x.shape[0])
+        for block in self.blocks:
+            x = block(x, packing)
         x = self.final_norm(x) * self.output_scale
-        return x.index_select(0, batch["starts"][:-1].long()), x
+        return x.index_select(0, batch["cu_seqlens"][:-1].long()), x
 
+# ---- pretraining: masked DOMs, and summaries of the event from [CLS] ----------------------------
 
 class PositionHead(nn.Module):
-    """DOM logits from where the DOMs are, (M, D) -> (M, V): query(x) . key(position of j) / 8 + bias_j.
+    """DOM logits from positions (M, D) -> (M, V): query(x) . key(position) / 8 + bias.
 
-    The key is a small network of the position's Fourier features, evaluated once per micro-batch. Neighbours
-    get similar keys before they are ever hit. It has a fraction of the linear head's parameters (base: 0.05 M
-    instead of 1.3 M), and only the bias knows how many DOMs there are.
+    Neighbours have similar keys before they are ever hit.
     """
-    SIZE, HIDDEN = 64, 256  # of the key, of its network
 
     def __init__(self, config, geometry):
         super().__init__()
-        self.query = nn.Linear(config.embedding_dim, self.SIZE)
         position = torch.from_numpy(geometry["position"].copy())
-        self.register_buffer("features", position_features(position), persistent=False)  # (V, 51)
-        self.key = nn.Sequential(nn.Linear(self.features.shape[1], self.HIDDEN), nn.GELU(),
-                                 nn.Linear(self.HIDDEN, self.SIZE))
+        octaves = 2.0 ** torch.arange(8)  # wavelengths 2000 m to 16 m, the distance of two DOMs
+        phase = (2 * math.pi / 2000 * position[..., None] * octaves).flatten(-2)
+        waves = torch.cat([phase.sin(), phase.cos()], dim=-1)
+        features = torch.cat([position / POSITION_SCALE, waves], dim=-1)
+        self.query = nn.Linear(config.embedding_dim, 64)
+        self.register_buffer("features", features, persistent=False)  # (V, 51)
+        self.key = nn.Sequential(nn.Linear(51, 256), nn.GELU(), nn.Linear(256, 64))
         self.bias = nn.Parameter(torch.zeros(len(geometry)))
 
     def forward(self, x):
-        return self.query(x) @ self.key(self.features).T * self.SIZE ** -0.5 + self.bias
+        return self.query(x) @ self.key(self.features).T / 8 + self.bias
 
+class PolarBERT(nn.Module):
+    def __init__(self, config, geometry):
+        super().__init__()
+        D = config.embedding_dim
+        self.config = config
+        self.encoder = Encoder(config, geometry)
+        if config.dom_head == "linear":
+            self.dom_head = nn.Linear(D, len(geometry))  # DIFF(upstream): no logit for padding
+        else:
+            self.dom_head = PositionHead(config, geometry)
+        self.cls_heads = nn.ModuleDict({name: nn.Linear(D, CLS_TARGETS[name][1])
+                                        for name in config.cls_target.split("+")})
+        query = self.dom_head if config.dom_head == "linear" else self.dom_head.query
+        init_weights(self, heads=[query, *self.cls_heads.values()])
 
-# DIFF(upstream): no logit for padding
-DOM_HEADS = {"linear": lambda config, geometry: nn.Linear(config.embedding_dim, len(geometry)),
-             "position": PositionHead}
-CHOICES = {"backbone": MIXERS, "mlp": ("relu", "gelu", "swiglu"), "norm": NORMS, "dom_head": DOM_HEADS,
-           "loss_weighting": ("per_event", "per_pulse")}
+    def forward(self, batch):
+        """Return the losses of each event: "dom" and one per name in cls_target, (B,) float32."""
+        logits, cls_pred = self.predict(batch)
+        losses = {name: cls_loss(name, pred, batch)[0] for name, pred in cls_pred.items()}
+        return {"dom": self.dom_loss(logits, batch), **losses}
 
+    def predict(self, batch):
+        """Return logits of the masked pulses (M, V), predictions of [CLS] {name: (B, n)}."""
+        cls, x = self.encoder(batch)
+        # DIFF(upstream): logits at masked pulses only, 8 % of the positions
+        logits = self.dom_head(x.index_select(0, batch["masked"]))
+        dtype = self.dom_head.bias.dtype  # that of the weights, whatever autocast has chosen
+        cls_pred = {name: head(cls).to(dtype) for name, head in self.cls_heads.items()}
+        return logits.to(dtype), cls_pred
 
-class Pretrainer(nn.Module):
-    """Encoder with the heads of pretraining; forward gives the losses of each event."""
+    def dom_loss(self, logits, batch):
+        """Return the mean loss of each event's masked pulses (B,), 0 if it has none.
 
+        A mean per event, because otherwise bright events dominate (upstream since v0.2).
+        """
+        dom, event = batch["dom"].index_select(0, batch["masked"]), batch["masked_event"]  # (M,)
+        geometry = self.encoder.embedding.geometry
+        if self.config.dom_loss == "ce":
+            loss = F.cross_entropy(logits, dom, reduction="none")
+        elif self.config.dom_loss == "emd":
+            loss = earth_movers_distance(logits, dom, geometry)
+        else:
+            loss = chamfer_distance(logits, dom, event, geometry)
+        zeros = loss.new_zeros(len(batch["cu_seqlens"]) - 1)
+        n_masked = zeros.index_add(0, event, torch.ones_like(loss))
+        return zeros.index_add(0, event, loss) / n_masked.clamp(min=1)
+
+def earth_movers_distance(logits, dom, geometry):
+    """Return sum_j p_j |x_j - x_true| [100 m], logits (M, V), dom (M,) -> (M,)."""
+    # all of the predicted distribution goes to one DOM, so no solver is needed
+    exact = "donot_use_mm_for_euclid_dist"  # small distances are not rounded
+    distance = torch.cdist(geometry[dom], geometry, compute_mode=exact) / 100  # (M, V)
+    return (logits.softmax(-1) * distance).sum(-1)
+
+def chamfer_distance(logits, dom, event, geometry):
+    """Return the distance [100 m] of each masked DOM to its event's nearest guess, and back.
+
+    A guess is an expected position, sum_j p_j x_j. The mean over an event is the Chamfer
+    distance of two sets of points. logits (M, V), dom and event (M,) -> (M,)
+    """
+    if len(dom) == 0:
+        return logits.sum(-1)
+    with torch.autocast(logits.device.type, enabled=False):  # bfloat16 is off by a metre
+        guess, true = logits.softmax(-1) @ geometry, geometry[dom]  # (M, 3)
+    exact = "donot_use_mm_for_euclid_dist"  # small distances are not rounded
+    distance = torch.cdist(true, guess, compute_mode=exact) / 100
+    distance = distance.masked_fill(event[:, None] != event, float("inf"))  # (M, M)
+    return distance.amin(1) + distance.amin(0)
+
+def cls_loss(name, pred, batch):
+    """Return the loss of a [CLS] target, 0 where the truth is unknown, and if it is known, (B,)."""
+    if name == "line_fit":
+        truth = batch["line_fit"]
+        known = truth.any(-1)
+        return direction_loss("vmf", pred, truth) * known, known
+    if name == "center":
+        truth = batch["center"] / POSITION_SCALE
+    elif name == "charge":
+        truth = torch.log10(batch["total_charge"].clamp(min=1e-3))[:, None]
+    return (pred - truth).square().mean(-1), truth.isfinite().all(-1)
+
+# ---- fine-tuning: direction, energy or class from [CLS] ------------------------------------------
+
+class Reconstructor(nn.Module):
     def __init__(self, config, geometry):
         super().__init__()
         self.config = config
-        self.targets = {name: CLS_TARGETS[name] for name in config.cls_target.split("+")}
         self.encoder = Encoder(config, geometry)
-        self.dom_head = DOM_HEADS[config.dom_head](config, geometry)
-        strings = torch.from_numpy(geometry["string"].astype("int64"))
-        self.register_buffer("string", strings, persistent=False)  # (V,), for metrics alone
-        self.cls_heads = nn.ModuleDict({name: nn.Linear(config.embedding_dim, target.width)
-                                        for name, target in self.targets.items()})
-        init_weights(self, config)
+        hidden, (_, width) = config.head_hidden_size, TASKS[config.task]
+        self.head = nn.Sequential(
+            nn.Linear(config.embedding_dim, hidden), nn.ReLU(), nn.Linear(hidden, width))
+        init_weights(self, heads=[self.head[0]])
 
     def forward(self, batch):
-        """-> dict of float32 losses (B,): "dom" (see dom_losses), and one for each name in cls_target."""
-        logits, answers = self.predict(batch)
-        return {"dom": self.dom_losses(logits, batch), **self.cls_losses(answers, batch)}
+        """Return what the head predicts (B, n) float32.
 
-    def predict(self, batch):
-        """-> logits of the hidden pulses (M, V); dict name of a ClsTarget to prediction (B, width)."""
-        cls, x = self.encoder(batch)
-        # DIFF(upstream): logits at the hidden pulses only, 8 % of the positions that upstream computes
-        logits = self.dom_head(x.index_select(0, batch["hidden"]))
-        dtype = self.dom_head.bias.dtype  # that of the weights, whatever autocast has chosen
-        return logits.to(dtype), {name: head(cls).to(dtype) for name, head in self.cls_heads.items()}
-
-    def dom_losses(self, logits, batch):
-        """Mean loss of each event's hidden pulses ("per_event"), or their sum ("per_pulse"), (B,).
-
-        Mean per event first: otherwise bright events dominate (upstream since v0.2).
+        direction: a vector towards the source, whose length is kappa;
+        energy: log10(E / 10 TeV); class: the logit of a track.
         """
-        dom, event = batch["dom"].index_select(0, batch["hidden"]), batch["hidden_event"]  # (M,)
-        geometry, loss = self.encoder.embedding.geometry, 0.0
-        for name in self.config.dom_loss.split("+"):
-            weight = 1.0 if name == "ce" else self.config.distance_weight
-            loss = loss + weight * DOM_LOSSES[name](logits, dom, event, geometry)  # (M,)
-        zeros = loss.new_zeros(len(batch["starts"]) - 1)
-        total = zeros.index_add(0, event, loss)
-        if self.config.loss_weighting == "per_pulse":
-            return total
-        return total / zeros.index_add(0, event, torch.ones_like(loss)).clamp(min=1)
+        cls, _ = self.encoder(batch)
+        return self.head(cls).float()
 
-    def cls_losses(self, answers, batch):
-        """Dict name of a ClsTarget to the loss of each event (B,), 0 where the truth is not known."""
-        losses = {}
-        for name, target in self.targets.items():
-            truth, is_known = target.known_truth(batch)
-            losses[name] = target.loss(answers[name], truth) * is_known
-        return losses
+    def loss(self, x, batch):
+        """Return the loss of each event (B,)."""
+        if self.config.task == "energy":
+            return (x[:, 0] + 4 - torch.log10(batch["energy"])).square()
+        if self.config.task == "class":
+            is_track = (batch["event_class"] == 1).to(x.dtype)
+            return F.binary_cross_entropy_with_logits(x[:, 0], is_track, reduction="none")
+        truth = unit_vector(batch["azimuth"], batch["zenith"])
+        names = self.config.direction_loss.split("+")
+        return sum(direction_loss(name, x, truth) for name in names)
 
-    @property
-    def metric_names(self):
-        of_targets = [f"{target}_{what}" for target in self.targets for what in ("loss", "metric", "known")]
-        return ["dom_loss", "top1", "top5", "string", "distance", "cross_entropy", *of_targets]
+def direction_loss(name, x, truth):
+    """Return the loss of vectors x (B, 3) against unit vectors truth (B, 3) -> (B,)."""
+    kappa = (x.square().sum(-1) + 1e-6).sqrt()  # |x|; |x| = 0 has a gradient too
+    direction = F.normalize(x, dim=-1)
+    if name == "angular":
+        return angular_error(direction, truth)
+    # vmf: -ln of kappa / (4 pi sinh kappa) exp(kappa cos). sinh is split into
+    # exp(kappa), which joins the cosine, and 1 - exp(-2 kappa): float32 is enough
+    # for kappa from 1e-3 to 1e6
+    log_area = torch.log(-torch.expm1(-2 * kappa) / kappa)
+    one_minus_cosine = (direction - truth).square().sum(-1) / 2  # exact at small angles
+    if name == "cosine":
+        return one_minus_cosine
+    return kappa * one_minus_cosine + log_area + math.log(2 * math.pi)
 
-    def metrics(self, batch):
-        """Sums over a batch, in the order of metric_names: of losses, and of what tells them to a reader."""
-        logits, answers = self.predict(batch)
-        dom, geometry = batch["dom"].index_select(0, batch["hidden"]), self.encoder.embedding.geometry
-        best = logits.topk(min(5, logits.shape[1]), dim=-1).indices  # (M, 5)
-        sums = [self.dom_losses(logits, batch).sum(),
-                (best[:, 0] == dom).float().sum(), (best == dom[:, None]).float().sum(),
-                (self.string[best[:, 0]] == self.string[dom]).float().sum(),
-                (geometry[best[:, 0]] - geometry[dom]).norm(dim=-1).sum(),  # [m]
-                F.cross_entropy(logits, dom, reduction="sum")]
-        for name, target in self.targets.items():
-            truth, is_known = target.known_truth(batch)
-            sums += [(target.loss(answers[name], truth) * is_known).sum(),
-                     (target.measure(answers[name], truth) * is_known).sum(), is_known.sum()]
-        return torch.stack(sums)
+def unit_vector(azimuth, zenith):
+    """Return the unit vectors (..., 3) towards the source from its angles [rad]."""
+    x, y = azimuth.cos() * zenith.sin(), azimuth.sin() * zenith.sin()
+    return torch.stack([x, y, zenith.cos()], dim=-1)
 
+def angular_error(direction, truth):
+    """Return the angle [rad] between unit vectors (..., 3), with a gradient everywhere."""
+    # DIFF(upstream): arccos clipped at 1 - 1e-4, no gradient within 0.8 degrees
+    sine = (torch.linalg.cross(direction, truth).square().sum(-1) + 1e-12).sqrt()
+    return torch.atan2(sine, (direction * truth).sum(-1))
 
-class Reconstructor(nn.Module):
-    """Encoder with a head on [CLS] for one of TASKS; forward gives its outputs, a dict of float32 tensors."""
+# ---- weights ------------------------------------------------------------------------------------
 
-    def __init__(self, config, geometry):
-        super().__init__()
-        task = TASKS[config.task]
-        self.encoder = Encoder(config, geometry)
-        self.head = nn.Sequential(nn.Linear(config.embedding_dim, config.head_hidden_size), nn.ReLU(),
-                                  nn.Linear(config.head_hidden_size, task.width))
-        self.outputs = task.outputs
-        init_weights(self, config)
+def init_weights(model, heads):
+    """Set all initial values:
 
-    def forward(self, batch):
-        return self.answer(self.encoder(batch)[0])
-
-    def answer(self, cls):
-        return self.outputs(self.head(cls).float())
-
-
-# ------------------------------------------------------------------------------------------------------------
-# initial weights and parameter groups
-# ------------------------------------------------------------------------------------------------------------
-
-def width_ratio(config):
-    """muP (Yang et al. 2022, arXiv:2203.03466): how much wider than the model that was tuned; 1 without muP.
-
-    It enters in four places: what the heads see and the learning rate of the backbone's matrices shrink with
-    it (Encoder.output_scale, parameter_groups), the heads' first weights do not (init_weights); and
-    attention_scale.
-    """
-    return config.embedding_dim / config.mup_base_width if config.mup_base_width else 1.0
-
-
-def attention_scale(config):
-    """1/sqrt(d) for heads d wide; with muP sqrt(d of the base model)/d, which at the base is the same.
-
-    Trained queries and keys correlate, so that their products grow with d, not with sqrt(d) (muP's table 8).
-    """
-    d = config.embedding_dim // config.num_heads
-    if not config.mup_base_width:
-        return d ** -0.5
-    return (config.mup_base_width / (config.mup_base_heads or config.num_heads)) ** 0.5 / d
-
-
-def init_weights(model, config):
-    """All initial values:
-
-    Linear, Conv1d     normal, std 1/sqrt(3 fan_in)    the variance of torch's and upstream's default
-    their biases       0                               # DIFF(upstream): uniform
-    features, time     weights 10 times as large       # DIFF(upstream): light crosses the detector in 0.1 of
-                                                       # the scaled time, but in 2 of the scaled positions: a
-                                                       # small signal, which it would learn late
-    heads              1/sqrt(3 D); with muP 1/sqrt(3 mup_base_width), whatever the width
-    dom_table, MASK, [CLS]   normal, std 1             upstream's
-    norms              weight 1, bias 0                torch's default; GRU likewise torch's
+    Linear, Conv1d           normal, std 1/sqrt(3 fan_in), the variance of torch's default
+    their biases             0                             # DIFF(upstream): uniform
+    time feature             10 times as large, see PulseEmbedding
+    heads                    with muP std 1/sqrt(3 mup_base_width) at any width
+    dom_table, MASK, [CLS]   normal, std 1
+    norms, GRU               torch's default
     """
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv1d)):
@@ -477,40 +421,24 @@ def init_weights(model, config):
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight)
+    embedding = model.encoder.embedding
     with torch.no_grad():
-        embedding = model.encoder.embedding
-        embedding.features.weight[:, 0] *= 10
+        embedding.features.weight *= embedding.features.init_scale
         nn.init.normal_(embedding.cls)
-        if config.use_dom_positions:
+        if embedding.use_dom_positions:
             nn.init.normal_(embedding.mask)
-        for head in heads_of(model):
-            head.weight *= width_ratio(config) ** 0.5
+        for head in heads:
+            head.weight *= model.encoder.output_scale ** -0.5
 
-
-def heads_of(model):
-    """The linear layers that read what the encoder gives."""
-    if not isinstance(model, Pretrainer):
-        return [model.head[0]]
-    return [getattr(model.dom_head, "query", model.dom_head), *model.cls_heads.values()]
-
-
-def parameter_groups(model, weight_decay):
-    """Groups for AdamW: matrices decay; biases, norms, embeddings and [CLS] do not.
-
-    Each group has an lr_scale: 1, but 1 / width_ratio for the matrices of the backbone (muP's table 8: Adam).
-    Their decay grows by as much: lr * weight_decay stays the same.
-    # DIFF(upstream): it decays the DOM table and [CLS] too, which pulls rarely hit DOMs to zero
-    """
-    backbone, decayed, not_decayed = [], [], []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            if parameter.ndim < 2 or name.endswith(("dom_table.weight", "embedding.mask")):
-                not_decayed.append(parameter)
-            elif ".backbone." in name:
-                backbone.append(parameter)
-            else:
-                decayed.append(parameter)
-    scale = model.encoder.output_scale
-    return [{"params": backbone, "weight_decay": weight_decay / scale, "lr_scale": scale},
-            {"params": decayed, "weight_decay": weight_decay, "lr_scale": 1.0},
-            {"params": not_decayed, "weight_decay": 0.0, "lr_scale": 1.0}]
+def weights_for_detector(weights, geometry, path):
+    """Return a checkpoint's weights for this detector, maybe not that of training."""
+    old = weights["encoder.embedding.geometry"]
+    new = torch.from_numpy(geometry["position"].copy())  # (V, 3)
+    if torch.equal(old, new):
+        return weights
+    text = f"{path}: trained on another detector ({len(old):,} DOMs, now {len(new):,})"
+    if {"encoder.embedding.dom_table.weight", "dom_head.weight"} & weights.keys():
+        fail(f"{text}; only use_dom_positions = True and dom_head = 'position' carry over")
+    print0(f"note: {text}; it knows DOMs by position alone")
+    new = {"encoder.embedding.geometry": new, "dom_head.bias": torch.zeros(len(new))}
+    return weights | {name: value for name, value in new.items() if name in weights}

@@ -1,41 +1,28 @@
-"""The two other backbones, GRU and Mamba: they read an event from one end to the other.
+"""GRU and Mamba in the place of attention: they read an event from one end to the other.
 
-model.MIXERS has them beside attention. B events of at most L tokens, D embedding_dim, H heads of
-P = D / 2 / H dimensions, N = D / 4 the width of Mamba's state.
+B events of at most L tokens, D embedding_dim, H heads of P = D / 2 / H dimensions, N = D / 4 the
+width of Mamba's state.
 """
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+class Bidirectional(nn.Module):
+    """One mixer (B, L, D) -> (B, L, D/2) forwards and one backwards: [CLS] sees all pulses."""
 
-def check(config):
-    """Yield one line for each knob of a ModelConfig that makes no sense with these backbones."""
-    if config.embedding_dim % (2 * config.num_heads):
-        yield (f"backbone = {config.backbone!r} needs an embedding_dim that 2 num_heads = "
-               f"{2 * config.num_heads} divides")
-    if config.mup_base_width or config.qk_norm:
-        yield f"mup_base_width and qk_norm are for the transformer, not for backbone = {config.backbone!r}"
-    if config.backbone == "mamba" and config.embedding_dim % 4:
-        yield ("backbone = 'mamba' needs an embedding_dim that 4 divides: its state is "
-               f"{config.embedding_dim} / 4 wide")
-
-
-class TwoWays(nn.Module):
-    """A mixer (B, L, D) -> (B, L, D/2) forwards and one backwards: [CLS], the first, sees all pulses."""
-
-    def __init__(self, config, mixer):
+    def __init__(self, config):
         super().__init__()
-        self.forwards, self.backwards = mixer(config), mixer(config)
+        Mixer = {"gru": GRU, "mamba": Mamba}[config.backbone]
+        self.forwards, self.backwards = Mixer(config), Mixer(config)
 
     def forward(self, x, packing):
-        x, valid = packing.unpack(x), packing.valid
+        x, valid = packing.pad(x), packing.valid
         n, place = valid.sum(1, keepdim=True), torch.arange(x.shape[1], device=x.device)
-        # tokens in reverse; padding stays behind them, so that neither direction passes it on its way
+        # tokens in reverse; padding stays behind them, so neither direction passes it on its way
         reverse = torch.where(place < n, n - 1 - place, place)[..., None]  # (B, L, 1)
         y = self.backwards(x.gather(1, reverse.expand_as(x)), valid)
         y = y.gather(1, reverse.expand_as(y))
-        return packing.pack(torch.cat([self.forwards(x, valid), y], dim=-1))
-
+        return packing.unpad(torch.cat([self.forwards(x, valid), y], dim=-1))
 
 class GRU(nn.Module):
     def __init__(self, config):
@@ -43,15 +30,13 @@ class GRU(nn.Module):
         self.gru = nn.GRU(config.embedding_dim, config.embedding_dim // 2, batch_first=True)
 
     def forward(self, x, valid):
-        return self.gru(x)[0]  # (B, L, D/2); padding lies behind all real tokens and reaches none of them
-
+        return self.gru(x)[0]  # padding comes after all real tokens and reaches none of them
 
 class Mamba(nn.Module):
     """Mamba-2 (Dao & Gu 2024, arXiv:2405.21060): a convolution, a selective state space, a gate.
 
-    At first decay rates and time steps are 0.1 to 1, spread over the heads: memories of 1 to 100 pulses. The
-    paper's ranges, 1 to 16 and 0.001 to 0.1, are for long texts: with them heads forget at once or see next
-    to nothing.
+    Decay rates and time steps start at 0.1 to 1, spread over the heads: memories of 1 to 100
+    pulses. The paper's ranges, 1 to 16 and 0.001 to 0.1, are for long texts.
     """
 
     def __init__(self, config):
@@ -62,7 +47,7 @@ class Mamba(nn.Module):
         self.conv = nn.Conv1d(D, D, 4, groups=D, padding=3)  # x, b and c see 3 pulses back
         steps = torch.logspace(-1, 0, H)
         self.log_a = nn.Parameter(torch.linspace(0.1, 1, H).log())  # of the decay rates
-        self.dt_bias = nn.Parameter(steps + torch.log(-torch.expm1(-steps)))  # softplus of it is the step
+        self.dt_bias = nn.Parameter(steps + torch.log(-torch.expm1(-steps)))  # softplus gives steps
         self.skip = nn.Parameter(torch.ones(H))
         self.norm = nn.RMSNorm(D // 2)
         self.out = nn.Linear(D // 2, D // 2, bias=False)
@@ -74,27 +59,25 @@ class Mamba(nn.Module):
         with torch.autocast(x.device.type, enabled=False):  # products of up to L decay factors
             x, b, c = (part.to(self.log_a.dtype) for part in xbc.split(self.sizes[1:4], dim=-1))
             x = x.unflatten(-1, (H, -1))  # (B, L, H, P)
-            dt = F.softplus(dt.to(self.log_a.dtype) + self.dt_bias)  # (B, L, H), the time steps
-            dt = dt * valid[..., None]  # 0 at padding, which so leaves no trace
-            y = state_space(x * dt[..., None], -self.log_a.exp() * dt, b, c) + self.skip[:, None] * x
+            dt = F.softplus(dt.to(self.log_a.dtype) + self.dt_bias) * valid[..., None]  # (B, L, H)
+            y = state_space(x * dt[..., None], -self.log_a.exp() * dt, b, c)
+            y = y + self.skip[:, None] * x
         return self.out(self.norm(y.flatten(2) * F.silu(gate)))
 
-
 def state_space(x, log_decay, b, c, chunk=256):
-    """y_t = c_t . s_t with the state s_t = exp(log_decay_t) s_(t-1) + b_t x_t, without a loop over t.
+    """Return y_t = c_t . s_t with the state s_t = exp(log_decay_t) s_(t-1) + b_t x_t.
 
-    x (B, L, H, P), log_decay (B, L, H) <= 0, b and c (B, L, N) -> y (B, L, H, P). Within a chunk of Q tokens
-    y = (decays * c b^T) x, a product with a masked Q x Q matrix. The state is handed from chunk to chunk, so
-    memory grows with L * chunk, not with L * L. No einsum of three: where opt_einsum is installed, it ties a
-    compiled graph to the sizes that it saw first.
+    x (B, L, H, P), log_decay (B, L, H) <= 0, b and c (B, L, N) -> (B, L, H, P). Within a chunk of
+    Q tokens y = (decays * c b^T) x; the state is handed from chunk to chunk, so memory grows with
+    L * chunk. No einsum of three: opt_einsum would tie a compiled graph to the first sizes.
     """
     state, ys = 0.0, []
     for x, log_decay, b, c in zip(*(part.split(chunk, dim=1) for part in (x, log_decay, b, c))):
         total = log_decay.cumsum(1)  # (B, Q, H), decay since the chunk began
         between = total[:, :, None] - total[:, None]  # (B, Q, Q, H)
-        past = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()[..., None]
-        weight = (c @ b.transpose(1, 2))[..., None] * between.masked_fill(~past, float("-inf")).exp()
-        y = torch.einsum("btsh,bshp->bthp", weight, x)
+        past = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+        decay = between.masked_fill(~past[..., None], float("-inf")).exp()
+        y = torch.einsum("btsh,bshp->bthp", (c @ b.transpose(1, 2))[..., None] * decay, x)
         if ys:
             y = y + torch.einsum("btn,bhnp->bthp", c, state) * total.exp()[..., None]
             state = state * total[:, -1, :, None, None].exp()

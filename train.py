@@ -1,338 +1,295 @@
-"""Stage 2: pretraining without labels. Hide DOM ids and predict them; predict the event's charge from [CLS].
+"""Stage 2: pretraining without labels: masked DOMs, and summaries of the event.
 
-    python train.py sample_config/demo.py                                  a small model on simulated events
-    torchrun --nproc_per_node=8 train.py config/base.py                    the paper's run on 8 GPUs
-    python train.py config/base.py --mask_prob=0.5 --out_dir=out/mask50    an ablation
-    python train.py config/base.py --branch_from=out/base/ckpt_20000.pt --out_dir=out/base20k     cool down
+    python train.py sample_config/demo.py                  # a small model, toy events
+    python train.py sample_config/demo.py --mask_prob=0.5 --out_dir=out/mask50
+    torchrun --nproc_per_node=8 train.py config/base.py    # full size on 8 GPUs
+    # cool down from a kept checkpoint
+    python train.py config/base.py --init_from=out/base/ckpt_20000.pt \\
+        --init_optimizer=True --max_steps=21000 --out_dir=out/base_20k
 
-Prints one line every log_interval steps and writes log.csv, ckpt.pt (last), best.pt (lowest val_loss) and
-config.json into out_dir. Expect dom_loss to fall from ln 5160 = 8.55. Ctrl-C or SIGTERM: it finishes the step
-and saves; the same command goes on from there. Exit status: 0 done, or stopped by SIGTERM; 1 an error of the
-user; 3 diverged; 130 Ctrl-C.
+Prints a line every log_interval steps. Writes log.csv, ckpt.pt (last), best.pt
+(lowest val_loss) and config.json into out_dir. dom_loss falls from ln 5160 = 8.55.
+The same command resumes a run that was interrupted. Exit status: 0 done or
+stopped by SIGTERM, 1 error, 3 diverged, 130 Ctrl-C.
 """
-import common  # first: it sets how torch's threads wait
+import utils  # first: it sets how torch's threads wait
 
-import dataclasses
 import math
-from dataclasses import dataclass
+import os
+import signal
+import time
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 import data
-import knobs
-import runs
-from model import ModelConfig, Pretrainer, parameter_groups
-from optimizers import GuardedOptimizer, Muon
-from tasks import CLS_TARGETS
-
+from model import (CLS_TARGETS, ModelConfig, PolarBERT, angular_error, cls_loss,
+                   weights_for_detector)
+from optim import (Optimizer, Schedule, clip_and_step, get_lr, load_optimizers,
+                   make_optimizers)
 
 @dataclass
-class TrainConfig(runs.RunConfig, ModelConfig):
-    """What is learned, and how. Beside it: the architecture; runs.RunConfig, where and how often to save."""
-    data_dir: str = "data/icecube"  # folder made by prepare.py
-    train_split: str = "pretrain"  # split to learn from; needs no labels
-    val_split: str = "val"  # split to evaluate on
-    train_events: int = 0  # use the first N events of train_split; 0 = all
-    val_events: int = 100_000  # evaluate on the first N events of val_split, or as many as there are; 0 = all
+class TrainConfig(ModelConfig):
+    # data
+    data_dir: str = "data/icecube"  # folder that prepare.py wrote
+    train_split: str = "pretrain"  # needs no labels
+    val_split: str = "val"  # to evaluate on
+    train_events: int = 0  # use the first N; 0 = all
+    val_events: int = 100_000  # use the first N; 0 = all
+    mask_prob: float = 0.25  # share of the HLC pulses whose DOM is masked
+    # weights of the losses of [CLS]; that of the DOM loss is 1
+    lambda_charge: float = 1.0  # squared error of log10(charge)
+    lambda_center: float = 1.0  # squared error in 500 m
+    lambda_line_fit: float = 1.0  # von Mises-Fisher
+    # optimizer
     batch_size: int = 4096  # events a step, over all ranks
-    max_steps: int = 127_000  # updates; of 4096 events: 520 M, 4 epochs of all 130 M, 5.2 of batches 1-500
+    micro_batch_size: int = 0  # events at once; 0 = what suits the device
+    max_steps: int = 127_000  # 520 M events: 4 epochs of all 130 M
     learning_rate: float = 1e-3  # at the top of the schedule
-    warmup_steps: int = 0  # linear rise from 0; 0 = 1 / (1 - beta2)
-    cooldown_steps: int = 1000  # trapezoidal only: linear fall to 0 at the end
-    schedule: str = "trapezoidal"  # or "cosine", "constant"
-    optimizer: str = "adamw"  # or "muon" (Jordan et al. 2024) for the matrices of the backbone
+    warmup_steps: int = 0  # linear rise; 0 = 1 / (1 - beta2)
+    cooldown_steps: int = 1000  # trapezoidal: linear fall to 0
+    schedule: Schedule = "trapezoidal"  # after the warm-up
+    optimizer: Optimizer = "adamw"  # muon: for the matrices of the blocks
     beta1: float = 0.9  # Adam's memory of the gradient
-    beta2: float = 0.9998  # Adam's memory of the squared gradient: some 1 / (1 - beta2) = 5000 steps
-    adam_eps: float = 5e-7  # Adam's epsilon, added to the root of the mean squared gradient
-    weight_decay: float = 0.1  # of the matrices only, see model.parameter_groups
-    grad_clip: float = 1.0  # largest norm of the gradient
-    mask_prob: float = 0.25  # share of good pulses (aux = False) whose DOM id is hidden
-    lambda_charge: float = 1.0  # weight of the charge's loss, beside the DOM loss with weight 1
-    lambda_center: float = 1.0  # weight of the centre's loss
-    lambda_motion: float = 1.0  # weight of the motion's loss
-    keep_every: int = 0  # steps between checkpoints that stay, ckpt_<step>.pt, to branch from; 0 = none
-    pretrained: str = ""  # checkpoint whose weights to begin with, also of another detector; "" = random
-    branch_from: str = ""  # checkpoint of another run, from its schedule's flat part: only cool down
+    beta2: float = 0.9998  # Adam's memory of its square, 5000 steps
+    adam_eps: float = 5e-7  # Adam's epsilon
+    weight_decay: float = 0.1  # of matrices only
+    grad_clip: float = 1.0  # largest norm of the gradient; 0 = no limit
+    # run
+    out_dir: str = ""  # "" = out/<names of the config files joined by +>
+    eval_interval: int = 1000  # steps between evaluations
+    log_interval: int = 50  # steps between lines
+    save_interval: int = 1000  # steps between checkpoints
+    keep_every: int = 0  # steps between checkpoints that stay; 0 = none
+    init_from: str = ""  # checkpoint whose weights to begin with
+    init_optimizer: bool = False  # begin with its optimizer and step too
     seed: int = 0  # of the weights, the order of events and the masks
+    device: utils.Device = "auto"  # auto: a GPU if there is one
+    dtype: utils.Dtype = "auto"  # auto: what is fast here
+    compile: bool = False  # 1.4 times as fast on a GPU, not on a CPU
+    wandb_project: str = ""  # log to Weights & Biases too
 
-    def check(self):
-        yield from ModelConfig.check(self)
-        yield from runs.RunConfig.check(self)
-        yield from knobs.check_fraction(self, "mask_prob")
-        missing = [name for name in CLS_TARGETS if not hasattr(self, f"lambda_{name}")]
-        if missing:
-            yield f"tasks.CLS_TARGETS has {missing[0]!r}; its weight is missing here, lambda_{missing[0]}"
-            return
-        yield from knobs.check_not_negative(self, "keep_every", *(f"lambda_{name}" for name in CLS_TARGETS))
-        yield from knobs.check_choice(self, "optimizer", ("adamw", "muon"))
-        if self.optimizer == "muon" and (self.mup_base_width or self.mup_base_layers):
-            yield ("mup_base_width and mup_base_layers carry learning rates of AdamW, not of optimizer = "
-                   "'muon'; put sample_config/ablation/adamw.py after the other config files")
-        if self.branch_from and self.pretrained:
-            yield "branch_from and pretrained are two different beginnings; leave one out"
-        if self.branch_from and (self.schedule != "trapezoidal" or self.cooldown_steps == 0):
-            yield "branch_from is a cooldown: it needs schedule = 'trapezoidal' and cooldown_steps > 0"
+# ---- data, loss, evaluation ---------------------------------------------------------------------
 
-
-# perplexity, top1, top5 (right DOM among the best 1, 5), string (right string) and distance of the best guess
-# [m] are means over hidden pulses; what [CLS] does not predict stays empty
-LOG_COLUMNS = ["step", "events", "lr", "loss", "dom_loss", *(f"{name}_loss" for name in CLS_TARGETS),
-               "grad_norm", "events_per_s", "val_loss", "val_dom_loss",
-               *(f"val_{name}_loss" for name in CLS_TARGETS), "val_perplexity", "val_top1", "val_top5",
-               "val_string", "val_distance", *(f"val_{target.metric}" for target in CLS_TARGETS.values()),
-               "data_ms", "bad_steps"]  # time a step waits for its events; steps so far that were skipped
-VAL_SEED = 0  # of the masks at evaluation: the same for every run, so that runs with other seeds compare
-
-# ------------------------------------------------------------------------------------------------------------
-# masking
-# ------------------------------------------------------------------------------------------------------------
-
-def draw_hidden(events, pulses, epoch, mask_prob, seed):
-    """Draw which pulses to hide -> bool (P,): each good one (aux = False) with probability mask_prob.
-
-    If none is drawn, it is the one with the smallest number; an event without good pulses hides none. events
-    (B,), their pulses (P,) one after another, epoch (B,). The draw is a hash of seed, epoch and the pulse's
-    place on disk.
-    # DIFF(upstream): an event may have nothing hidden there, and validation masks are new every time
-    """
-    length = events["length"].astype(np.int64)
-    draw = data.uniform_hash(seed, np.repeat(epoch, length), data.pulse_places(events))
-    draw[pulses["aux"]] = 2.0  # never
-    # an event's limit lies just above its smallest number, if mask_prob does not: one pulse is always hidden
-    smallest = np.minimum.reduceat(draw, np.cumsum(length) - length)
-    limit = np.where(smallest < 1.0, np.maximum(np.nextafter(smallest, 1.0), mask_prob), mask_prob)
-    return draw < np.repeat(limit, length)
-
+VAL_SEED = 0  # of the masks at evaluation, whatever the run's seed: so runs compare
 
 def masked_batches(split, index, epoch, config, seed):
-    """The events `index` of a split as micro-batches with hidden pulses."""
+    """Read the events `index` (B,) of a split -> micro-batches with masked pulses."""
     events, pulses = data.read_events(split, index)
-    hidden = draw_hidden(events, pulses, epoch, config.mask_prob, seed)
-    labels = [CLS_TARGETS[name].label for name in config.cls_target.split("+")]
-    return data.micro_batches(events, pulses, config.micro_batch_size, labels, hidden)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# loss, evaluation
-# ------------------------------------------------------------------------------------------------------------
+    mask = data.draw_mask(events, pulses, epoch, config.mask_prob, seed)
+    labels = [CLS_TARGETS[name][0] for name in config.cls_target.split("+")]
+    return data.micro_batches(events, pulses, config.micro_batch_size, labels, mask)
 
 def total_loss(losses, config):
-    """The DOM loss plus lambda_<name> times each other. losses: dict as Pretrainer.forward gives it."""
-    weights = {name: 1.0 if name == "dom" else getattr(config, f"lambda_{name}") for name in losses}
-    return sum(weight * losses[name] for name, weight in weights.items())
-
+    """Return the DOM loss plus lambda_<name> times each other loss."""
+    return sum(loss if name == "dom" else getattr(config, f"lambda_{name}") * loss
+               for name, loss in losses.items())
 
 @torch.no_grad()
-def evaluate(model, split, n_events, config, process):
-    """Losses and metrics over exactly the first n_events, with the same masks each time -> dict of val_*."""
-    mine = common.share_of_rank(n_events, process)
-    n_chunks = -(-len(mine) * process.world_size // config.batch_size)  # at most as many events as in a step
-    chunks = np.array_split(mine, n_chunks) if n_chunks else []  # a rank may have none
+def evaluate(model, split, config, autocast) -> dict:
+    """Return the mean losses and metrics over a split, with the same masks each time."""
+    geometry = model.encoder.embedding.geometry
+    n_chunks = -(-len(split.events) // config.batch_size)
+    chunks = np.array_split(data.shard(len(split.events)), n_chunks)
 
-    def load(i):
-        return masked_batches(split, chunks[i], np.zeros_like(chunks[i]), config, VAL_SEED)
+    def load(index):
+        return masked_batches(split, index, np.zeros_like(index), config, VAL_SEED)
 
-    totals = np.zeros(len(model.metric_names) + 2)  # and n_scored, n_hidden
-    model.eval()
-    for batches in data.prefetch(load, range(len(chunks)), process.device):
+    rows = []
+    chunks = [chunk for chunk in chunks if len(chunk)]
+    for batches in data.prefetch(load, chunks, geometry.device):
         for batch in batches:
-            with process.autocast:
-                sums = model.metrics(batch)
-            totals += [*sums.tolist(), batch["n_scored"], batch["n_hidden"]]
-    model.train()
-    *sums, n_scored, n_hidden = common.sum_over_ranks(totals, process)
-    sums, n_hidden = dict(zip(model.metric_names, sums)), max(n_hidden, 1)
-    n_averaged = max(n_scored, 1) if config.loss_weighting == "per_event" else n_hidden
-    losses = {"dom": sums["dom_loss"] / n_averaged}
-    losses |= {name: sums[f"{name}_loss"] / max(sums[f"{name}_known"], 1) for name in model.targets}
-    row = {"val_loss": total_loss(losses, config)}
-    row |= {f"val_{name}_loss": loss for name, loss in losses.items()}
-    row |= {f"val_{name}": sums[name] / n_hidden for name in ("top1", "top5", "string", "distance")}
-    row["val_perplexity"] = math.exp(min(sums["cross_entropy"] / n_hidden, 700))
-    for name, target in model.targets.items():
-        row[f"val_{target.metric}"] = target.of_mean(sums[f"{name}_metric"] / max(sums[f"{name}_known"], 1))
-    return row
+            with autocast:
+                logits, cls_pred = model.predict(batch)
+            dom, guess = batch["dom"][batch["masked"]], logits.argmax(-1)  # (M,)
+            distance = (geometry[guess] - geometry[dom]).norm(dim=-1)  # [m]
+            sums = {
+                "dom_loss": model.dom_loss(logits, batch).sum(),
+                "n_events": batch["n_masked_events"],
+                "ce": F.cross_entropy(logits, dom, reduction="sum"),
+                "top1": (guess == dom).sum(),
+                "distance": distance.sum(),
+                "n_pulses": batch["n_masked"],
+            }
+            for name, pred in cls_pred.items():
+                loss, known = cls_loss(name, pred, batch)
+                sums |= {f"{name}_loss": loss.sum(), f"n_{name}": known.sum()}
+                if name == "line_fit":
+                    direction = F.normalize(pred, dim=-1)
+                    angle = angular_error(direction, batch["line_fit"])  # [rad]
+                    sums["line_fit_angle"] = (angle * known).sum()
+            sums = {name: torch.as_tensor(x, device=dom.device).float()
+                    for name, x in sums.items()}
+            rows.append(torch.stack(list(sums.values())))
+    totals = utils.all_reduce_sum(torch.stack(rows).cpu().double().sum(0))
+    # what was not measured is 0 / 0 = NaN
+    totals = dict(zip(sums, torch.tensor(totals, dtype=torch.float64)))
+    losses = {"dom": totals["dom_loss"] / totals["n_events"]}
+    losses |= {name: totals[f"{name}_loss"] / totals[f"n_{name}"] for name in cls_pred}
+    val = {"loss": total_loss(losses, config)}
+    val |= {f"{name}_loss": loss for name, loss in losses.items()}
+    for name in ("ce", "top1", "distance"):
+        val[name] = totals[name] / totals["n_pulses"]
+    if "line_fit" in cls_pred:
+        val["line_fit_angle"] = totals["line_fit_angle"] / totals["n_line_fit"]
+    return {f"val_{name}": value.item() for name, value in val.items()}
 
-
-# ------------------------------------------------------------------------------------------------------------
-# learning rate
-# ------------------------------------------------------------------------------------------------------------
-
-def warmup_steps(config):
-    """The knob; its 0 means the memory of Adam's second moment, 1 / (1 - beta2): 5000 steps for 0.9998."""
-    return config.warmup_steps or round(1 / (1 - config.beta2))
-
-
-def learning_rate(step, config):
-    """Of update `step` (from 0): linear warm-up, then the schedule, which ends at 0 but for "constant"."""
-    warmup = warmup_steps(config)
-    rise = min(1.0, (step + 1) / warmup)
-    if config.schedule == "trapezoidal":
-        return config.learning_rate * min(rise, (config.max_steps - step) / max(config.cooldown_steps, 1))
-    if config.schedule == "cosine" and step >= warmup:
-        done = (step - warmup) / max(config.max_steps - warmup, 1)
-        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
-    return config.learning_rate * rise  # "constant"
-
-
-# ------------------------------------------------------------------------------------------------------------
-# optimizer
-# ------------------------------------------------------------------------------------------------------------
-
-def make_optimizers(model, config):
-    """AdamW, or Muon for the matrices of the backbone and AdamW for the rest."""
-    groups, optimizers = parameter_groups(model, config.weight_decay), []
-    if config.optimizer == "muon":  # its updates are as large as AdamW's: one learning rate serves both
-        matrices = [parameter for parameter in groups[0]["params"] if parameter.ndim == 2]
-        groups[0]["params"] = [parameter for parameter in groups[0]["params"] if parameter.ndim != 2]
-        optimizers = [Muon(matrices, weight_decay=config.weight_decay)]
-    return [make_adamw(groups, config), *optimizers]
-
-
-def make_adamw(groups, config):
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2),
-                             eps=config.adam_eps, fused=True)
-
-
-# ------------------------------------------------------------------------------------------------------------
+# ---- training -----------------------------------------------------------------------------------
 
 def main():
-    config = knobs.load_config(TrainConfig, __doc__)
-    process = common.start_process(config)
-    checkpoint_path = f"{config.out_dir}/ckpt.pt"
-    pretrained = runs.load_pretrained(config)  # it tells the architecture
-    saved = runs.find_run(config)
-    if config.branch_from:
-        saved = runs.find_branch(config, saved, warmup_steps(config))
-    runs.check_ranks(config, saved, process)
-    if saved and saved["step"] >= config.max_steps:
-        runs.say_complete(config, saved, process)
-        common.stop_process(process)
-        return
+    config = utils.load_config(TrainConfig, __doc__)
+    device, dtype, autocast = utils.init_distributed(config)
+    lock = utils.lock_folder(config.out_dir)  # held until the end
 
-    # ---- data ----------------------------------------------------------------------------------------------
-    train_split, n_train = data.open_first_events(config.data_dir, config.train_split, config.train_events)
-    val_split, n_val = data.open_first_events(config.data_dir, config.val_split, config.val_events,
-                                              at_most=True)
-    geometry, fingerprint = data.read_geometry(config.data_dir), data.fingerprint(config.data_dir)
-    config.micro_batch_size = config.micro_batch_size or common.suited_micro_batch_size(
-        process, data.read_meta(config.data_dir)["max_pulses"], config)
+    # data
+    meta, geometry = data.read_folder(config.data_dir)
+    train_data = data.open_split(config.data_dir, config.train_split, config.train_events)
+    val_data = data.open_split(config.data_dir, config.val_split, config.val_events)
+    n_train = len(train_data.events)
+    data_id = {"fingerprint": meta["fingerprint"], "n_train": n_train, "rule": meta["rule"]}
+    if config.micro_batch_size == 0:
+        config.micro_batch_size = data.fitting_micro_batch_size(config, device, meta)
 
     def load_step(step):
-        """This rank's share of a step; the step's events and masks do not depend on the number of ranks."""
+        """Load this rank's share of a step."""
         index, epoch = data.step_events(step, config.batch_size, n_train, config.seed)
-        mine = common.share_of_rank(config.batch_size, process)
-        return masked_batches(train_split, index[mine], epoch[mine], config, config.seed)
+        mine = data.shard(config.batch_size)
+        return masked_batches(train_data, index[mine], epoch[mine], config, config.seed)
 
-    # ---- model, optimizer, checkpoint ----------------------------------------------------------------------
+    # checkpoint: of this run, or of another one to begin with
+    resume = os.path.exists(f"{config.out_dir}/ckpt.pt")
+    path = f"{config.out_dir}/ckpt.pt" if resume else config.init_from
+    checkpoint = utils.load_checkpoint(path) if path else None
+    if checkpoint:
+        utils.match_options(config, checkpoint, ModelConfig, data_id, path, resume)
+
+    # model, optimizers
     torch.manual_seed(config.seed)
-    raw_model = Pretrainer(config, geometry).to(process.device)
-    if pretrained and not saved:
-        weights = common.weights_for(pretrained, geometry, config.pretrained, config.data_dir)
+    raw_model = PolarBERT(config, geometry).to(device)
+    optimizers = make_optimizers(raw_model, config)
+    is_float16 = dtype == torch.float16
+    scaler = torch.amp.GradScaler(device.type, init_scale=1024, enabled=is_float16)
+    start_step, best_val_loss = 0, math.inf
+    n_bad_steps = torch.zeros((), device=device)
+    if checkpoint:
+        weights = weights_for_detector(checkpoint["model"], geometry, path)
         raw_model.load_state_dict(weights)
-    optimizer = GuardedOptimizer(raw_model, make_optimizers(raw_model, config), config, process)
-    first_step, best_val = 0, float("inf")
-    if saved:
-        runs.check_data(saved, config, n_train, geometry, fingerprint)
-        raw_model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved)
-        first_step, best_val = saved["step"], saved["best_val"]
-    model = common.compiled_and_distributed(raw_model, config, process)
+    if resume or config.init_optimizer:
+        load_optimizers(optimizers, scaler, checkpoint)
+        start_step = checkpoint["step"]
+    if resume:
+        best_val_loss = checkpoint["best_val_loss"]
+        n_bad_steps += checkpoint["bad_steps"]
+    state = [start_step, data_id["fingerprint"]]
+    if utils.all_reduce_sum(state) != [utils.WORLD_SIZE * x for x in state]:
+        utils.fail("the ranks find other checkpoints or data; all machines must share a disk")
+    model = torch.compile(raw_model, dynamic=True) if config.compile else raw_model
+    if utils.WORLD_SIZE > 1:
+        torch._dynamo.config.optimize_ddp = False  # or each new length compiles again
+        model = DistributedDataParallel(model, broadcast_buffers=False)
 
-    def save(path, step):
-        if process.is_main:
-            common.save_checkpoint(path, model=raw_model.state_dict(), **optimizer.state_dict(), step=step,
-                                   best_val=best_val, n_train=n_train, data=fingerprint,
-                                   config=dataclasses.asdict(config))
+    def save(name, step):
+        content = {
+            "format": utils.CHECKPOINT_FORMAT,
+            "model": raw_model.state_dict(),
+            "optimizer": [optimizer.state_dict() for optimizer in optimizers],
+            "scaler": scaler.state_dict(),
+            "step": step,
+            "best_val_loss": best_val_loss,
+            "bad_steps": n_bad_steps.item(),
+            "data": data_id,
+            "config": asdict(config),
+        }
+        path = f"{config.out_dir}/{name}"
+        utils.write_atomic(path, lambda part: torch.save(content, part))
 
-    # while lock exists, no other run writes into out_dir; log(row) adds to log.csv
-    lock, log = runs.start_run(config, process, raw_model, n_train, saved, LOG_COLUMNS)
-    runs.print_schedule_notes(config, saved, process, warmup_steps(config), learning_rate)
+    n_parameters = sum(parameter.numel() for parameter in raw_model.parameters())
+    utils.print0(f"{config.out_dir}: {n_parameters / 1e6:.2f} M parameters, {n_train:,} events, "
+                 f"{utils.WORLD_SIZE} x {device.type}, {dtype}")
+    log = utils.start_log(config, start_step)
 
-    # ---- training loop -------------------------------------------------------------------------------------
-    loader = data.prefetch(load_step, range(first_step, config.max_steps), process.device)
-    bar = common.progress_bar(config.max_steps, "pretrain", "step", initial=first_step)
-    speed, caught, asked_to_stop = common.Speedometer(config.batch_size), common.catch_signals(), False
-    for step in range(first_step, config.max_steps + 1):  # one extra turn to evaluate and save
-        is_end = step == config.max_steps
-        row = {"step": step, "events": step * config.batch_size}
+    # training loop
+    loader = data.prefetch(load_step, range(start_step, config.max_steps), device)
+    caught_signals, stop_requested = [], False
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: caught_signals.append(number))
+    start_time, n_timed = time.perf_counter(), 0
+    for step in range(start_step, config.max_steps + 1):
+        last_step = step == config.max_steps
+        row = {}
 
-        # asked to stop
-        if asked_to_stop and not is_end:
-            save(checkpoint_path, step)
-            bar.close()
-            common.end_stopped_run(config, caught, step, process)
-
-        with speed.pause():
-            # evaluate
-            if step % config.eval_interval == 0 or is_end:
-                row |= evaluate(raw_model, val_split, n_val, config, process)
-                bar.write(common.evaluation_line(row, config))
-                common.check_val_loss(config, step, row["val_loss"])
-                if row["val_loss"] < best_val and step > 0:
-                    best_val = row["val_loss"]
-                    save(f"{config.out_dir}/best.pt", step)
-
-            # save; at the first step too, so that a run that has a log has a checkpoint
-            if step % config.save_interval == 0 or step == first_step or is_end:
-                save(checkpoint_path, step)
-            if config.keep_every and step % config.keep_every == 0 and step > 0:
-                save(f"{config.out_dir}/ckpt_{step}.pt", step)
-        if is_end:
-            log(row)
+        # evaluate, save
+        pause_time = time.perf_counter()
+        if last_step or step % config.eval_interval == 0 and not stop_requested:
+            row |= evaluate(raw_model, val_data, config, autocast)
+            text = " ".join(f"{name} {x:.4g}" for name, x in row.items())
+            utils.print0(f"eval {step}/{config.max_steps} | {text}")
+            if not math.isfinite(row["val_loss"]):
+                utils.fail(f"step {step}: val_loss is not finite; ckpt.pt is from before; "
+                           "try a smaller learning_rate", status=3)
+            if row["val_loss"] < best_val_loss:
+                best_val_loss = row["val_loss"]
+                save("best.pt", step)
+        if last_step or step % config.save_interval == 0 or stop_requested:
+            save("ckpt.pt", step)
+        if config.keep_every and step % config.keep_every == 0:
+            save(f"ckpt_{step}.pt", step)
+        if last_step or stop_requested:
             break
+        start_time += time.perf_counter() - pause_time
 
-        # learning rate
-        row["lr"] = learning_rate(step, config)
-        optimizer.set_learning_rate(row["lr"])
+        # this step's events, over all ranks; how many of them have a masked pulse
+        # DIFF(upstream): means over each GPU's batch
+        batches = next(loader)
+        n_events = sum(batch["n_masked_events"] for batch in batches)
+        n_events, stop_requested = utils.all_reduce_sum([n_events, len(caught_signals)])
 
-        # events; what the DOM loss is the mean over, on all ranks; whether any rank was asked to stop
-        # DIFF(upstream): means over each GPU's batch there
-        batches = speed.next_step(loader)
-        count = "n_scored" if config.loss_weighting == "per_event" else "n_hidden"
-        n_averaged, asked_to_stop = common.sum_over_ranks(
-            [sum(batch[count] for batch in batches), bool(caught)], process)
-
-        # micro-batches: each adds its share of the step's means, so the cuts do not change the update; in a
-        # [CLS] loss an event whose truth is not known counts as 0, while evaluate() leaves it out
-        step_losses = {}
+        # micro-batches: normalise by global counts, so micro-batching does not change the update
+        step_losses = 0
         for i, batch in enumerate(batches):
-            with common.summing_gradients(model, process, is_last=i == len(batches) - 1):
-                with process.autocast:
-                    losses = model(batch)
-                means = {name: loss.sum() / (max(n_averaged, 1) if name == "dom" else config.batch_size)
-                         for name, loss in losses.items()}
-                loss = total_loss(means, config)
-                optimizer.backward(loss * process.world_size)  # DDP takes the mean over ranks
-            step_losses = {name: step_losses.get(name, 0.0) + mean.detach() for name, mean in means.items()}
+            model.require_backward_grad_sync = i == len(batches) - 1  # DDP adds gradients once
+            with autocast:
+                losses = model(batch)
+            counts = {"dom": max(n_events, 1)}
+            means = {name: loss.sum() / counts.get(name, config.batch_size)
+                     for name, loss in losses.items()}
+            loss = total_loss(means, config)
+            scaler.scale(loss * utils.WORLD_SIZE).backward()  # DDP averages over ranks
+            step_losses = step_losses + torch.stack(list(means.values())).detach()
 
-        # clip the gradient, update the weights; a gradient that is not finite changes nothing
-        grad_norm = optimizer.step()
+        # clip, update
+        lr = get_lr(step, config)
+        grad_norm = clip_and_step(raw_model, optimizers, scaler, lr, config.grad_clip)
+        n_bad_steps += ~grad_norm.isfinite()
 
         # log; only here the loop waits for the GPU
+        n_timed += 1
         if step % config.log_interval == 0:
-            sums = common.sum_over_ranks(torch.stack(list(step_losses.values())), process)
-            losses = dict(zip(step_losses, sums))
-            row |= {"loss": total_loss(losses, config)}
-            row |= {f"{name}_loss": value for name, value in losses.items()}
-            row |= {"grad_norm": grad_norm.item(), "bad_steps": optimizer.n_bad.item()} | speed.read()
-            bar.write(common.step_line(row, config))
-            if optimizer.gave_up():
-                with torch.no_grad(), process.autocast:
-                    of_events = [sum(raw_model(batch).values()) for batch in batches]  # for the message
-                common.stop_bad_run(config, step, of_events, batches, process)
-        if step % config.log_interval == 0 or "val_loss" in row:
-            log(row)
-        bar.update()
+            means = dict(zip(means, utils.all_reduce_sum(step_losses)))
+            row |= {"lr": lr, "loss": total_loss(means, config)}
+            row |= {f"{name}_loss": mean for name, mean in means.items()}
+            row["grad_norm"] = grad_norm.item()
+            row["bad_steps"] = int(n_bad_steps.item())
+            seconds = (time.perf_counter() - start_time) / n_timed
+            row["events_per_s"] = config.batch_size / seconds
+            start_time, n_timed = time.perf_counter(), 0
+            names = [name for name in row if "val" not in name]
+            text = " ".join(f"{name} {row[name]:.4g}" for name in names)
+            utils.print0(f"step {step}/{config.max_steps} | {text}")
+            if not math.isfinite(row["loss"]):
+                utils.fail(f"step {step}: the loss is not finite; ckpt.pt is from before; "
+                           "try a smaller learning_rate", status=3)
+        if row:
+            log({"step": step, "events": step * config.batch_size, **row})
 
-    bar.close()
-    common.release_signals()
-    if process.is_main:
-        print(f"done: {checkpoint_path}, best val_loss {best_val:.4f} in {config.out_dir}/best.pt, curves in "
-              "log.csv")
-    common.stop_process(process)
-
+    if not last_step:
+        utils.print0(f"stopped at step {step}; the same command resumes")
+        return 130 if signal.SIGINT in caught_signals else 0
+    log({"step": step, "events": step * config.batch_size, **row})
+    utils.print0(f"done: best val_loss {best_val_loss:.4f} in {config.out_dir}/best.pt")
 
 if __name__ == "__main__":
-    common.run_stage(main)
+    utils.run_main(main)

@@ -1,17 +1,16 @@
-# Direction from 8,000 labels, beginning with the encoder of demo.py.
-# With ablation/scratch.py after it: from random weights.
+# Direction from 8,000 labels, beginning with the encoder of demo.py. With ablation/scratch.py after
+# it: from random weights.
 data_dir = "data/demo"
 pretrained = "out/demo/ckpt.pt"
 val_events = 4000
 
-embedding_dim = 64  # as in demo.py, so that scratch.py trains the same architecture
+embedding_dim = 64  # as demo.py, for scratch.py
 dom_embed_dim = 32
 num_heads = 2
 hidden_size = 256
 num_layers = 3
 head_hidden_size = 256
-# on such data better than the paper's mean angle, see the older round in docs/studies.md
-direction_loss = "vmf"
+direction_loss = "vmf"  # better than the paper's mean angle (docs/studies.md, smaller questions)
 
 batch_size = 64
 max_steps = 250  # 2 epochs of 8,000

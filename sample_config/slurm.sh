@@ -1,8 +1,8 @@
 #!/bin/bash
-# Pretraining on several machines under SLURM: sbatch sample_config/slurm.sh. Edit the lines above "set", and the paths.
-# SLURM warns the processes 120 s before the time is up: the run saves and ends, and this script queues itself again. A
-# machine that fails costs at most save_interval steps: torchrun starts all ranks anew from the last checkpoint. Not tried on
-# a cluster yet.
+# Pretraining on several machines under SLURM: sbatch sample_config/slurm.sh. Edit the paths, and
+# the lines above "set". SLURM sends SIGTERM 120 s before the time is up: the run saves and ends,
+# and this script queues itself again. If a machine fails, torchrun starts all ranks from the last
+# checkpoint, which costs at most save_interval steps. Not tried on a cluster yet.
 #SBATCH --job-name=polarbert
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -16,7 +16,8 @@
 set -eu
 . .venv/bin/activate
 export OMP_NUM_THREADS=4
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # ranks that are started again find no addresses of those that died
+# without it, restarted ranks find the addresses of dead ones
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 out_dir=out/base
 for arg in "$@"; do
@@ -31,5 +32,5 @@ srun --kill-on-bad-exit=1 torchrun --nnodes="$SLURM_NNODES" --nproc_per_node=8 -
     --rdzv_id="$SLURM_JOB_ID" --rdzv_backend=c10d --rdzv_endpoint="$head_node:29500" \
     train.py config/base.py --out_dir="$out_dir" "$@" || echo "torchrun ended with status $?"
 
-# queue it again as long as that brings it further: a complete run makes no step, nor does one with an error at its start
+# queue it again if it made a step: a complete run makes none, nor does one that fails at its start
 if [ "$(last_step)" != "$before" ]; then scontrol requeue "$SLURM_JOB_ID"; fi

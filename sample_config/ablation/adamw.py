@@ -1,4 +1,3 @@
-# AdamW for all weights, at a learning rate of its own (best of an older demo, 700 steps). Put after demo.py;
-# mup.py and completep.py need it before them.
+# AdamW for all weights, at its own learning rate. Put after demo.py, and before mup.py.
 optimizer = "adamw"
 learning_rate = 5e-3

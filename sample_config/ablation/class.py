@@ -1,3 +1,3 @@
-# Track or cascade instead of the direction. Put after a fine-tuning config; needs labels (simulated,
-# Prometheus).
+# Track or cascade instead of the direction. Needs labels, which simulated events have. Put after a
+# fine-tuning config.
 task = "class"

@@ -1,3 +1,3 @@
-# log10 of the neutrino's energy instead of its direction. Needs labels, as simulate.py and Prometheus have.
-# Put after a fine-tuning config.
+# log10 of the neutrino's energy instead of its direction. Needs labels, which simulated events
+# have. Put after a fine-tuning config.
 task = "energy"

@@ -1,3 +1,3 @@
-# Train the head alone on a frozen encoder: how much of the direction is in [CLS] already?
-# Put after a fine-tuning config.
+# Train the head alone: how much of the direction is in [CLS] already? Put after a fine-tuning
+# config.
 freeze_backbone = True

@@ -1,2 +1,2 @@
-# No norm before the heads, as upstream had it up to v0.2. Put after a pretraining config.
+# No norm before the heads, as upstream up to v0.2. Put after a pretraining config.
 final_norm = False

@@ -1,3 +1,3 @@
-# The paper's target of [CLS] and its DOM head instead of best.py's. Put after demo.py.
+# The paper's target of [CLS] and DOM head instead of best.py's. Put after demo.py.
 cls_target = "charge"
 dom_head = "linear"

@@ -1,2 +1,2 @@
-# No pretraining: the same labels and settings from random weights. Put after a fine-tuning config.
+# No pretraining: the same labels, from random weights. Put after a fine-tuning config.
 pretrained = ""

@@ -1,2 +1,2 @@
-# A gated MLP of as many parameters instead of ReLU. Put after a pretraining config.
+# Gated MLP instead of ReLU, with as many parameters. Put after a pretraining config.
 mlp = "swiglu"

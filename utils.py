@@ -1,0 +1,301 @@
+"""What the stages share: config files, worker processes, devices and ranks, checkpoints, log.csv.
+torch is imported where it is needed, because simulate.py and prepare.py run without it."""
+import ast
+import csv
+import dataclasses
+import difflib
+import inspect
+import json
+import math
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import threading
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Literal, get_args
+
+# Read when torch loads, so the stages import utils first. Else OpenMP's threads keep a core busy
+# while they wait: 12 % faster on an idle machine, 4 times slower on a shared one.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from tqdm import tqdm
+
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+CHECKPOINT_FORMAT = 3
+FRACTIONS = ("beta1", "beta2", "mask_prob")  # options between 0 and 1
+Device = Literal["auto", "cuda", "mps", "cpu"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+tqdm.set_lock(threading.RLock())  # the default leaks a semaphore if a worker fails
+groups = []  # holds a reference: if DDP frees the group last, teardown deadlocks on the GIL
+
+def fail(message: str, status: int = 1):
+    """Print one line to stderr and end the program."""
+    rank = f"rank {RANK}: " if WORLD_SIZE > 1 else ""
+    tqdm.write(f"error: {rank}{message}", file=sys.stderr)
+    raise SystemExit(status)
+
+def print0(text: str):
+    """Print on rank 0, at once in a redirected log too."""
+    if RANK == 0:
+        print(text, flush=True)
+
+def run_main(main):
+    """Call a script's main(). Ctrl-C, a failed read or write and a full memory end in one line."""
+    try:
+        status = main()
+    except KeyboardInterrupt:
+        print0("\nstopped; the same command resumes")
+        raise SystemExit(130) from None
+    except OSError as error:
+        fail(str(error))
+    except (MemoryError, RuntimeError) as error:  # torch's is a RuntimeError
+        if isinstance(error, RuntimeError) and "out of memory" not in str(error):
+            raise
+        fail(f"out of memory; lower micro_batch_size or workers ({str(error)[:80]})")
+    if groups:
+        import torch
+        torch.distributed.destroy_process_group()
+    raise SystemExit(status)
+
+# ---- config: python files and --key=value, left to right, later wins ----------------------------
+
+def load_config(cls, doc: str = "", args: list | None = None):
+    """Build the dataclass `cls` from the command line or `args`; config.given: what was set."""
+    types = {field.name: field.type for field in dataclasses.fields(cls)}
+    defaults, values, files = vars(cls()), {}, []
+    for arg in sys.argv[1:] if args is None else args:
+        if arg in ("-h", "--help"):
+            print(help_text(cls, doc))
+            raise SystemExit
+        key, equals, text = arg.removeprefix("--").partition("=")
+        assignments = {key: text}
+        if arg.startswith("-") and not equals:
+            fail(f"{arg}: options are written --key=value; --help lists them")
+        try:
+            if not arg.startswith("-"):
+                assignments = {}
+                exec(Path(arg).read_text(encoding="utf-8"), {}, assignments)
+                if files and all((defaults | values).get(k) == v for k, v in assignments.items()):
+                    print0(f"note: {arg} changes nothing here")
+                files.append(Path(arg).stem)
+            elif types.get(key) in (int, float, bool, dict):
+                assignments = {key: ast.literal_eval(text)}
+        except FileNotFoundError:
+            fail(f"{arg}: no such config file; config/ is your copy of sample_config/")
+        except Exception as error:  # whatever the user's expressions raise
+            fail(f"{arg}: {type(error).__name__}: {error}")
+        for key, value in assignments.items():
+            if key not in types:
+                near = difflib.get_close_matches(key, types, n=1, cutoff=0.5) or ["--help"]
+                fail(f"{arg}: no option {key}; did you mean {near[0]}?")
+            values[key] = to_type(key, value, types[key], arg)
+    config = cls(**values)
+    config.given = set(values)
+    if getattr(config, "out_dir", None) == "":
+        config.out_dir = "out/" + ("+".join(files) or Path(sys.argv[0]).stem)
+    if hasattr(config, "check"):
+        config.check()
+    for name in defaults:
+        if getattr(config, name) != defaults[name]:
+            print0(f"option {name} = {getattr(config, name)!r}")
+    return config
+
+def to_type(key, value, kind, where):
+    """Return the value as the type of its field; refuse a number that makes no sense."""
+    if kind is float and type(value) is int:
+        value = float(value)
+    if kind is int and type(value) is float and value.is_integer():
+        value = int(value)  # 1e6
+    if get_args(kind) and value not in get_args(kind):  # a Literal
+        fail(f"{where}: {key} = {value!r}: choose one of {', '.join(get_args(kind))}")
+    if not get_args(kind) and type(value) is not kind:
+        fail(f"{where}: {key} = {value!r} is not of type {kind.__name__}")
+    if kind in (int, float) and not 0 <= value < math.inf:
+        fail(f"{where}: {key} = {value!r} must be 0 or more, and finite")
+    if key in FRACTIONS and not 0 < value < 1:
+        fail(f"{where}: {key} = {value!r} must be between 0 and 1")
+    return value
+
+def help_text(cls, doc):
+    """Return the script's docstring and every option with its default and its comment."""
+    source = "".join(inspect.getsource(base) for base in cls.__mro__[:-1])
+    comments = dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.*)", source, re.M))
+    lines = [doc.strip(), "", "options, in config files or as --key=value:"]
+    for field, value in zip(dataclasses.fields(cls), vars(cls()).values()):
+        choices = "".join(f" | {choice}" for choice in get_args(field.type))
+        option = f"--{field.name}={value!r}"
+        lines.append(f"  {option:<34} {comments.get(field.name, '')}{choices}")
+    return "\n".join(lines)
+
+# ---- files and worker processes -----------------------------------------------------------------
+
+def write_atomic(path, write):
+    """Call write(temporary path) on rank 0, then rename: a file is the old one or whole."""
+    if RANK > 0:
+        return
+    part = Path(f"{path}.part")
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        write(part)
+        with open(part, "r+b") as file:
+            os.fsync(file.fileno())  # first the bytes, then the name, in case the power fails
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save: RuntimeError if the disk is full
+        part.unlink(missing_ok=True)
+        fail(f"{path}: cannot be written ({error}); the file that was there is untouched")
+
+def write_json(path, content):
+    write_atomic(path, lambda part: part.write_text(json.dumps(content, indent=1) + "\n"))
+
+def lock_folder(folder):
+    """Keep other runs out of a folder as long as the returned file is open."""
+    if RANK > 0:
+        return None
+    os.makedirs(folder, exist_ok=True)
+    file = open(f"{folder}/.lock", "w")
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"{folder}: another run uses it; wait for its end, or choose another folder")
+    except (ImportError, OSError):
+        pass  # Windows and some network disks have no locks
+    return file
+
+def progress_bar(total, unit, initial=0):
+    """Return a tqdm bar on stderr of rank 0, if that is a terminal."""
+    return tqdm(total=total, unit=unit, initial=initial, disable=None if RANK == 0 else True)
+
+def run_in_workers(function, jobs, workers, done):
+    """Call function(*job) for each job in `workers` processes, and done(result) here as each ends.
+
+    A job must be small: python 3.11.2 hangs at Ctrl-C if one fills the pipe to the workers.
+    """
+    if hasattr(os, "sched_getaffinity"):  # taskset and SLURM may allow fewer cores
+        workers = workers or len(os.sched_getaffinity(0))
+    context = multiprocessing.get_context("spawn")  # fork is not safe once pyarrow has threads
+    pool = ProcessPoolExecutor(workers or os.cpu_count(), context, start_worker)
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit that
+    futures = [pool.submit(function, *job) for job in jobs]
+    signal.signal(signal.SIGINT, handler)
+    try:
+        for future in as_completed(futures):
+            done(future.result())
+    except BaseException as error:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        if isinstance(error, BrokenProcessPool):
+            fail("a worker was killed, perhaps out of memory; resume with fewer --workers")
+        raise
+    pool.shutdown()
+
+def start_worker():
+    """End when the main process ends."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+# ---- devices and ranks --------------------------------------------------------------------------
+
+def init_distributed(config):
+    """Choose device and precision and join torchrun's ranks -> device, dtype, autocast context."""
+    import torch
+    name, dtype = config.device, config.dtype
+    if name == "auto":
+        has_mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    if name == "cuda":
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if local_rank >= torch.cuda.device_count():
+            fail(f"device = 'cuda': torch sees {torch.cuda.device_count()} GPUs on this machine")
+        name = f"cuda:{local_rank}"
+        torch.cuda.set_device(local_rank)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients are NaN, pytorch issue 196678
+    device = torch.device(name)
+    if WORLD_SIZE > 1:
+        # gloo adds numbers on the CPU without waiting for the GPU, nccl adds the gradients
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        # restarted ranks must not find the addresses of those that died (one machine)
+        store, rank, world_size = next(torch.distributed.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+            store = torch.distributed.PrefixStore(f"attempt_{attempt}", store)
+        torch.distributed.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size)
+        groups.append(torch.distributed.group.WORLD)
+    if dtype == "auto":  # bfloat16 where the hardware multiplies in it
+        has_bf16 = {"cuda": torch.cuda.is_bf16_supported, "mps": lambda: False,
+                    "cpu": torch.cpu._is_avx512_bf16_supported}[device.type]()
+        dtype = "bfloat16" if has_bf16 else "float16" if device.type == "cuda" else "float32"
+    dtype = getattr(torch, dtype)
+    if device.type == "cuda":  # in bfloat16 runs only the embedding is float32; TF32 rounds times
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == torch.float32 else "ieee"
+    return device, dtype, torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+def all_reduce_sum(values) -> list:
+    """Sum numbers, or a tensor (n,), over all ranks. Waits for the GPU only if given its tensor."""
+    import torch
+    total = torch.as_tensor(values).cpu().double()
+    if WORLD_SIZE > 1:
+        torch.distributed.all_reduce(total)
+    return total.tolist()
+
+# ---- checkpoints and log.csv --------------------------------------------------------------------
+
+def load_checkpoint(path) -> dict:
+    """Read a checkpoint onto the CPU; one line if it is missing, damaged or of another kind."""
+    import torch
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        fail(str(error))
+    except Exception:  # whatever torch's unpickler makes of it
+        fail(f"{path}: damaged, or not a checkpoint; move it away to start over")
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
+        fail(f"{path}: not of this version; for published weights see tools/import_published.py")
+    return checkpoint
+
+def match_options(config, checkpoint, model_class, data_id, path, resume):
+    """Take the model's options from a checkpoint; a run that resumes must find the same data."""
+    model_options = {field.name for field in dataclasses.fields(model_class)}
+    for name, value in checkpoint["config"].items():
+        now = getattr(config, name, value)
+        if now != value and name in model_options:
+            if name in config.given:
+                fail(f"{name} = {now!r}, but {path} has {value!r}; use that, or another out_dir")
+            setattr(config, name, value)
+        elif now != value and resume:
+            print0(f"resume: {name} was {value!r}, now it is {now!r}")
+    if resume and data_id != checkpoint["data"]:
+        fail(f"{path}: trained on other data; restore them, or choose another out_dir")
+    if data_id["rule"] != checkpoint["data"]["rule"]:
+        print0(f"warning: {path} was trained on data of the rule {checkpoint['data']['rule']}, "
+               f"not {data_id['rule']}")
+
+def start_log(config, start_step):
+    """Write config.json, keep the rows of log.csv before start_step -> log(row), to add one."""
+    text = json.dumps(dataclasses.asdict(config), indent=1)
+    write_atomic(f"{config.out_dir}/config.json", lambda part: part.write_text(text))
+    path, rows, wandb_run = Path(config.out_dir) / "log.csv", [], None
+    if start_step and path.exists():
+        rows = [row for row in csv.DictReader(path.open()) if int(row["step"]) < start_step]
+    if config.wandb_project and RANK == 0:
+        import wandb
+        run_id = re.sub(r"\W", "-", os.path.abspath(config.out_dir))
+        wandb_run = wandb.init(project=config.wandb_project, name=config.out_dir, id=run_id,
+                               resume="allow", config=dataclasses.asdict(config))
+
+    def log(row):
+        rows.append({name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()})
+        columns = dict.fromkeys(name for row in rows for name in row)
+        lines = [",".join(str(row.get(name, "")) for name in columns) for row in rows]
+        text = "\n".join([",".join(columns), *lines, ""])
+        write_atomic(path, lambda part: part.write_text(text))
+        if wandb_run:
+            wandb_run.log(row, step=row["step"])
+    return log
+
