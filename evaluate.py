@@ -44,17 +44,16 @@ def load_model(path, data_dir=""):
     run.data_dir = data_dir or run.data_dir
     meta, geometry = data.read_folder(run.data_dir)
     if meta["rule"] != checkpoint["data"]["rule"]:
-        utils.print0(f"warning: {path} was trained on data of the rule "
-                     f"{checkpoint['data']['rule']}, not {meta['rule']}")
+        utils.print0(f"warning: {path}: {checkpoint['data']['rule']}, data: {meta['rule']}")
     model = (Reconstructor if hasattr(run, "task") else PolarBERT)(run, geometry)
     model.load_state_dict(weights_for_detector(checkpoint["model"], geometry, path))
     return model, run, checkpoint
 
 @torch.no_grad()
 def predict(model, split, config, autocast, wants_cls=False):
-    """Go through a split in its order, batch_size events at a time -> events (n,), arrays (n, ...).
+    """Go through a split in its order -> events (n,), arrays (n, ...), batch_size at a time.
 
-    The arrays, on all ranks: x, what the head gives, and loss, if the model has a task; cls.
+    The arrays, on all ranks: x, what the head gives, and loss, if there is a task; cls.
     """
     device = next(model.parameters()).device
     n_events, labels = len(split.events), TASKS[config.task][0] if hasattr(config, "task") else ()
@@ -88,7 +87,7 @@ def predict(model, split, config, autocast, wants_cls=False):
         yield split.events[start:start + config.batch_size], arrays
 
 def has_labels(events, task):
-    """Return which events have the labels of a task (n,); unknown is NaN, or event_class 0."""
+    """Return which events have a task's labels (n,); unknown is NaN, or class 0."""
     if task == "class":
         return events["event_class"] > 0
     return np.all([np.isfinite(events[label]) for label in TASKS[task][0]], axis=0)
@@ -96,7 +95,7 @@ def has_labels(events, task):
 # ---- scores -------------------------------------------------------------------------------------
 
 def task_scores(x, events, task) -> dict:
-    """Score what the head gives, x (n, width) -> {name: array (n, ...)}, one of them "error"."""
+    """Score what the head gives, x (n, width) -> {"error": array (n,), ...}."""
     if task == "energy":
         return {"error": x[:, 0] + 4 - np.log10(events["energy"])}  # [dex]
     if task == "class":
@@ -114,7 +113,7 @@ def task_scores(x, events, task) -> dict:
     return {name: values.numpy() for name, values in scores.items()}
 
 def statistics(scores, task):
-    """Summarise scores -> two dicts: how good the model is, how good one is without learning."""
+    """Summarise scores -> two dicts: of the model, and without learning."""
     error = scores["error"]
     if task == "energy":
         return {"bias": error.mean(), "resolution": error.std()}, {}
@@ -130,7 +129,7 @@ def statistics(scores, task):
              "guess_mean": np.arccos(np.clip(truth @ guess, -1, 1)).mean()})
 
 def roc_area(number, is_positive):
-    """Return the chance that a positive event has a larger number than a negative one, exactly."""
+    """Return the chance that a positive event has the larger number."""
     n, n_positive = len(number), int(is_positive.sum())
     if n_positive in (0, n):
         return np.nan
@@ -182,7 +181,7 @@ def print_table(rows):
         print(line)
 
 def prediction_table(events, x, config, run):
-    """Return the predictions as Kaggle wants them (.csv), or with more and the truth (.parquet)."""
+    """Return a table, as Kaggle wants it (.csv), or with the truth (.parquet)."""
     x = x.astype(np.float64)
     columns, extra = {"event_id": events["event_id"].copy()}, {}
     if run.task == "direction":
@@ -210,7 +209,7 @@ def write_table(path, table):
     utils.print0(f"written {path}")
 
 def evaluate_checkpoint(config, device, autocast):
-    """Score a checkpoint, print and keep the table, write the files that are asked for."""
+    """Score a checkpoint, write the files that are asked for."""
     model, run, checkpoint = load_model(config.checkpoint, config.data_dir)
     task, run.val_split = getattr(run, "task", None), config.split or run.val_split
     split = data.open_split(run.data_dir, run.val_split, config.n_events)
@@ -226,8 +225,8 @@ def evaluate_checkpoint(config, device, autocast):
         return
     if config.embeddings:
         cls = pa.FixedSizeListArray.from_arrays(arrays["cls"].ravel(), arrays["cls"].shape[1])
-        table = {"event_id": split.events["event_id"].copy(), "cls": cls}
-        write_table(config.embeddings, pa.table(table))
+        event_id = split.events["event_id"].copy()
+        write_table(config.embeddings, pa.table({"event_id": event_id, "cls": cls}))
     if config.predictions:
         write_table(config.predictions, prediction_table(split.events, arrays["x"], config, run))
     labelled = has_labels(split.events, task) if task else np.zeros(1, bool)
@@ -237,7 +236,7 @@ def evaluate_checkpoint(config, device, autocast):
         report(arrays["x"][labelled], split.events[labelled], config.checkpoint, run, checkpoint)
 
 def report(x, events, path, run, checkpoint):
-    """Print the scores of x (n, width), write evaluation_<split>.json next to the checkpoint."""
+    """Print the scores of x (n, width), write evaluation_<split>.json."""
     scores = task_scores(x, events, run.task)
     rows = evaluation_table(scores, events, run.task)
     print_table(rows)
@@ -247,7 +246,7 @@ def report(x, events, path, run, checkpoint):
     if run.task == "direction" and "vmf" in run.direction_loss:
         content["calibration"] = {level: float((scores["quantile"] < level).mean())
                                   for level in (0.1, 0.25, 0.5, 0.75, 0.9)}
-        print("share of the events inside the contour of a probability:", content["calibration"])
+        print("calibration (probability: share of events inside):", content["calibration"])
     cells = [f"{name} {x:.4f}" for name, x in rows[0].items() if isinstance(x, float)]
     print(f"{path} | {content['n_train']:,} labels | {', '.join(cells)}")
     utils.write_json(Path(path).parent / f"evaluation_{run.val_split}.json", content)

@@ -24,12 +24,12 @@ from utils import fail
 
 @dataclass
 class PrepareConfig:
-    input_dir: str = "data/kaggle"  # has train_meta.parquet, train/, ...
+    input_dir: str = "data/kaggle"  # in the Kaggle layout
     data_dir: str = "data/icecube"  # data folder to write
     splits: dict = field(default_factory=lambda: {  # (first, last) batch, or "test"
         "pretrain": (1, 500), "finetune": (601, 605), "val": (651, 655)})
     max_pulses: int = 127  # pulses kept of an event: 128 tokens with [CLS]
-    keep: Literal["random", "brightest"] = "random"  # which of too many pulses
+    keep: Literal["random", "brightest"] = "random"  # of too many pulses
     seed: int = 0  # of the random choice
     workers: int = 0  # processes, 0.3 GB each; 0 = one per core
 
@@ -120,7 +120,7 @@ def read_pulses(path, events, n_doms):
         part = events[done:ready]
         owner = np.repeat(part["event_id"], part["n_pulses"])
         if (columns[-1][:len(owner)] != owner).any():
-            fail(f"{path}: row {row} or near: event_id is not that of the meta table")
+            fail(f"{path}: near row {row}: event_id is not the meta table's")
         if len(part):
             yield part, *[column[:len(owner)] for column in columns[:-1]]
         done, rest = ready, [column[len(owner):] for column in columns]

@@ -1,11 +1,13 @@
-"""Measure speed as ratios against a plain baseline that runs in turns with ours.
+"""Measure speed as ratios against a plain baseline that runs in turns with
+ours.
 
     python -m tools.bench                                all, minutes on 2 CPU cores
     python -m tools.bench --what=base --compile=True     base.py's size, on a GPU
 
-base, demo: a training step of that size; the baseline pads events and makes logits at
-all positions, as published. loader, prepare: the baseline takes one event at a time.
-Trust the ratios (median over rounds), because events/s depend on what else runs.
+base, demo: a training step of that size; the baseline pads events and
+makes logits at all positions, as published. loader, prepare: the baseline
+takes one event at a time. Trust the ratios (median over rounds), because
+events/s depend on what else runs.
 """
 import utils  # first: it sets how torch's threads wait
 

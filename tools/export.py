@@ -1,4 +1,5 @@
-"""Write a fine-tuned model to one file that needs torch, but not this repository.
+"""Write a fine-tuned model to one file that needs torch, but not this
+repository.
 
     python -m tools.export --checkpoint=out/demo_finetune/best.pt --out=out/model.pt2
 
@@ -8,7 +9,8 @@ Use it as torch.export.load("out/model.pt2").module()(pulses, counts):
              pulses of all events, one event after another
     counts   (B,) int64, pulses of each event: 1 to the max_pulses of the training
 
-It returns what model.Reconstructor returns, (B, n) float32, for any B and P. Takes 10 seconds.
+It returns what model.Reconstructor returns, (B, n) float32, for any B and
+P. Takes 10 seconds.
 """
 import utils  # first: it sets how torch's threads wait
 

@@ -1,11 +1,12 @@
-"""GraphNeT's SQLite databases, as NuBench's -> the Kaggle layout, which prepare.py reads.
+"""GraphNeT's SQLite databases, as NuBench's -> the Kaggle layout, which
+prepare.py reads.
 
     python -m tools.graphnet    # NuBench, unpacked into data/nubench_db
     python -m tools.graphnet --pulsemap=SplitInIcePulses --truth=truth --selections="{}"
 
-Prints what was written, whether the light confirms `angles`, and the next command.
-500,000 pulses per second. A pulse without a charge is 1 p.e.; aux is by the column hlc,
-or by local coincidence. See docs/own_data.md.
+Prints what was written, whether the light confirms `angles`, and the next
+command. 500,000 pulses per second. A pulse without a charge is 1 p.e.;
+aux is by the column hlc, or by local coincidence. See docs/own_data.md.
 """
 import sqlite3
 from dataclasses import dataclass, field
@@ -13,21 +14,30 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from data import uniform_hash
-from tools.kaggle_layout import (Angles, convert, find_doms, is_complete, make_events, read_doms,
-                                 read_table)
+from tools.kaggle_layout import (Angles, convert, find_doms, is_complete,
+                                 make_events, read_doms, read_table)
 from utils import fail, load_config, run_main
 
 EVENTS_AT_ONCE = 2000
 # what a column may be called: in NuBench and what else comes from Prometheus, in IceCube's
-PULSES = {"event_id": ["event_no"], "time": ["t", "dom_time"], "charge": ["charge"],
-          "hlc": ["hlc"], "x": ["sensor_pos_x", "dom_x"],
-          "y": ["sensor_pos_y", "dom_y"], "z": ["sensor_pos_z", "dom_z"]}
-TRUTH = {"event_id": ["event_no"],
-         "azimuth": ["initial_state_azimuth", "injection_azimuth", "azimuth"],
-         "zenith": ["initial_state_zenith", "injection_zenith", "zenith"],
-         "energy": ["initial_state_energy", "injection_energy", "energy"],
-         "pid": ["initial_state_type", "injection_type", "pid"],
-         "interaction": ["interaction", "injection_interaction_type", "interaction_type"]}
+PULSES = {
+    "event_id": ["event_no"],
+    "time": ["t", "dom_time"],
+    "charge": ["charge"],
+    "hlc": ["hlc"],
+    "x": ["sensor_pos_x", "dom_x"],
+    "y": ["sensor_pos_y", "dom_y"],
+    "z": ["sensor_pos_z", "dom_z"],
+}
+TRUTH = {
+    "event_id": ["event_no"],
+    "azimuth": ["initial_state_azimuth", "injection_azimuth", "azimuth"],
+    "zenith": ["initial_state_zenith", "injection_zenith", "zenith"],
+    "energy": ["initial_state_energy", "injection_energy", "energy"],
+    "pid": ["initial_state_type", "injection_type", "pid"],
+    "interaction": ["interaction", "injection_interaction_type",
+                    "interaction_type"],
+}
 OPTIONAL = "charge", "hlc", "energy", "pid", "interaction"
 
 @dataclass

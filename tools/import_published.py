@@ -3,8 +3,9 @@
     python -m tools.import_published --checkpoint=weights.pth --out=out/published.pt
     python finetune.py sample_config/finetune.py --pretrained=out/published.pt
 
-Reads a state_dict (.pth) or Lightning's file (.ckpt). Shapes give the architecture, except
-the number of heads and the activation, which are options. The logits stay the same.
+Reads a state_dict (.pth) or Lightning's file (.ckpt). Shapes give the
+architecture, except the number of heads and the activation, which are
+options. The logits stay the same.
 """
 import utils  # first: it sets how torch's threads wait
 

@@ -1,7 +1,9 @@
-"""What prometheus.py and graphnet.py share: from light and truth to the Kaggle layout.
+"""What prometheus.py and graphnet.py share: from light and truth to the
+Kaggle layout.
 
-DOMs are found by position. An event is shifted so that its first local coincidence is
-near 10,000 ns, as Kaggle's trigger. The light says whether `angles` is right.
+DOMs are found by position. An event is shifted so that its first local
+coincidence is near 10,000 ns, as Kaggle's trigger. The light says whether
+`angles` is right.
 """
 import json
 import math

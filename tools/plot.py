@@ -1,12 +1,13 @@
-"""Draw runs, one event, or a sweep. Needs matplotlib: pip install matplotlib.
+"""Draw runs, one event, or a sweep. Needs matplotlib: pip install
+matplotlib.
 
     python -m tools.plot --what=curves --runs=out/demo,out/demo+gru
     python -m tools.plot --what=event --event=2644 --runs=out/demo,out/demo_finetune
     python -m tools.plot --what=sweep --results=out/sweep_labels/results.csv
 
-Writes out/<what>.png in seconds. An event is drawn with the guesses of a pretraining
-run for masked DOMs, and with the direction that a fine-tuning run finds. A sweep is
-drawn as mean and standard deviation over seeds.
+Writes out/<what>.png in seconds. An event is drawn with the guesses of a
+pretraining run for masked DOMs, and with the direction that a fine-tuning
+run finds. A sweep is drawn as mean and standard deviation over seeds.
 """
 import utils  # first: it sets how torch's threads wait
 

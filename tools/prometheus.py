@@ -1,11 +1,13 @@
-"""Photon files of Prometheus (parquet) -> the Kaggle layout, which prepare.py reads.
+"""Photon files of Prometheus (parquet) -> the Kaggle layout, which
+prepare.py reads.
 
     python -m tools.prometheus --input_dir=photons --geometry=data/kaggle/sensor_geometry.csv
     python -m tools.prometheus sample_config/prometheus.py --angles=zenith_flight
 
-Prints what was written, whether the light confirms `angles`, and the next command.
-Photons of a DOM within merge_window are one pulse; aux is by local coincidence. Noise,
-the spread of charges and a trigger are not added. See docs/own_data.md.
+Prints what was written, whether the light confirms `angles`, and the next
+command. Photons of a DOM within merge_window are one pulse; aux is by
+local coincidence. Noise, the spread of charges and a trigger are not
+added. See docs/own_data.md.
 """
 from dataclasses import dataclass
 from pathlib import Path

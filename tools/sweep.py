@@ -1,11 +1,13 @@
-"""Compare variants: tune the learning rate of each on some seeds, report it on others.
+"""Compare variants: tune the learning rate of each on some seeds, report it
+on others.
 
     python -m tools.sweep sample_config/sweep_labels.py      --dry_run=True only lists
     python -m tools.plot --what=sweep --results=out/sweep_labels/results.csv
 
-Each variant runs with all learning rates on tuning_seeds, then with the best one on
-seeds, which alone are reported. Writes out_dir/results.csv, a row per finished run,
-and prints a table. The same command runs what is missing.
+Each variant runs with all learning rates on tuning_seeds, then with the
+best one on seeds, which alone are reported. Writes out_dir/results.csv, a
+row per finished run, and prints a table. The same command runs what is
+missing.
 """
 import utils  # first: it sets how torch's threads wait
 
