@@ -1,6 +1,6 @@
 """The .bin format, which events make up step k, masks, and packed batches.
 
-    data/<name>/meta.json           version, source, seed, rule, splits; written last
+    data/<name>/meta.json           version, seed, rule (which pulses prepare.py kept), splits
                 geometry.bin        GEOMETRY records, row = sensor_id
                 <split>_pulses.bin  PULSE records of all events, one event after another
                 <split>_events.bin  EVENT records
@@ -121,10 +121,11 @@ def read_geometry_csv(path):
 def step_events(step, batch_size, n_events, seed):
     """Return the events of a step -> index, epoch (batch_size,) int64.
 
-    Steps cut an endless row of epochs. An epoch has every event once, in shuffled GROUP_SIZEs.
+    The epochs form one endless sequence; a step takes the next batch_size events. An epoch has
+    every event once, in shuffled groups of GROUP_SIZE neighbours.
     """
-    position = step * batch_size + np.arange(batch_size)
-    epoch, in_epoch = np.divmod(position, n_events)
+    place = step * batch_size + np.arange(batch_size)
+    epoch, in_epoch = np.divmod(place, n_events)
     index = np.empty(batch_size, np.int64)
     for e in range(epoch[0], epoch[-1] + 1):
         groups, shift = epoch_order(n_events, seed, e)
@@ -135,7 +136,7 @@ def step_events(step, batch_size, n_events, seed):
 
 @lru_cache(maxsize=2)  # the present epoch and the last one: 130 M events are 65 MB an epoch
 def epoch_order(n_events, seed, epoch):
-    """Return the order of the groups, and a shift of their borders: neighbours change too."""
+    """Return the order of the groups, and a shift: groups begin at other events each epoch."""
     rng = np.random.default_rng([seed, epoch])
     shift = int(rng.integers(n_events))
     groups = rng.permutation(n_events // GROUP_SIZE)
@@ -150,14 +151,15 @@ def read_events(split, index):
     # slow form: np.concatenate([pulses[e["start"]:e["start"] + e["length"]] for e in events])
     # Bytes are copied, because numpy copies records field by field; neighbours in one piece.
     events = split.events.view(f"V{EVENT.itemsize}").take(index).view(EVENT)
-    first = np.flatnonzero(np.diff(index, prepend=index[0] - 2) != 1)  # of each row of neighbours
+    first = np.flatnonzero(np.diff(index, prepend=index[0] - 2) != 1)  # a run begins
     last = np.append(first[1:], len(index)) - 1
     begin = events["start"][first] * PULSE.itemsize
     end = (events["start"][last] + events["length"][last]) * PULSE.itemsize
     raw = memoryview(split.pulses.view(np.uint8))
     pieces = [raw[a:b] for a, b in zip(begin.tolist(), end.tolist())]
     pulses = np.frombuffer(b"".join(pieces), PULSE)
-    if len(pulses) != events["length"].sum() or pulses["dom"].max() >= split.n_doms:
+    is_whole = events["length"].min() > 0 and len(pulses) == events["length"].sum()
+    if not is_whole or pulses["dom"].max() >= split.n_doms:
         fail(f"{split.path}_events.bin or _pulses.bin is damaged; prepare into another data_dir")
     return events, pulses
 

@@ -1,4 +1,4 @@
-"""Stage 4: score a fine-tuned model beside a line fit; write predictions and [CLS] vectors.
+"""Stage 4: score a fine-tuned model next to a line fit; write predictions and [CLS] vectors.
 
     python evaluate.py --checkpoint=out/demo_finetune/best.pt             # validation events
     python evaluate.py --checkpoint=out/demo_finetune/best.pt --split=test --predictions=test.csv
@@ -7,7 +7,7 @@
 Prints scores of all events and in bins, with bootstrap errors, next to those of a line fit and of
 one guess for all events. Writes evaluation_<split>.json next to the checkpoint.
 """
-import utils  # first: it sets how torch's threads wait
+import utils  # before torch, which reads OMP_WAIT_POLICY when it loads
 
 from dataclasses import dataclass
 from pathlib import Path

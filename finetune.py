@@ -9,7 +9,7 @@ Writes log.csv, ckpt.pt (last), best.pt (lowest val_loss) and config.json into
 out_dir. At the end evaluate.py scores best.pt. Resuming and exit status are as in
 train.py. A random direction has a mean error of pi/2 = 1.571 rad.
 """
-import utils  # first: it sets how torch's threads wait
+import utils  # before torch, which reads OMP_WAIT_POLICY when it loads
 
 import math
 import os
@@ -37,7 +37,7 @@ class FinetuneConfig(ModelConfig):
     val_split: str = "val"  # to evaluate on
     train_events: int = 0  # use the first N, so that sets are nested; 0 = all
     val_events: int = 0  # use the first N; 0 = all
-    time_offset_std: float = 0.0  # [ns] shift events in time at random
+    time_offset_std: float = 0.0  # [ns] shift each event in time at random
     # task
     pretrained: str = "out/base/ckpt.pt"  # checkpoint; "" = from scratch
     task: Literal["direction", "energy", "class"] = "direction"  # class: track or cascade
@@ -121,8 +121,6 @@ def main():
     val_data = open_labelled(config, config.val_split, config.val_events)
     n_train = len(train_data.events)
     data_id = {"fingerprint": meta["fingerprint"], "n_train": n_train, "rule": meta["rule"]}
-    if config.micro_batch_size == 0:
-        config.micro_batch_size = data.fitting_micro_batch_size(config, device, meta)
 
     def load_step(step):
         """Load this rank's share of a step."""
@@ -140,6 +138,8 @@ def main():
     checkpoint = utils.load_checkpoint(path) if path else None
     if checkpoint:
         utils.match_options(config, checkpoint, ModelConfig, data_id, path, resume)
+    if config.micro_batch_size == 0:
+        config.micro_batch_size = data.fitting_micro_batch_size(config, device, meta)
 
     # model, optimizer
     torch.manual_seed(config.seed)
@@ -151,7 +151,7 @@ def main():
         if not resume:  # the encoder of the checkpoint, a new head
             weights = {name: x for name, x in weights.items() if name.startswith("encoder.")}
             weights |= {f"head.{name}": x for name, x in raw_model.head.state_dict().items()}
-        # DIFF(upstream): strict=False, what is missing stays random without a word
+        # DIFF(upstream): strict=False, what is missing stays random without a message
         raw_model.load_state_dict(weights_for_detector(weights, geometry, path))
     raw_model.encoder.requires_grad_(not config.freeze_backbone)
     optimizers = make_optimizers(raw_model, config)
@@ -161,6 +161,8 @@ def main():
         load_optimizers(optimizers, scaler, checkpoint)
         start_step, best_val_loss = checkpoint["step"], checkpoint["best_val_loss"]
         n_bad_steps += checkpoint["bad_steps"]
+    if start_step > config.max_steps:
+        utils.fail(f"{path} has made {start_step} steps, more than max_steps")
     state = [start_step, data_id["fingerprint"]]
     if utils.all_reduce_sum(state) != [utils.WORLD_SIZE * x for x in state]:
         utils.fail("the ranks find other checkpoints or data; all machines must share a disk")
@@ -193,7 +195,7 @@ def main():
     loader = data.prefetch(load_step, range(start_step, config.max_steps), device)
     caught_signals, stop_requested = [], False
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: caught_signals.append(number))
+        signal.signal(number, lambda caught, frame: caught_signals.append(caught))
     start_time, n_timed = time.perf_counter(), 0
     for step in range(start_step, config.max_steps + 1):
         last_step = step == config.max_steps
@@ -201,7 +203,7 @@ def main():
 
         # evaluate, save
         pause_time = time.perf_counter()
-        if last_step or step % config.eval_interval == 0 and not stop_requested:
+        if last_step or (step % config.eval_interval == 0 and not stop_requested):
             row |= evaluate(raw_model, val_data, config, autocast)
             text = " ".join(f"{name} {x:.4g}" for name, x in row.items())
             utils.print0(f"eval {step}/{config.max_steps} | {text}")
@@ -215,13 +217,13 @@ def main():
             save("ckpt.pt", step)
         if last_step or stop_requested:
             break
-        start_time += time.perf_counter() - pause_time
+        start_time += time.perf_counter() - pause_time  # this was not training
 
         # this step's events
         batches = next(loader)
-        stop_requested, = utils.all_reduce_sum([len(caught_signals)])
+        stop_requested = utils.all_reduce_sum([len(caught_signals)])[0]
 
-        # micro-batches: normalise by the whole step, so they do not change the update
+        # micro-batches: normalise by the whole step, so that they do not change the update
         step_loss = 0.0
         for i, batch in enumerate(batches):
             model.require_backward_grad_sync = i == len(batches) - 1  # DDP adds gradients once
@@ -239,13 +241,13 @@ def main():
         # log; only here the loop waits for the GPU
         n_timed += 1
         if step % config.log_interval == 0:
-            loss, = utils.all_reduce_sum(step_loss[None])
+            loss = utils.all_reduce_sum(step_loss[None])[0]
             row |= {"lr": lr, "loss": loss, "grad_norm": grad_norm.item()}
             row["bad_steps"] = int(n_bad_steps.item())
             seconds = (time.perf_counter() - start_time) / n_timed
             row["events_per_s"] = config.batch_size / seconds
             start_time, n_timed = time.perf_counter(), 0
-            names = [name for name in row if "val" not in name]
+            names = [name for name in row if not name.startswith("val_")]
             text = " ".join(f"{name} {row[name]:.4g}" for name in names)
             utils.print0(f"step {step}/{config.max_steps} | {text}")
             if not math.isfinite(row["loss"]):
@@ -257,6 +259,7 @@ def main():
     if not last_step:
         utils.print0(f"stopped at step {step}; the same command resumes")
         return 130 if signal.SIGINT in caught_signals else 0
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     log({"step": step, "events": step * config.batch_size, **row})
     utils.all_reduce_sum([0])  # wait: rank 0 may still be writing best.pt
     best = EvaluateConfig(f"{config.out_dir}/best.pt", n_events=config.val_events,

@@ -17,7 +17,7 @@ made by data.micro_batches:
     max_seqlen     int: tokens of the longest event
     masked         (M,) int64: the masked tokens
     masked_event   (M,) int64: the event of each
-    labels         fields of data.EVENT: energy (B,), center (B, 3), ...
+    energy, ...    (B,) or (B, 3): the fields of data.EVENT that were asked for
 
 Sizes: D embedding_dim, E dom_embed_dim, H heads, d = D / H, V DOMs,
 L max_seqlen. geometry: data.GEOMETRY records (V,).
@@ -52,16 +52,17 @@ class ModelConfig:
     embedding_dim: int = 256  # D, width of the residual stream
     dom_embed_dim: int = 128  # E, the part of D for the DOM
     num_heads: int = 8  # H
-    hidden_size: int = 1024  # width of the MLP, 4 D
+    hidden_size: int = 1024  # width of the MLP, usually 4 D
     num_layers: int = 8  # blocks
     use_dom_positions: bool = True  # DOM part from x, y, z; False: a learned table
     backbone: Literal["transformer", "gru", "mamba"] = "transformer"  # the mixer
     mlp: Literal["relu", "gelu", "swiglu"] = "relu"  # equal parameter count
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # before each branch
     qk_norm: bool = False  # normalise queries and keys
-    final_norm: bool = True  # before the heads  # DIFF(upstream): none up to v0.2
+    # DIFF(upstream): none up to v0.2
+    final_norm: bool = True  # before the heads
     dom_head: Literal["linear", "position"] = "linear"  # weights per DOM, or from x, y, z
-    dom_loss: Literal["ce", "emd", "chamfer"] = "ce"  # cross-entropy, distances [100 m]
+    dom_loss: Literal["ce", "emd", "chamfer"] = "ce"  # cross-entropy, or distances [100 m]
     cls_target: str = "charge"  # or center, line_fit; joined by +
     mup_base_width: int = 0  # muP: width where the learning rate was tuned; 0 = off
 
@@ -94,8 +95,8 @@ class PulseEmbedding(nn.Module):
         else:
             self.dom_table = nn.Embedding(len(geometry) + 1, E)  # the last row is MASK
         self.features = nn.Linear(3, D - E)  # time, charge, aux
-        # Light crosses the detector in 0.1 of the scaled time, but in 2 of the scaled
-        # positions: a small signal, learned late.  # DIFF(upstream): no factor
+        # While light crosses the detector, the scaled time changes by 0.1, the scaled
+        # position by 2: with equal weights time is learned late.  # DIFF(upstream): no factor
         self.features.init_scale = torch.tensor([10.0, 1.0, 1.0])
         self.cls = nn.Parameter(torch.empty(D))
 
@@ -164,9 +165,9 @@ class Attention(nn.Module):
         is_half = qkv.dtype in (torch.bfloat16, torch.float16)
         if self.can_flash and is_half and qkv.device.type != "cpu":
             # DIFF(upstream): it passes a mask, and then CUDA never runs the flash kernel
-            ends, longest = packing.cu_seqlens, packing.max_seqlen
+            starts, longest = packing.cu_seqlens, packing.max_seqlen
             q, k, v = qkv.unbind(1)
-            x = varlen_attn(q, k, v, ends, ends, longest, longest, scale=self.scale)
+            x = varlen_attn(q, k, v, starts, starts, longest, longest, scale=self.scale)
         else:
             x = padded_attention(qkv, packing, self.scale)
         return self.out(x.flatten(1))
@@ -333,7 +334,7 @@ def chamfer_distance(logits, dom, event, geometry):
     return distance.amin(1) + distance.amin(0)
 
 def cls_loss(name, pred, batch):
-    """Return the loss of a [CLS] target, 0 where the truth is unknown, and if it is known, (B,)."""
+    """Return the loss of a [CLS] target, 0 where it is unknown, and where it is known, (B,)."""
     if name == "line_fit":
         truth = batch["line_fit"]
         known = truth.any(-1)
@@ -342,7 +343,8 @@ def cls_loss(name, pred, batch):
         truth = batch["center"] / POSITION_SCALE
     elif name == "charge":
         truth = torch.log10(batch["total_charge"].clamp(min=1e-3))[:, None]
-    return (pred - truth).square().mean(-1), truth.isfinite().all(-1)
+    known = truth.isfinite().all(-1)
+    return (pred - truth.nan_to_num()).square().mean(-1) * known, known
 
 # ---- fine-tuning: direction, energy or class from [CLS] ------------------------------------------
 
@@ -382,13 +384,13 @@ def direction_loss(name, x, truth):
     direction = F.normalize(x, dim=-1)
     if name == "angular":
         return angular_error(direction, truth)
+    one_minus_cosine = (direction - truth).square().sum(-1) / 2  # exact at small angles
+    if name == "cosine":
+        return one_minus_cosine
     # vmf: -ln of kappa / (4 pi sinh kappa) exp(kappa cos). sinh is split into
     # exp(kappa), which joins the cosine, and 1 - exp(-2 kappa): float32 is enough
     # for kappa from 1e-3 to 1e6
     log_area = torch.log(-torch.expm1(-2 * kappa) / kappa)
-    one_minus_cosine = (direction - truth).square().sum(-1) / 2  # exact at small angles
-    if name == "cosine":
-        return one_minus_cosine
     return kappa * one_minus_cosine + log_area + math.log(2 * math.pi)
 
 def unit_vector(azimuth, zenith):
@@ -440,5 +442,5 @@ def weights_for_detector(weights, geometry, path):
     if {"encoder.embedding.dom_table.weight", "dom_head.weight"} & weights.keys():
         fail(f"{text}; only use_dom_positions = True and dom_head = 'position' carry over")
     print0(f"note: {text}; it knows DOMs by position alone")
-    new = {"encoder.embedding.geometry": new, "dom_head.bias": torch.zeros(len(new))}
-    return weights | {name: value for name, value in new.items() if name in weights}
+    replaced = {"encoder.embedding.geometry": new, "dom_head.bias": torch.zeros(len(new))}
+    return weights | {name: x for name, x in replaced.items() if name in weights}

@@ -4,6 +4,8 @@ from typing import Literal
 
 import torch
 
+from utils import fail
+
 Optimizer = Literal["adamw", "muon"]
 Schedule = Literal["trapezoidal", "cosine", "constant"]
 
@@ -36,7 +38,10 @@ def make_optimizers(model, config):
     if config.optimizer == "muon":  # updates as large as AdamW's: one learning rate serves both
         matrices = [parameter for parameter in groups[0]["params"] if parameter.ndim == 2]
         groups[0]["params"] = [p for p in groups[0]["params"] if p.ndim != 2]
-        optimizers = [Muon(matrices, weight_decay=config.weight_decay)] if matrices else []
+        if config.mup_base_width:
+            fail("mup_base_width carries over learning rates of optimizer = 'adamw' only")
+        muon = Muon(matrices, momentum=0.95, weight_decay=config.weight_decay)
+        optimizers = [muon] if matrices else []
     groups = [group for group in groups if group["params"]]
     betas = (config.beta1, config.beta2)
     adamw = torch.optim.AdamW(groups, config.learning_rate, betas, config.adam_eps, fused=True)
@@ -52,7 +57,9 @@ class Muon(torch.optim.Muon):
             for matrix in group["params"]:
                 gradient = torch.where(good > 0, matrix.grad, 0.0)
                 state = self.state[matrix]
-                momentum = state.setdefault("momentum_buffer", torch.zeros_like(matrix))
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(matrix)
+                momentum = state["momentum_buffer"]
                 momentum.lerp_(gradient, good * (1 - group["momentum"]))
                 update = gradient.lerp(momentum, group["momentum"])
                 update = orthogonal(update).to(matrix.dtype)
@@ -82,7 +89,7 @@ def load_optimizers(optimizers, scaler, checkpoint):
 
 def get_lr(step, config):
     """Return the learning rate of update `step` (from 0): warm-up, then the schedule."""
-    # 0 means the memory of Adam's second moment: 5000 steps for beta2 = 0.9998
+    # 0 means as many steps as Adam's second moment averages over
     warmup = config.warmup_steps or round(1 / (1 - config.beta2))
     rise = min(1.0, (step + 1) / warmup)
     if config.schedule == "trapezoidal":
@@ -104,7 +111,7 @@ def clip_and_step(model, optimizers, scaler, lr, grad_clip):
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
-        # not scaler.step, which asks each optimizer for itself: here one bad gradient stops all
+        # scaler.step skips only the optimizer with the bad gradient; here all skip
         optimizer.found_inf = (~grad_norm.isfinite()).float()
         optimizer.step()
     scaler.update()

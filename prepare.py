@@ -57,7 +57,7 @@ PULSES = ["time", "charge", "sensor_id", "auxiliary", "event_id"]
 META = ["batch_id", "event_id", "first_pulse_index", "last_pulse_index"]
 LABELS = ["azimuth", "zenith"]
 EXTRA = ["energy", "event_class"]  # not in Kaggle's files
-TYPES = dict.fromkeys(["time", "charge", "energy", *LABELS], "float64") | {"auxiliary": "bool"}
+TYPES = dict.fromkeys(["time", "charge", "energy", *LABELS], float) | {"auxiliary": bool}
 
 def read_columns(path, names, optional=()):
     """Yield (row, {name: array}) of a parquet file, CHUNK rows from `row` on."""
@@ -69,13 +69,13 @@ def read_columns(path, names, optional=()):
         for batch in file.iter_batches(CHUNK, columns=names, use_threads=False):
             table = {}
             for name in names:
-                column = batch[name].cast(TYPES.get(name, "int64"))
-                if column.null_count:
+                if batch[name].null_count:
                     fail(f"{path}: {name} has no value in some row after {row}")
-                table[name] = column.to_numpy(zero_copy_only=False)
+                values, kind = batch[name].to_numpy(zero_copy_only=False), TYPES.get(name, int)
+                table[name] = values.astype(kind, casting="same_kind", copy=False)
             yield row, table
             row += len(batch)
-    except (pa.ArrowException, OSError, KeyError) as error:
+    except (pa.ArrowException, OSError, KeyError, TypeError) as error:
         fail(f"{path}: {name} cannot be read after row {row}: {str(error).splitlines()[0]}")
 
 def table_to_events(path, row, table, before):
@@ -254,7 +254,7 @@ def write_batch(config, batch):
     first_event, place = batch["place"]
     events = np.memmap(f"{data_dir}/{split}_events.bin", EVENT, "r+",
                        first_event * EVENT.itemsize, batch["n_events"])
-    position = data.read_geometry_csv(f"{config.input_dir}/sensor_geometry.csv")[0]
+    position = np.load(f"{data_dir}/unfinished/position.npy")  # (V, 3) [m]
     crc, counts, ranges = 0, [], []
     with open(f"{data_dir}/{split}_pulses.bin", "r+b") as file:
         file.seek(place * PULSE.itemsize)
@@ -304,13 +304,13 @@ def main():
             fail(f"{path}: made with {name} = {settings[name]}, now {value}; "
                  "choose another data_dir")
     if path != meta_path:
-        csv_path = input_dir / "sensor_geometry.csv"
-        position, string = data.read_geometry_csv(csv_path)
-        changed = stamp(csv_path, *sorted(input_dir.glob("*_meta.parquet")))
+        position, string = data.read_geometry_csv(input_dir / "sensor_geometry.csv")
+        changed = stamp(*sorted(input_dir.glob("*_*")))  # geometry, meta tables
         if settings.get("changed") != changed:  # a new start
             settings = meta | {"changed": changed, "batches": plan(config)}
             geometry = np.array([*zip(position.tolist(), string)], data.GEOMETRY)
             utils.write_atomic(data_dir / "geometry.bin", geometry.tofile)
+            np.save(unfinished / "position.npy", position)
             utils.write_json(path, settings)
         jobs = [(config, batch | {"changed": stamp(batch["path"])})
                 for batch in settings["batches"]]

@@ -12,7 +12,7 @@ Prints a line every log_interval steps. Writes log.csv, ckpt.pt (last), best.pt
 The same command resumes a run that was interrupted. Exit status: 0 done or
 stopped by SIGTERM, 1 error, 3 diverged, 130 Ctrl-C.
 """
-import utils  # first: it sets how torch's threads wait
+import utils  # before torch, which reads OMP_WAIT_POLICY when it loads
 
 import math
 import os
@@ -72,16 +72,20 @@ class TrainConfig(ModelConfig):
     compile: bool = False  # 1.4 times as fast on a GPU, not on a CPU
     wandb_project: str = ""  # log to Weights & Biases too
 
+    def check(self):
+        if self.init_optimizer and not self.init_from:
+            utils.fail("init_optimizer = True needs init_from")
+
 # ---- data, loss, evaluation ---------------------------------------------------------------------
 
-VAL_SEED = 0  # of the masks at evaluation, whatever the run's seed: so runs compare
+VAL_SEED = 0  # of the masks at evaluation: the same in every run, so that runs compare
 
 def masked_batches(split, index, epoch, config, seed):
     """Read the events `index` (B,) of a split -> micro-batches with masked pulses."""
     events, pulses = data.read_events(split, index)
     mask = data.draw_mask(events, pulses, epoch, config.mask_prob, seed)
-    labels = [CLS_TARGETS[name][0] for name in config.cls_target.split("+")]
-    return data.micro_batches(events, pulses, config.micro_batch_size, labels, mask)
+    targets = [CLS_TARGETS[name][0] for name in config.cls_target.split("+")]
+    return data.micro_batches(events, pulses, config.micro_batch_size, targets, mask)
 
 def total_loss(losses, config):
     """Return the DOM loss plus lambda_<name> times each other loss."""
@@ -92,8 +96,8 @@ def total_loss(losses, config):
 def evaluate(model, split, config, autocast) -> dict:
     """Return the mean losses and metrics over a split, with the same masks each time."""
     geometry = model.encoder.embedding.geometry
-    n_chunks = -(-len(split.events) // config.batch_size)
-    chunks = np.array_split(data.shard(len(split.events)), n_chunks)
+    mine = data.shard(len(split.events))
+    chunks = np.array_split(mine, -(-len(split.events) // config.batch_size))
 
     def load(index):
         return masked_batches(split, index, np.zeros_like(index), config, VAL_SEED)
@@ -150,8 +154,6 @@ def main():
     val_data = data.open_split(config.data_dir, config.val_split, config.val_events)
     n_train = len(train_data.events)
     data_id = {"fingerprint": meta["fingerprint"], "n_train": n_train, "rule": meta["rule"]}
-    if config.micro_batch_size == 0:
-        config.micro_batch_size = data.fitting_micro_batch_size(config, device, meta)
 
     def load_step(step):
         """Load this rank's share of a step."""
@@ -165,6 +167,8 @@ def main():
     checkpoint = utils.load_checkpoint(path) if path else None
     if checkpoint:
         utils.match_options(config, checkpoint, ModelConfig, data_id, path, resume)
+    if config.micro_batch_size == 0:
+        config.micro_batch_size = data.fitting_micro_batch_size(config, device, meta)
 
     # model, optimizers
     torch.manual_seed(config.seed)
@@ -183,6 +187,8 @@ def main():
     if resume:
         best_val_loss = checkpoint["best_val_loss"]
         n_bad_steps += checkpoint["bad_steps"]
+    if start_step > config.max_steps:
+        utils.fail(f"{path} has made {start_step} steps, more than max_steps")
     state = [start_step, data_id["fingerprint"]]
     if utils.all_reduce_sum(state) != [utils.WORLD_SIZE * x for x in state]:
         utils.fail("the ranks find other checkpoints or data; all machines must share a disk")
@@ -215,7 +221,7 @@ def main():
     loader = data.prefetch(load_step, range(start_step, config.max_steps), device)
     caught_signals, stop_requested = [], False
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: caught_signals.append(number))
+        signal.signal(number, lambda caught, frame: caught_signals.append(caught))
     start_time, n_timed = time.perf_counter(), 0
     for step in range(start_step, config.max_steps + 1):
         last_step = step == config.max_steps
@@ -223,13 +229,13 @@ def main():
 
         # evaluate, save
         pause_time = time.perf_counter()
-        if last_step or step % config.eval_interval == 0 and not stop_requested:
+        if last_step or (step % config.eval_interval == 0 and not stop_requested):
             row |= evaluate(raw_model, val_data, config, autocast)
             text = " ".join(f"{name} {x:.4g}" for name, x in row.items())
             utils.print0(f"eval {step}/{config.max_steps} | {text}")
             if not math.isfinite(row["val_loss"]):
-                utils.fail(f"step {step}: val_loss is not finite; ckpt.pt is from before; "
-                           "try a smaller learning_rate", status=3)
+                utils.fail(f"step {step}: val_loss is not finite; ckpt.pt is from before; try "
+                           "a smaller learning_rate, or look at the val events", status=3)
             if row["val_loss"] < best_val_loss:
                 best_val_loss = row["val_loss"]
                 save("best.pt", step)
@@ -239,26 +245,28 @@ def main():
             save(f"ckpt_{step}.pt", step)
         if last_step or stop_requested:
             break
-        start_time += time.perf_counter() - pause_time
+        start_time += time.perf_counter() - pause_time  # this was not training
 
         # this step's events, over all ranks; how many of them have a masked pulse
         # DIFF(upstream): means over each GPU's batch
         batches = next(loader)
-        n_events = sum(batch["n_masked_events"] for batch in batches)
-        n_events, stop_requested = utils.all_reduce_sum([n_events, len(caught_signals)])
+        n_masked_events = sum(batch["n_masked_events"] for batch in batches)
+        n_masked_events, stop_requested = utils.all_reduce_sum(
+            [n_masked_events, len(caught_signals)])
 
-        # micro-batches: normalise by global counts, so micro-batching does not change the update
+        # micro-batches: normalise by global counts, so that micro-batching does not change
+        # the update; an event without a line fit counts as loss 0 (evaluate leaves it out)
+        counts = {"dom": max(n_masked_events, 1)}
         step_losses = 0
         for i, batch in enumerate(batches):
             model.require_backward_grad_sync = i == len(batches) - 1  # DDP adds gradients once
             with autocast:
                 losses = model(batch)
-            counts = {"dom": max(n_events, 1)}
-            means = {name: loss.sum() / counts.get(name, config.batch_size)
-                     for name, loss in losses.items()}
-            loss = total_loss(means, config)
+            shares = {name: loss.sum() / counts.get(name, config.batch_size)
+                      for name, loss in losses.items()}
+            loss = total_loss(shares, config)
             scaler.scale(loss * utils.WORLD_SIZE).backward()  # DDP averages over ranks
-            step_losses = step_losses + torch.stack(list(means.values())).detach()
+            step_losses = step_losses + torch.stack(list(shares.values())).detach()
 
         # clip, update
         lr = get_lr(step, config)
@@ -268,7 +276,7 @@ def main():
         # log; only here the loop waits for the GPU
         n_timed += 1
         if step % config.log_interval == 0:
-            means = dict(zip(means, utils.all_reduce_sum(step_losses)))
+            means = dict(zip(shares, utils.all_reduce_sum(step_losses)))
             row |= {"lr": lr, "loss": total_loss(means, config)}
             row |= {f"{name}_loss": mean for name, mean in means.items()}
             row["grad_norm"] = grad_norm.item()
@@ -276,7 +284,7 @@ def main():
             seconds = (time.perf_counter() - start_time) / n_timed
             row["events_per_s"] = config.batch_size / seconds
             start_time, n_timed = time.perf_counter(), 0
-            names = [name for name in row if "val" not in name]
+            names = [name for name in row if not name.startswith("val_")]
             text = " ".join(f"{name} {row[name]:.4g}" for name in names)
             utils.print0(f"step {step}/{config.max_steps} | {text}")
             if not math.isfinite(row["loss"]):
@@ -288,6 +296,7 @@ def main():
     if not last_step:
         utils.print0(f"stopped at step {step}; the same command resumes")
         return 130 if signal.SIGINT in caught_signals else 0
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     log({"step": step, "events": step * config.batch_size, **row})
     utils.print0(f"done: best val_loss {best_val_loss:.4f} in {config.out_dir}/best.pt")
 

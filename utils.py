@@ -53,7 +53,7 @@ def run_main(main):
     except OSError as error:
         fail(str(error))
     except (MemoryError, RuntimeError) as error:  # torch's is a RuntimeError
-        if isinstance(error, RuntimeError) and "out of memory" not in str(error):
+        if isinstance(error, RuntimeError) and " memory" not in str(error):
             raise
         fail(f"out of memory; lower micro_batch_size or workers ({str(error)[:80]})")
     if groups:
@@ -167,8 +167,7 @@ def lock_folder(folder):
     return file
 
 def progress_bar(total, unit, initial=0):
-    """Return a tqdm bar on stderr of rank 0, if that is a terminal."""
-    return tqdm(total=total, unit=unit, initial=initial, disable=None if RANK == 0 else True)
+    return tqdm(total=total, unit=unit, initial=initial, disable=None)  # None: off in a log file
 
 def run_in_workers(function, jobs, workers, done):
     """Call function(*job) for each job in `workers` processes, and done(result) here as each ends.
@@ -179,9 +178,11 @@ def run_in_workers(function, jobs, workers, done):
         workers = workers or len(os.sched_getaffinity(0))
     context = multiprocessing.get_context("spawn")  # fork is not safe once pyarrow has threads
     pool = ProcessPoolExecutor(workers or os.cpu_count(), context, start_worker)
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit that
+    if hasattr(signal, "pthread_sigmask"):  # workers inherit that Ctrl-C is blocked
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     futures = [pool.submit(function, *job) for job in jobs]
-    signal.signal(signal.SIGINT, handler)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     try:
         for future in as_completed(futures):
             done(future.result())
@@ -195,7 +196,6 @@ def run_in_workers(function, jobs, workers, done):
     pool.shutdown()
 
 def start_worker():
-    """End when the main process ends."""
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 

@@ -1,0 +1,180 @@
+"""utils.py and the schedule: config files, workers, checkpoints, log.csv."""
+import importlib
+import os
+import re
+import signal
+
+import pytest
+import torch
+from torch.optim import lr_scheduler
+
+import utils
+from conftest import ROOT, start
+from model import ModelConfig, check_model
+from optim import get_lr
+from train import TrainConfig
+
+def config_class(script):
+    module = importlib.import_module(script.replace("/", "."))
+    return next(x for name, x in vars(module).items()
+                if name.endswith("Config") and x.__module__ == module.__name__)
+
+CONFIGS = {script: config_class(script) for script in (
+    "simulate", "prepare", "train", "finetune", "evaluate", "tools/bench", "tools/export",
+    "tools/graphnet", "tools/import_published", "tools/plot", "tools/prometheus", "tools/sweep")}
+SAMPLES = ROOT / "sample_config"
+
+def load(cls, *args):
+    return utils.load_config(cls, args=[str(arg) for arg in args])
+
+# ---- config -------------------------------------------------------------------------------------
+
+def test_files_and_options_apply_left_to_right(tmp_path, capsys):
+    a, b, c = (tmp_path / f"{name}.py" for name in "abc")
+    a.write_text("# one\nmax_steps = 5 * 100\nbatch_size = 64\nlearning_rate = 1\n")
+    b.write_text("batch_size = 32\n")
+    c.write_text("max_steps = 7\nlearning_rate = 1.0\n")
+    config = load(TrainConfig, a, "--max_steps=7", b, "--batch_size=1.6e1", c)
+    values = config.max_steps, config.batch_size, config.learning_rate, config.out_dir
+    assert repr(values) == "(7, 16, 1.0, 'out/a+b+c')"
+    assert config.given == {"max_steps", "batch_size", "learning_rate"}
+    output = capsys.readouterr().out
+    assert "option max_steps = 7\n" in output and "option seed" not in output
+    assert f"note: {c} changes nothing here" in output and output.count("note:") == 1
+
+@pytest.mark.parametrize("argument, words", [
+    ("--batchsize=3", "did you mean batch_size"), ("--zzz=3", "no option zzz"),
+    ("--batch_size=3.5", "not of type int"), ("--seed=-1", "0 or more"),
+    ("--batch_size=abc", "ValueError"), ("--learning_rate=1e999", "finite"),
+    ("--mask_prob=1.5", "between 0 and 1"), ("--schedule=cosin", "choose one"),
+    ("x = y = 3 +", "SyntaxError"), ("seed = '3'", "not of type int"),
+    ("--max_steps", "--key=value"), ("nothing.py", "no such config file"),
+    ("--num_heads=7", "multiple of num_heads"), ("--cls_target=size", "join some")])
+def test_bad_configs_end_in_one_line(tmp_path, capsys, argument, words):
+    if " " in argument:  # the text of a config file
+        (tmp_path / "bad.py").write_text(argument)
+        argument = tmp_path / "bad.py"
+    with pytest.raises(SystemExit):
+        check_model(load(TrainConfig, argument))
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+@pytest.mark.parametrize("script, cls", CONFIGS.items())
+def test_help_explains_every_option_and_each_is_read(script, cls):
+    files, text = {script, "utils", "tools/kaggle_layout"}, utils.help_text(cls, "")
+    if issubclass(cls, ModelConfig):
+        files |= {"model", "recurrent", "optim", "data", "evaluate"}
+    source = "".join((ROOT / f"{name}.py").read_text() for name in files)
+    for name in cls.__dataclass_fields__:
+        assert re.search(rf"--{name}=[^<\s].* +\S", text), f"{name}: no comment or default"
+        if not name.startswith("lambda_"):  # total_loss reads those of cls_target
+            assert re.search(rf"(config|self|run)\.{name}\b", source), name
+
+@pytest.mark.parametrize("path", sorted(SAMPLES.rglob("*.py")), ids=lambda path: path.stem)
+def test_every_sample_config_loads(path):
+    values, before = {}, dict.fromkeys(CONFIGS, [])
+    if path.parent.name == "ablation":
+        before = {"train": [SAMPLES / "demo.py"], "finetune": [SAMPLES / "demo_finetune.py"]}
+    exec(path.read_text(), {}, values)
+    fits = [script for script in before
+            if values.keys() <= CONFIGS[script].__dataclass_fields__.keys()]
+    for script in fits:
+        config = load(CONFIGS[script], *before[script], path)
+        assert values.items() <= vars(config).items()
+    assert fits and path.read_text().startswith("# ")
+
+@pytest.mark.parametrize("name, script", [
+    ("base", "train"), ("finetune", "finetune"), ("kaggle_prepare", "prepare")])
+def test_a_sample_config_spells_out_the_defaults(name, script, capsys):
+    config = load(CONFIGS[script], SAMPLES / f"{name}.py")
+    defaults = vars(CONFIGS[script]())
+    assert {x for x in defaults if getattr(config, x) != defaults[x]} <= {"out_dir", "compile"}
+    assert "changes nothing" not in capsys.readouterr().out  # it is the first file
+
+@pytest.mark.parametrize("schedule, milestone", [("trapezoidal", 80), ("cosine", 10)])
+def test_learning_rate_agrees_with_torch(schedule, milestone):
+    config = TrainConfig(schedule=schedule, max_steps=100, warmup_steps=10, cooldown_steps=20)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
+    rise = lr_scheduler.LinearLR(optimizer, 0.1, total_iters=9)
+    late = lr_scheduler.CosineAnnealingLR(optimizer, T_max=90)
+    if schedule == "trapezoidal":
+        late = lr_scheduler.LinearLR(optimizer, 1.0, 1e-12, total_iters=20)
+    scheduler = lr_scheduler.SequentialLR(optimizer, [rise, late], [milestone])
+    for step in range(100):
+        lr = optimizer.param_groups[0]["lr"]
+        assert get_lr(step, config) == pytest.approx(lr, abs=1e-11)
+        optimizer.step()
+        scheduler.step()
+
+def test_warmup_follows_beta2():
+    config = TrainConfig(beta2=0.95, learning_rate=1.0)  # 20 steps
+    assert [get_lr(step, config) for step in (9, 19, 20)] == pytest.approx([0.5, 1, 1])
+
+# ---- checkpoints, log, precision ----------------------------------------------------------------
+
+def test_checkpoints_survive_a_failed_save_and_refuse_damage(tmp_path, capsys):
+    path, good = tmp_path / "ckpt.pt", {"format": utils.CHECKPOINT_FORMAT, "step": 3}
+    utils.write_atomic(path, lambda part: torch.save(good, part))
+    def full_disk(part):
+        torch.save({"format": 99}, part)
+        raise OSError(28, "No space left on device")
+    with pytest.raises(SystemExit):
+        utils.write_atomic(path, full_disk)
+    assert "No space left on device); the file that was there" in capsys.readouterr().err
+    assert utils.load_checkpoint(path) == good and os.listdir(tmp_path) == ["ckpt.pt"]
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:100], whole[:-50], b"hello" * 50):
+        path.write_bytes(damaged)
+        with pytest.raises(SystemExit):
+            utils.load_checkpoint(path)
+        assert "ckpt.pt: damaged, or not a checkpoint" in capsys.readouterr().err
+
+def test_log_is_cut_where_a_run_resumes(tmp_path):
+    config = TrainConfig(out_dir=str(tmp_path))
+    log = utils.start_log(config, start_step=0)
+    for step in range(5):
+        log({"step": step, "loss": 1 / 3})
+    utils.start_log(config, start_step=2)({"step": 2, "loss": 2.0, "val_loss": 3.14159265})
+    rows = ["step,loss,val_loss", "0,0.333333,", "1,0.333333,", "2,2,3.14159"]
+    assert (tmp_path / "log.csv").read_text().split() == rows
+
+@pytest.mark.parametrize("has_bf16, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_dtype_is_what_the_cpu_multiplies_in(monkeypatch, has_bf16, dtype):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
+    assert utils.init_distributed(TrainConfig(device="cpu"))[1] == dtype
+
+# ---- how scripts and workers end ----------------------------------------------------------------
+
+@pytest.mark.parametrize("main, words", [
+    (lambda: open("/none/x"), "error: [Errno 2] No such file or directory: '/none/x'"),
+    (lambda: bytes(2**60), "error: out of memory; lower micro_batch_size or workers")])
+def test_a_script_ends_in_one_line(main, words, capsys):
+    with pytest.raises(SystemExit) as end:
+        utils.run_main(main)
+    error = capsys.readouterr().err
+    assert end.value.code == 1 and words in error and error.count("\n") == 1
+
+def test_what_ends_a_worker_ends_the_call(capfd):
+    with pytest.raises(ValueError, match="no number"):
+        utils.run_in_workers(int, [("no number",)] * 9, 2, print)
+    for function, job, words in ((utils.fail, "this", "error: this"),
+                                 (signal.raise_signal, signal.SIGKILL, "a worker was killed")):
+        with pytest.raises(SystemExit):
+            utils.run_in_workers(function, [(job,)], 1, print)
+        assert words in capfd.readouterr().err
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_ctrl_c_or_kill_ends_workers_too(tmp_path, number, status):
+    script = tmp_path / "sleep.py"
+    script.write_text(
+        "import os, time, utils\n"
+        "def job(i):\n    os.write(1, b'at work\\n')\n    time.sleep(60)\n"
+        "main = lambda: utils.run_in_workers(job, [(i,) for i in range(2000)], 2, print)\n"
+        "if __name__ == '__main__':\n    utils.run_main(main)\n")
+    process = start(script, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    for _ in range(2):  # until both workers are at work
+        assert process.stdout.readline() == "at work\n"
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    output, _ = process.communicate(timeout=20)  # until no worker holds the pipe any more
+    assert process.returncode == status and "Traceback" not in output
+    assert ("stopped; the same command resumes" in output) == (number == signal.SIGINT)
