@@ -1,4 +1,4 @@
-"""Stage 1: events in the Kaggle layout -> a data folder of .bin files that train.py maps.
+"""Stage 1: events in the Kaggle layout -> a data folder of .bin files.
 
     python prepare.py sample_config/demo_prepare.py          # seconds
     python prepare.py config/kaggle_prepare.py --workers=16  # 102 M events, 81 GB
@@ -29,7 +29,7 @@ class PrepareConfig:
     splits: dict = field(default_factory=lambda: {  # (first, last) batch, or "test"
         "pretrain": (1, 500), "finetune": (601, 605), "val": (651, 655)})
     max_pulses: int = 127  # pulses kept of an event: 128 tokens with [CLS]
-    keep: Literal["random", "brightest"] = "random"  # of too many pulses
+    keep: Literal["random", "brightest"] = "random"  # which of too many pulses
     seed: int = 0  # of the random choice
     workers: int = 0  # processes, 0.3 GB each; 0 = one per core
 
@@ -42,7 +42,8 @@ def assign_batches(splits) -> dict:
     """Return {batch: split}; all batches of the test set are "test"."""
     split_of = {}
     for name, span in splits.items():
-        numbers = ["test"] if span == "test" else range(span[0], span[-1] + 1)
+        is_pair = isinstance(span, (tuple, list)) and {*map(type, span)} == {int}
+        numbers = range(span[0], span[-1] + 1) if is_pair else ["test"] * (span == "test")
         if not name.isidentifier() or not numbers or split_of.keys() & set(numbers):
             fail(f"splits: {name!r}: {span!r}: write name: (first, last) batch or name: "
                  "'test', each batch once")
@@ -57,7 +58,7 @@ PULSES = ["time", "charge", "sensor_id", "auxiliary", "event_id"]
 META = ["batch_id", "event_id", "first_pulse_index", "last_pulse_index"]
 LABELS = ["azimuth", "zenith"]
 EXTRA = ["energy", "event_class"]  # not in Kaggle's files
-TYPES = dict.fromkeys(["time", "charge", "energy", *LABELS], float) | {"auxiliary": bool}
+TYPES = dict.fromkeys(["time", "charge", "energy", *LABELS], "f8") | {"auxiliary": "?"}
 
 def read_columns(path, names, optional=()):
     """Yield (row, {name: array}) of a parquet file, CHUNK rows from `row` on."""
@@ -69,9 +70,10 @@ def read_columns(path, names, optional=()):
         for batch in file.iter_batches(CHUNK, columns=names, use_threads=False):
             table = {}
             for name in names:
-                if batch[name].null_count:
+                column, kind = batch[name], TYPES.get(name, "i8")
+                if column.null_count:
                     fail(f"{path}: {name} has no value in some row after {row}")
-                values, kind = batch[name].to_numpy(zero_copy_only=False), TYPES.get(name, int)
+                values = column.to_numpy(zero_copy_only=False)
                 table[name] = values.astype(kind, casting="same_kind", copy=False)
             yield row, table
             row += len(batch)
@@ -90,7 +92,7 @@ def table_to_events(path, row, table, before):
     begin = np.where(step > 0, 0, np.append(before[1], last[:-1]) + 1)
     azimuth, zenith = (table.get(name, 0 * first) for name in LABELS)
     required = {
-        "batch_id must ascend; sort the table": step >= 0,
+        "sort the table by batch_id": step >= 0,
         "pulses must follow the event before": (first == begin) & (last >= first),
         "azimuth must be in radians": np.abs(azimuth) <= 6.2832,
         "zenith must be in radians": (zenith >= 0) & (zenith <= 3.1416),
@@ -104,11 +106,11 @@ def table_to_events(path, row, table, before):
     return events
 
 def read_pulses(path, events, n_doms):
-    """Yield (events, time, charge, dom, aux), some whole events at a time."""
+    """Yield (events, time, charge, dom, aux) of some whole events."""
     # float32 holds whole numbers exactly up to 2^24 [ns]
     limits = {"time": 2**24, "charge": np.finfo("f4").max, "sensor_id": n_doms - 1}
-    end = np.cumsum(events["n_pulses"], dtype=int)
-    done, rest = 0, [np.zeros(0, bool)] * 5  # rest: of an incomplete event
+    end = np.cumsum(events["n_pulses"], dtype="i8")
+    done, rest = 0, [np.zeros(0, bool)] * 5  # of an incomplete event
     for row, table in read_columns(path, PULSES):
         for name, high in limits.items():
             is_good = (table[name] >= 0) & (table[name] <= high)  # NaN is not
@@ -136,10 +138,10 @@ def read_pulses(path, events, n_doms):
 def pack(events, time, charge, dom, aux, position, config):
     """Apply the rule to whole events -> the PULSE records they keep.
 
-    events: EVENT records (B,); their sums and length are filled in. time, charge, dom,
-    aux: all their pulses, event after event. position: (V, 3) [m].
+    Fills in sums and length of events (B,). time, charge, dom, aux: all their pulses,
+    event after event. position: (V, 3) [m].
     """
-    n = events["n_pulses"].astype(int)
+    n = events["n_pulses"].astype("i8")
     begin, event = np.cumsum(n) - n, np.repeat(np.arange(len(n)), n)
     if ((time[1:] < time[:-1]) & (event[1:] == event[:-1])).any():
         order = np.lexsort((time, event))  # stable: ties stay
@@ -170,7 +172,7 @@ def pack(events, time, charge, dom, aux, position, config):
         charge = charge.copy()
         charge[hlc[takes]] = np.add.reduceat(charge[hlc], takes)
     keep = np.flatnonzero(keep)
-    pulses = np.empty(events["length"].sum(dtype=int), PULSE)
+    pulses = np.empty(events["length"].sum(dtype="i8"), PULSE)
     for name, values in zip(PULSE.names, (time, charge, dom, aux)):
         pulses[name] = values[keep]  # raises at equal draws
     return pulses
@@ -204,11 +206,11 @@ def add_sums(events, n, begin, time, charge, dom, aux, position):
 # ---- plan, write, main --------------------------------------------------------------------------
 
 def plan(config):
-    """Give each batch its place -> a dict each. Write EVENT records, empty pulses."""
+    """Give each batch its place -> dicts. Write EVENT records, empty pulses."""
     for marker in Path(config.data_dir).glob("unfinished/*.json"):
         marker.unlink()
     split_of, batches = assign_batches(config.splits), {}
-    place = {split: np.zeros(2, int) for split in config.splits}  # events, pulses
+    place = {split: np.zeros(2, "i8") for split in config.splits}  # events, pulses
     for kind in sorted({"test" if key == "test" else "train" for key in split_of}):
         path, before = f"{config.input_dir}/{kind}_meta.parquet", (-1, -1)
         for row, table in read_columns(path, META + LABELS * (kind == "train"), EXTRA):
@@ -228,8 +230,8 @@ def plan(config):
                 mode = "ab" if place[split][0] else "wb"
                 with open(f"{config.data_dir}/{split}_events.bin", mode) as file:
                     file.write(part.tobytes())
-                n_kept = np.minimum(part["n_pulses"], config.max_pulses)
-                place[split] += len(part), n_kept.sum(dtype=int)
+                n_kept = np.minimum(part["n_pulses"], config.max_pulses).sum(dtype="i8")
+                place[split] += len(part), n_kept
     missing = split_of.keys() - {key for key, _ in batches}
     if missing:
         fail(f"{config.input_dir}: no batch {sorted(map(str, missing))[:8]} in the meta tables")
@@ -239,7 +241,7 @@ def plan(config):
     return list(batches.values())
 
 def stamp(*paths):
-    """Return the sizes of files and the times of their last change."""
+    """Return sizes and times of change of files."""
     return [[os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in paths]
 
 def write_batch(config, batch):
@@ -260,10 +262,9 @@ def write_batch(config, batch):
         file.seek(place * PULSE.itemsize)
         for part, *columns in read_pulses(path, np.asarray(events), len(position)):
             pulses = pack(part, *columns, position, config)
-            if part["total_charge"].min() <= 0:  # the loss takes the logarithm
-                i = part["total_charge"].argmin()
-                fail(f"{path}: event {part['event_id'][i]} has no charge")
-            part["start"] = place + np.cumsum(part["length"], dtype=int) - part["length"]
+            if not part["total_charge"].all():
+                fail(f"{path}: event {part['event_id'][part['total_charge'] == 0]} has no charge")
+            part["start"] = place + np.cumsum(part["length"], dtype="i8") - part["length"]
             place += len(pulses)
             file.write(pulses.tobytes())
             crc = zlib.crc32(pulses.tobytes(), crc)
@@ -272,7 +273,7 @@ def write_batch(config, batch):
             ranges.append([[x.min(), -x.max()] for x in columns[:2]])  # time, charge
         file.flush()
         os.fsync(file.fileno())
-    events.flush()  # on disk before the batch counts as finished
+    events.flush()  # on disk before the marker
     batch |= {"counts": np.sum(counts, axis=0).tolist(),
               "ranges": np.min(ranges, axis=0).tolist(),
               "crc": [zlib.crc32(events.tobytes()), crc]}
@@ -296,12 +297,12 @@ def main():
             "input_dir": str(input_dir.resolve()), "dtypes": data.DTYPES,
             "rule": {"keep": config.keep, "max_pulses": config.max_pulses},
             "split_ranges": json.loads(json.dumps(config.splits))}
-    lock = None if meta_path.exists() else utils.lock_folder(unfinished)  # until the end
+    lock = None if meta_path.exists() else utils.lock_folder(unfinished)
     path = meta_path if meta_path.exists() else unfinished / "settings.json"
     settings = json.loads(path.read_text()) if path.exists() else meta
     for name, value in meta.items():
-        if settings[name] != value:
-            fail(f"{path}: made with {name} = {settings[name]}, now {value}; "
+        if settings.get(name) != value:
+            fail(f"{path}: made with {name} = {settings.get(name)}, now {value}; "
                  "choose another data_dir")
     if path != meta_path:
         position, string = data.read_geometry_csv(input_dir / "sensor_geometry.csv")
@@ -312,8 +313,7 @@ def main():
             utils.write_atomic(data_dir / "geometry.bin", geometry.tofile)
             np.save(unfinished / "position.npy", position)
             utils.write_json(path, settings)
-        jobs = [(config, batch | {"changed": stamp(batch["path"])})
-                for batch in settings["batches"]]
+        jobs = [(config, b | {"changed": stamp(b["path"])}) for b in settings["batches"]]
         finished = {split: [] for split in config.splits}
         def done(batch):
             finished[batch["split"]].append(batch)
@@ -324,12 +324,12 @@ def main():
         settings = meta | {"n_doms": len(position), "splits": splits}
         utils.write_json(meta_path, settings)
     for name, split in settings["splits"].items():
-        data.open_split(data_dir, name)  # has each file its size?
+        data.open_split(data_dir, name)  # checks its size
         numbers = [f"{k} {v}" for k, v in split.items() if k != "batches"]
         utils.print0(f"{name}: {', '.join(numbers)}")
     shutil.rmtree(unfinished, ignore_errors=True)
     if path == meta_path:
-        utils.print0(f"{data_dir} is complete, nothing to do")
+        utils.print0(f"{data_dir}: complete, nothing to do")
 
 if __name__ == "__main__":
     utils.run_main(main)

@@ -18,8 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Literal, get_args
 
-# Read when torch loads, so the stages import utils first. Else OpenMP's threads keep a core busy
-# while they wait: 12 % faster on an idle machine, 4 times slower on a shared one.
+# read when torch loads; else OpenMP's waiting threads spin, 4 times slower on a shared machine
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from tqdm import tqdm
@@ -167,7 +166,7 @@ def lock_folder(folder):
     return file
 
 def progress_bar(total, unit, initial=0):
-    return tqdm(total=total, unit=unit, initial=initial, disable=None)  # None: off in a log file
+    return tqdm(total=total, unit=unit, initial=initial, disable=None)  # None: not in a log
 
 def run_in_workers(function, jobs, workers, done):
     """Call function(*job) for each job in `workers` processes, and done(result) here as each ends.
@@ -206,8 +205,8 @@ def init_distributed(config):
     import torch
     name, dtype = config.device, config.dtype
     if name == "auto":
-        has_mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else name
     if name == "cuda":
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if local_rank >= torch.cuda.device_count():
@@ -228,8 +227,8 @@ def init_distributed(config):
             backend, store=store, rank=rank, world_size=world_size)
         groups.append(torch.distributed.group.WORLD)
     if dtype == "auto":  # bfloat16 where the hardware multiplies in it
-        has_bf16 = {"cuda": torch.cuda.is_bf16_supported, "mps": lambda: False,
-                    "cpu": torch.cpu._is_avx512_bf16_supported}[device.type]()
+        has_bf16 = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else \
+            device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
         dtype = "bfloat16" if has_bf16 else "float16" if device.type == "cuda" else "float32"
     dtype = getattr(torch, dtype)
     if device.type == "cuda":  # in bfloat16 runs only the embedding is float32; TF32 rounds times
@@ -260,8 +259,9 @@ def load_checkpoint(path) -> dict:
     return checkpoint
 
 def match_options(config, checkpoint, model_class, data_id, path, resume):
-    """Take the model's options from a checkpoint; a run that resumes must find the same data."""
+    """Take the model's options from a checkpoint; a resumed run must find the same data."""
     model_options = {field.name for field in dataclasses.fields(model_class)}
+    model_options |= {"task", "head_hidden_size", "optimizer"} if resume else set()
     for name, value in checkpoint["config"].items():
         now = getattr(config, name, value)
         if now != value and name in model_options:
