@@ -44,7 +44,7 @@ def load_model(path, data_dir=""):
     run.data_dir = data_dir or run.data_dir
     meta, geometry = data.read_folder(run.data_dir)
     if meta["rule"] != checkpoint["data"]["rule"]:
-        utils.print0(f"warning: {path}: {checkpoint['data']['rule']}, data: {meta['rule']}")
+        utils.print0(f"warning: {path}: rule {checkpoint['data']['rule']}, not {meta['rule']}")
     model = (Reconstructor if hasattr(run, "task") else PolarBERT)(run, geometry)
     model.load_state_dict(weights_for_detector(checkpoint["model"], geometry, path))
     return model, run, checkpoint
@@ -165,7 +165,7 @@ def evaluation_table(scores, events, task, n_bootstrap=100, min_events=10):
             resampled, _ = statistics({key: x[sample] for key, x in scores.items()}, task)
             samples.append(list(resampled.values()))
         row = {"bin": name, "n": n}
-        for key, error in zip(results, np.nanstd(samples, axis=0)):
+        for key, error in zip(results, np.std(samples, axis=0)):
             row |= {key: float(results[key]), f"{key}_error": float(error)}
         rows.append(row | {key: float(value) for key, value in baselines.items()})
     return rows

@@ -262,8 +262,8 @@ def main():
     signal.signal(signal.SIGINT, signal.default_int_handler)
     log({"step": step, "events": step * config.batch_size, **row})
     utils.all_reduce_sum([0])  # wait: rank 0 may still be writing best.pt
-    best = EvaluateConfig(f"{config.out_dir}/best.pt", n_events=config.val_events,
-                          batch_size=config.batch_size)
+    best = EvaluateConfig(f"{config.out_dir}/best.pt", config.data_dir, config.val_split,
+                          n_events=config.val_events, batch_size=config.batch_size)
     evaluate_checkpoint(best, device, autocast)
 
 if __name__ == "__main__":

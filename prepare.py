@@ -25,7 +25,7 @@ from utils import fail
 @dataclass
 class PrepareConfig:
     input_dir: str = "data/kaggle"  # in the Kaggle layout
-    data_dir: str = "data/icecube"  # data folder to write
+    data_dir: str = "data/icecube"  # folder to write
     splits: dict = field(default_factory=lambda: {  # (first, last) batch, or "test"
         "pretrain": (1, 500), "finetune": (601, 605), "val": (651, 655)})
     max_pulses: int = 127  # pulses kept of an event: 128 tokens with [CLS]
@@ -181,7 +181,7 @@ def add_sums(events, n, begin, time, charge, dom, aux, position):
     """Fill in total_charge, center and line_fit of events of n (B,) pulses.
 
     The line r + v time is fitted to the HLC pulses, weighted by charge; -v is a first
-    guess of the source (astro-ph/0407044, section 3.1.3). Slow form, of HLC pulses:
+    guess of the source (astro-ph/0407044, section 3.1.3). Slow form, HLC pulses:
         mean_time = np.average(time, weights=charge)
         v = sum(charge * position[dom].T * (time - mean_time))  # summed over pulses
     """

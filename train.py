@@ -104,6 +104,8 @@ def evaluate(model, split, config, autocast) -> dict:
 
     rows = []
     chunks = [chunk for chunk in chunks if len(chunk)]
+    if not chunks:
+        utils.fail(f"{split.path}: fewer events than ranks")
     for batches in data.prefetch(load, chunks, geometry.device):
         for batch in batches:
             with autocast:

@@ -273,7 +273,7 @@ def match_options(config, checkpoint, model_class, data_id, path, resume):
     if resume and data_id != checkpoint["data"]:
         fail(f"{path}: trained on other data; restore them, or choose another out_dir")
     if data_id["rule"] != checkpoint["data"]["rule"]:
-        print0(f"warning: {path}: {checkpoint['data']['rule']}, data: {data_id['rule']}")
+        print0(f"warning: {path}: rule {checkpoint['data']['rule']}, not {data_id['rule']}")
 
 def start_log(config, start_step):
     """Write config.json, keep the rows of log.csv before start_step -> log(row), to add one."""
