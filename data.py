@@ -74,7 +74,7 @@ def read_folder(data_dir):
     meta = json.loads(path.read_text())
     geometry = np.fromfile(path.parent / "geometry.bin", GEOMETRY)
     if meta.get("format") != FORMAT_VERSION or meta["dtypes"] != DTYPES:
-        fail(f"{path}: not format {FORMAT_VERSION}; prepare again into another data_dir")
+        fail(f"{path}: other records than in data.py; prepare again into another data_dir")
     if len(geometry) != meta["n_doms"]:
         fail(f"{path.parent}/geometry.bin: it was cut or replaced; prepare into another data_dir")
     text = json.dumps({**meta, "input_dir": ""}, sort_keys=True)  # that folder may move

@@ -73,12 +73,16 @@ def check_model(config):
              f"dom_embed_dim = {config.dom_embed_dim}")
     if not set(config.cls_target.split("+")) <= CLS_TARGETS.keys():
         fail(f"cls_target = {config.cls_target!r}: join some of {', '.join(CLS_TARGETS)} by +")
-    is_recurrent = config.backbone in ("gru", "mamba")
-    if is_recurrent and (D % (4 * H) or config.qk_norm or config.mup_base_width):
-        fail(f"backbone = {config.backbone!r}: embedding_dim must be a multiple of 4 num_heads; "
-             "qk_norm and mup_base_width are for the transformer")
+    if config.backbone in ("gru", "mamba") and D % (4 * H):
+        fail(f"backbone = {config.backbone!r}: embedding_dim must be a multiple of 4 num_heads")
+    if config.backbone != "transformer" and (config.qk_norm or config.mup_base_width):
+        fail("qk_norm and mup_base_width are for backbone = 'transformer'")
 
 # ---- embedding ----------------------------------------------------------------------------------
+
+# Spread of the first weights of time, charge, aux. While light crosses the detector, the
+# scaled time changes by 0.1, the scaled position by 2.  # DIFF(upstream): equal
+FEATURE_STD = [10 / 3, 1 / 3, 1 / 3]
 
 class PulseEmbedding(nn.Module):
     """A batch -> token vectors (T, D) = [DOM part (E) | Linear(time, charge, aux) (D - E)]."""
@@ -94,10 +98,7 @@ class PulseEmbedding(nn.Module):
             self.mask = nn.Parameter(torch.empty(1, E))
         else:
             self.dom_table = nn.Embedding(len(geometry) + 1, E)  # the last row is MASK
-        self.features = nn.Linear(3, D - E)  # time, charge, aux
-        # While light crosses the detector, the scaled time changes by 0.1, the scaled
-        # position by 2: with equal weights time is learned late.  # DIFF(upstream): no factor
-        self.features.init_scale = torch.tensor([10.0, 1.0, 1.0])
+        self.features = nn.Linear(len(FEATURE_STD), D - E)
         self.cls = nn.Parameter(torch.empty(D))
 
     def forward(self, batch):
@@ -201,6 +202,9 @@ class MLP(nn.Module):
             return self.down(F.silu(gate) * x)
         return self.down(F.relu(x) if self.activation == "relu" else F.gelu(x))
 
+# A mixer takes tokens (T, D) and a Packing, and returns (T, D). An event must not see another
+# one or padding; [CLS] must see all of its event. Muon takes matrices of nn.Linear only.
+MIXERS = {"transformer": Attention, "gru": Bidirectional, "mamba": Bidirectional}
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
 
 class Block(nn.Module):
@@ -209,8 +213,7 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.norm1 = NORMS[config.norm](config.embedding_dim)
-        is_transformer = config.backbone == "transformer"
-        self.mixer = Attention(config) if is_transformer else Bidirectional(config)
+        self.mixer = MIXERS[config.backbone](config)
         self.norm2 = NORMS[config.norm](config.embedding_dim)
         self.mlp = MLP(config)
 
@@ -335,14 +338,15 @@ def chamfer_distance(logits, dom, event, geometry):
 
 def cls_loss(name, pred, batch):
     """Return the loss of a [CLS] target, 0 where it is unknown, and where it is known, (B,)."""
+    field, width = CLS_TARGETS[name]
+    truth = batch[field].view(-1, width)
+    if name == "charge":
+        truth = torch.log10(truth.clamp(min=1e-3))
+    if name == "center":
+        truth = truth / POSITION_SCALE
     if name == "line_fit":
-        truth = batch["line_fit"]
         known = truth.any(-1)
         return direction_loss("vmf", pred, truth) * known, known
-    if name == "center":
-        truth = batch["center"] / POSITION_SCALE
-    elif name == "charge":
-        truth = torch.log10(batch["total_charge"].clamp(min=1e-3))[:, None]
     known = truth.isfinite().all(-1)
     return (pred - truth.nan_to_num()).square().mean(-1) * known, known
 
@@ -354,8 +358,8 @@ class Reconstructor(nn.Module):
         self.config = config
         self.encoder = Encoder(config, geometry)
         hidden, (_, width) = config.head_hidden_size, TASKS[config.task]
-        self.head = nn.Sequential(
-            nn.Linear(config.embedding_dim, hidden), nn.ReLU(), nn.Linear(hidden, width))
+        D = config.embedding_dim
+        self.head = nn.Sequential(nn.Linear(D, hidden), nn.ReLU(), nn.Linear(hidden, width))
         init_weights(self, heads=[self.head[0]])
 
     def forward(self, batch):
@@ -387,9 +391,8 @@ def direction_loss(name, x, truth):
     one_minus_cosine = (direction - truth).square().sum(-1) / 2  # exact at small angles
     if name == "cosine":
         return one_minus_cosine
-    # vmf: -ln of kappa / (4 pi sinh kappa) exp(kappa cos). sinh is split into
-    # exp(kappa), which joins the cosine, and 1 - exp(-2 kappa): float32 is enough
-    # for kappa from 1e-3 to 1e6
+    # vmf: -ln of kappa / (4 pi sinh kappa) exp(kappa cos). exp(kappa) joins the cosine, so
+    # that float32 is enough for kappa from 1e-3 to 1e6
     log_area = torch.log(-torch.expm1(-2 * kappa) / kappa)
     return kappa * one_minus_cosine + log_area + math.log(2 * math.pi)
 
@@ -411,7 +414,7 @@ def init_weights(model, heads):
 
     Linear, Conv1d           normal, std 1/sqrt(3 fan_in), the variance of torch's default
     their biases             0                             # DIFF(upstream): uniform
-    time feature             10 times as large, see PulseEmbedding
+    pulse features           FEATURE_STD, however many there are
     heads                    with muP std 1/sqrt(3 mup_base_width) at any width
     dom_table, MASK, [CLS]   normal, std 1
     norms, GRU               torch's default
@@ -425,7 +428,8 @@ def init_weights(model, heads):
             nn.init.normal_(module.weight)
     embedding = model.encoder.embedding
     with torch.no_grad():
-        embedding.features.weight *= embedding.features.init_scale
+        std = torch.tensor(FEATURE_STD)
+        embedding.features.weight *= std * (3 * len(std)) ** 0.5
         nn.init.normal_(embedding.cls)
         if embedding.use_dom_positions:
             nn.init.normal_(embedding.mask)

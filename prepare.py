@@ -84,7 +84,9 @@ def table_to_events(path, row, table, before):
     """Turn rows of a meta table into EVENT records; before: batch_id, last pulse."""
     batch_id, _, first, last = (table[name] for name in META)
     events = np.zeros(len(first), EVENT)
-    events[["azimuth", "zenith", "energy"]] = np.nan
+    for name in EVENT.names:
+        if EVENT[name].base.kind == "f":  # labels may stay unknown, sums may not
+            events[name] = np.nan
     for name in table.keys() & set(EVENT.names):
         events[name] = table[name]
     events["n_pulses"] = last - first + 1
@@ -135,18 +137,18 @@ def read_pulses(path, events, n_doms):
 # keep = "brightest": first the earliest HLC pulse of each DOM, that of the DOM with most charge
 # first. A kept pulse gets the charge of the DOM's HLC pulses up to its next kept one.
 
-def pack(events, time, charge, dom, aux, position, config):
+def pack(events, time, charge, dom, aux, detector, config):
     """Apply the rule to whole events -> the PULSE records they keep.
 
     Fills in sums and length of events (B,). time, charge, dom, aux: all their pulses,
-    event after event. position: (V, 3) [m].
+    event after event. detector: position (V, 3) [m], string (V,).
     """
     n = events["n_pulses"].astype("i8")
     begin, event = np.cumsum(n) - n, np.repeat(np.arange(len(n)), n)
     if ((time[1:] < time[:-1]) & (event[1:] == event[:-1])).any():
         order = np.lexsort((time, event))  # stable: ties stay
         time, charge, dom, aux = time[order], charge[order], dom[order], aux[order]
-    add_sums(events, n, begin, time, charge, dom, aux, position)
+    add_sums(events, n, begin, time, charge, dom, aux, detector)
     events["length"] = np.minimum(n, config.max_pulses)
     # each pulse draws a number, HLC pulses below all others; an event keeps its smallest
     # DIFF(upstream): a hash of event and pulse, so the order of batches changes nothing
@@ -177,7 +179,7 @@ def pack(events, time, charge, dom, aux, position, config):
         pulses[name] = values[keep]  # raises at equal draws
     return pulses
 
-def add_sums(events, n, begin, time, charge, dom, aux, position):
+def add_sums(events, n, begin, time, charge, dom, aux, detector):
     """Fill in total_charge, center and line_fit of events of n (B,) pulses.
 
     The line r + v time is fitted to the HLC pulses, weighted by charge; -v is a first
@@ -185,6 +187,7 @@ def add_sums(events, n, begin, time, charge, dom, aux, position):
         mean_time = np.average(time, weights=charge)
         v = sum(charge * position[dom].T * (time - mean_time))  # summed over pulses
     """
+    position, _ = detector
     # slow form of reduceat: [part.sum() for part in np.split(charge, begin[1:])]
     weight = charge * ~aux
     total, hlc_total = np.add.reduceat(charge, begin), np.add.reduceat(weight, begin)
@@ -256,12 +259,15 @@ def write_batch(config, batch):
     first_event, place = batch["place"]
     events = np.memmap(f"{data_dir}/{split}_events.bin", EVENT, "r+",
                        first_event * EVENT.itemsize, batch["n_events"])
-    position = np.load(f"{data_dir}/unfinished/position.npy")  # (V, 3) [m]
+    detector = data.read_geometry_csv(f"{config.input_dir}/sensor_geometry.csv")
     crc, counts, ranges = 0, [], []
     with open(f"{data_dir}/{split}_pulses.bin", "r+b") as file:
         file.seek(place * PULSE.itemsize)
-        for part, *columns in read_pulses(path, np.asarray(events), len(position)):
-            pulses = pack(part, *columns, position, config)
+        for part, *columns in read_pulses(path, np.asarray(events), len(detector[1])):
+            pulses = pack(part, *columns, detector, config)
+            for name in set(EVENT.names) - {*LABELS, *EXTRA}:
+                if np.isnan(part[name]).any():
+                    fail(f"{path}: {name} is not filled in; see add_sums")
             if not part["total_charge"].all():
                 fail(f"{path}: event {part['event_id'][part['total_charge'] == 0]} has no charge")
             part["start"] = place + np.cumsum(part["length"], dtype="i8") - part["length"]
@@ -311,7 +317,6 @@ def main():
             settings = meta | {"changed": changed, "batches": plan(config)}
             geometry = np.array([*zip(position.tolist(), string)], data.GEOMETRY)
             utils.write_atomic(data_dir / "geometry.bin", geometry.tofile)
-            np.save(unfinished / "position.npy", position)
             utils.write_json(path, settings)
         jobs = [(config, b | {"changed": stamp(b["path"])}) for b in settings["batches"]]
         finished = {split: [] for split in config.splits}

@@ -89,7 +89,7 @@ def masked_batches(split, index, epoch, config, seed):
 
 def total_loss(losses, config):
     """Return the DOM loss plus lambda_<name> times each other loss."""
-    return sum(loss if name == "dom" else getattr(config, f"lambda_{name}") * loss
+    return sum(loss if name == "dom" else getattr(config, f"lambda_{name}", 1) * loss
                for name, loss in losses.items())
 
 @torch.no_grad()
@@ -122,7 +122,7 @@ def evaluate(model, split, config, autocast) -> dict:
             }
             for name, pred in cls_pred.items():
                 loss, known = cls_loss(name, pred, batch)
-                sums |= {f"{name}_loss": loss.sum(), f"n_{name}": known.sum()}
+                sums |= {f"{name}_loss": loss.sum(), f"known_{name}": known.sum()}
                 if name == "line_fit":
                     direction = F.normalize(pred, dim=-1)
                     angle = angular_error(direction, batch["line_fit"])  # [rad]
@@ -134,13 +134,13 @@ def evaluate(model, split, config, autocast) -> dict:
     # what was not measured is 0 / 0 = NaN
     totals = dict(zip(sums, torch.tensor(totals, dtype=torch.float64)))
     losses = {"dom": totals["dom_loss"] / totals["n_events"]}
-    losses |= {name: totals[f"{name}_loss"] / totals[f"n_{name}"] for name in cls_pred}
+    losses |= {name: totals[f"{name}_loss"] / totals[f"known_{name}"] for name in cls_pred}
     val = {"loss": total_loss(losses, config)}
     val |= {f"{name}_loss": loss for name, loss in losses.items()}
     for name in ("ce", "top1", "distance"):
         val[name] = totals[name] / totals["n_pulses"]
     if "line_fit" in cls_pred:
-        val["line_fit_angle"] = totals["line_fit_angle"] / totals["n_line_fit"]
+        val["line_fit_angle"] = totals["line_fit_angle"] / totals["known_line_fit"]
     return {f"val_{name}": value.item() for name, value in val.items()}
 
 # ---- training -----------------------------------------------------------------------------------

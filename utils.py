@@ -262,7 +262,7 @@ def match_options(config, checkpoint, model_class, data_id, path, resume):
     """Take the model's options from a checkpoint; a resumed run must find the same data."""
     model_options = {field.name for field in dataclasses.fields(model_class)}
     model_options |= {"task", "head_hidden_size", "optimizer"} if resume else set()
-    for name, value in checkpoint["config"].items():
+    for name, value in (vars(model_class()) | checkpoint["config"]).items():
         now = getattr(config, name, value)
         if now != value and name in model_options:
             if name in config.given:

@@ -64,8 +64,8 @@ def test_a_split_or_its_first_n_events(tmp_path, capsys):
     assert "none/meta.json: no such file" in capsys.readouterr().err
 
 @pytest.mark.parametrize("name, harm, words", [
-    ("meta.json", lambda _: b'{"format": 99}', "not format 3; prepare again"),
-    ("meta.json", lambda x: x.replace(b"<f4", b"<f2"), "not format 3; prepare again"),
+    ("meta.json", lambda _: b'{"format": 99}', "other records than in data.py"),
+    ("meta.json", lambda x: x.replace(b"<f4", b"<f2"), "other records than in data.py"),
     ("meta.json", lambda x: x.replace(b"val", b"vla"), "no split 'val'; it has vla"),
     ("geometry.bin", lambda x: x[:-14], "geometry.bin: it was cut"),
     ("val_pulses.bin", lambda x: x + b"more", "val_pulses.bin: it was cut"),

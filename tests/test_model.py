@@ -1,5 +1,6 @@
 """model.py, recurrent.py, parameter groups: sizes, packing, masking, losses, numerics."""
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ SMALL = {"embedding_dim": 32, "dom_embed_dim": 16, "num_heads": 4, "hidden_size"
          "num_layers": 2}
 GEOMETRY = random_geometry()
 POSITION = GEOMETRY["position"].copy()  # (V, 3)
-BACKBONES = [{}, {"backbone": "gru"}, {"backbone": "mamba"}]
+BACKBONES = [{"backbone": name} for name in get_args(m.ModelConfig.__annotations__["backbone"])]
 VARIANTS = [*BACKBONES, {"use_dom_positions": False}, {"mup_base_width": 16}, {"mlp": "gelu"},
             {"dom_head": "position", "cls_target": "charge+line_fit"}, {"dom_loss": "emd"},
             {"mlp": "swiglu", "norm": "rmsnorm", "qk_norm": True, "final_norm": False},
@@ -337,7 +338,7 @@ def test_initial_weights_follow_the_table(options):
         if isinstance(module, (torch.nn.Linear, torch.nn.Conv1d)):
             weight = module.weight.detach().flatten(1).clone()
             if name.endswith("embedding.features"):
-                weight[:, 0] /= 10  # time
+                weight /= torch.tensor(m.FEATURE_STD) * (3 * weight.shape[1]) ** 0.5
             has_base = "head" in name and "mup_base_width" in options
             width = 16 if has_base else weight.shape[1]
             bound = 4 * (2 * weight.numel()) ** -0.5  # 4 standard deviations
@@ -398,3 +399,12 @@ def test_mup_keeps_the_size_of_an_update_over_width():
     assert np.max(np.max(mup, axis=0) / np.min(mup, axis=0)) < 2.1
     standard = coordinates(256)
     assert np.all(standard[:, 1] > 2 * mup[-1][:, 1])  # so the check can fail
+
+@pytest.mark.parametrize("options", BACKBONES, ids=str)
+def test_every_parameter_gets_a_first_value(options):
+    torch.use_deterministic_algorithms(True)  # torch.empty is NaN then
+    try:
+        model = make(m.PolarBERT, **options)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())

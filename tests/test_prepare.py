@@ -170,7 +170,7 @@ def test_no_line_fit_where_no_line_can_be_fitted():
     dom = np.array([1, 2, 1, 2, 1, 2, 5, 5, 6, 3, 9, 4, 1, 2])
     charge = np.where(np.arange(14) < 12, 1.7, 0.0)
     position = np.array([[0, 0, 0 if dom == 4 else -17] for dom in range(10)])
-    prepare.pack(events, t, charge, dom, ~hlc, position, prepare.PrepareConfig())
+    prepare.pack(events, t, charge, dom, ~hlc, (position, None), prepare.PrepareConfig())
     assert events["line_fit"].tolist() == [[0, 0, 0]] * 4 + [[0, 0, -1], [0, 0, 0]]
 
 @pytest.mark.parametrize("header, rows, expected", [
@@ -189,10 +189,12 @@ def test_the_draw_is_fair_and_depends_on_the_event_alone():
     events["event_id"], events["n_pulses"] = np.arange(n), 50
     t, charge, dom = np.tile(np.arange(50), n), np.ones(50 * n), np.zeros(50 * n, int)
     aux = np.tile(np.arange(50) >= 10, n)  # ten HLC pulses stay, ten of forty others
-    pulses = prepare.pack(events, t, charge, dom, aux, GEOMETRY, config)
+    detector = GEOMETRY, None
+    pulses = prepare.pack(events, t, charge, dom, aux, detector, config)
     share = np.bincount(pulses["time"].astype(int), minlength=50) / n
     assert (share[:10] == 1).all() and np.abs(share[10:] - 0.25).max() < 0.05  # 5 sigma
-    again = prepare.pack(events[100:101], t[:50], charge[:50], dom[:50], aux[:50], GEOMETRY, config)
+    first = t[:50], charge[:50], dom[:50], aux[:50]
+    again = prepare.pack(events[100:101], *first, detector, config)
     assert np.array_equal(again, pulses[2000:2020])
 
 def test_the_test_set_has_no_labels(straight):

@@ -142,7 +142,7 @@ def compare_light(detector, events, pulses):
     first, aux = events["first_pulse_index"], pulses["auxiliary"]
     n, sums = events["last_pulse_index"] - first + 1, np.zeros(len(events), EVENT)
     columns = pulses["time"], pulses["charge"], pulses["sensor_id"], aux
-    add_sums(sums, n, first, *columns, detector.position)
+    add_sums(sums, n, first, *columns, (detector.position, detector.string))
     use = np.add.reduceat(~aux, first, dtype=np.int64) >= MIN_PULSES
     use &= sums["line_fit"].any(axis=1) & (events["event_class"] != 2)
     x, y, z = sums["line_fit"][use].T
