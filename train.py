@@ -72,10 +72,6 @@ class TrainConfig(ModelConfig):
     compile: bool = False  # 1.4 times as fast on a GPU, not on a CPU
     wandb_project: str = ""  # log to Weights & Biases too
 
-    def check(self):
-        if self.init_optimizer and not self.init_from:
-            utils.fail("init_optimizer = True needs init_from")
-
 # ---- data, loss, evaluation ---------------------------------------------------------------------
 
 VAL_SEED = 0  # of the masks at evaluation: the same in every run, so that runs compare
@@ -167,6 +163,8 @@ def main():
     resume = os.path.exists(f"{config.out_dir}/ckpt.pt")
     path = f"{config.out_dir}/ckpt.pt" if resume else config.init_from
     checkpoint = utils.load_checkpoint(path) if path else None
+    if config.init_optimizer and not checkpoint:
+        utils.fail("init_optimizer = True needs init_from")
     if checkpoint:
         utils.match_options(config, checkpoint, ModelConfig, data_id, path, resume)
     if config.micro_batch_size == 0:
