@@ -260,11 +260,13 @@ def write_batch(config, batch):
     events = np.memmap(f"{data_dir}/{split}_events.bin", EVENT, "r+",
                        first_event * EVENT.itemsize, batch["n_events"])
     detector = data.read_geometry_csv(f"{config.input_dir}/sensor_geometry.csv")
-    crc, counts, ranges = 0, [], []
+    crc, counts, ranges, hlc_times, is_lit = 0, [], [], [], np.zeros(len(detector[1]), bool)
     with open(f"{data_dir}/{split}_pulses.bin", "r+b") as file:
         file.seek(place * PULSE.itemsize)
         for part, *columns in read_pulses(path, np.asarray(events), len(detector[1])):
             pulses = pack(part, *columns, detector, config)
+            is_lit[columns[2]] = True
+            hlc_times.append(columns[0][~columns[3]][:1000])
             for name in set(EVENT.names) - {*LABELS, *EXTRA}:
                 if np.isnan(part[name]).any():
                     fail(f"{path}: {name} is not filled in; see add_sums")
@@ -279,6 +281,14 @@ def write_batch(config, batch):
             ranges.append([[x.min(), -x.max()] for x in columns[:2]])  # time, charge
         file.flush()
         os.fsync(file.fileno())
+    middle = (detector[0][is_lit].min(0) + detector[0][is_lit].max(0)) / 2
+    if len(events) >= 100 and np.abs(middle).max() > 100:
+        fail(f"{path}: the DOMs with pulses are around {middle.round(1).tolist()} m, not 0; "
+             "subtract that in sensor_geometry.csv")
+    times = np.concatenate(hlc_times)
+    if len(events) >= 100 and not (len(times) and 5000 < np.median(times) < 30_000):
+        fail(f"{path}: {len(times)} HLC pulses, some at {times[:3].tolist()} ns, not around "
+             "10,000; shift the times of each event, or check auxiliary")
     events.flush()  # on disk before the marker
     batch |= {"counts": np.sum(counts, axis=0).tolist(),
               "ranges": np.min(ranges, axis=0).tolist(),

@@ -330,3 +330,23 @@ def test_hostile_input_is_one_clear_line(raw, tmp_path, file, column, row, value
     flags = [f"--input_dir={source}", f"--data_dir={tmp_path}/data", splits, "--workers=1"]
     assert words in user_error("prepare.py", *flags, how=run if column == "time" else call)
     assert not (tmp_path / "data/meta.json").exists()
+
+@pytest.mark.parametrize("z_shift, time_shift, aux, words", [
+    (-1948.0, 0, False, "not 0; subtract that"), (0.0, -9000, False, "not around 10,000"),
+    (0.0, 0, True, ": 0 HLC pulses")])
+def test_wrong_origins_and_no_hlc_pulse_are_refused(demo_data, tmp_path, z_shift, time_shift,
+                                                    aux, words):
+    source = shutil.copytree(demo_data.parent / "raw", tmp_path / "raw")
+    position, string = data.read_geometry_csv(source / "sensor_geometry.csv")
+    rows = [f"{i},{x},{y},{z + z_shift},{s}"
+            for i, ((x, y, z), s) in enumerate(zip(position.tolist(), string.tolist()))]
+    (source / "sensor_geometry.csv").write_text("\n".join(["sensor_id,x,y,z,string", *rows]))
+    path = source / "train/batch_1.parquet"
+    table = pq.read_table(path)
+    columns = {name: table[name].to_numpy() for name in table.column_names}
+    columns["time"] = np.maximum(columns["time"] + time_shift, 0)
+    columns["auxiliary"] = columns["auxiliary"] | aux
+    pq.write_table(pa.table(columns), path)
+    line = user_error("prepare.py", f"--input_dir={source}", f"--data_dir={tmp_path}/d",
+                      "--splits={'a': (1, 1)}")
+    assert words in line
