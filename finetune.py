@@ -120,6 +120,8 @@ def main():
     train_data = open_labelled(config, config.train_split, config.train_events)
     val_data = open_labelled(config, config.val_split, config.val_events)
     n_train = len(train_data.events)
+    if config.train_split == config.val_split:
+        utils.print0(f"warning: train_split and val_split are both {config.val_split!r}")
     data_id = {"fingerprint": meta["fingerprint"], "n_train": n_train, "rule": meta["rule"]}
 
     def load_step(step):
