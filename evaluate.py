@@ -204,7 +204,7 @@ def prediction_table(events, x, config, run):
     return pa.table(columns)
 
 def write_table(path, table):
-    write = pyarrow.csv.write_csv if path.endswith(".csv") else pq.write_table
+    write = {".csv": pyarrow.csv.write_csv, ".parquet": pq.write_table}[Path(path).suffix]
     utils.write_atomic(path, lambda part: write(table, part))
     utils.print0(f"written {path}")
 

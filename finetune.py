@@ -134,6 +134,9 @@ def main():
         labels = TASKS[config.task][0]
         return data.micro_batches(events, pulses, config.micro_batch_size, labels)
 
+    best = EvaluateConfig(f"{config.out_dir}/best.pt", config.data_dir, config.val_split,
+                          n_events=config.val_events, batch_size=config.batch_size)
+
     # checkpoint: of this run, or of a pretrained model
     resume = os.path.exists(f"{config.out_dir}/ckpt.pt")
     path = f"{config.out_dir}/ckpt.pt" if resume else config.pretrained
@@ -165,6 +168,10 @@ def main():
         n_bad_steps += checkpoint["bad_steps"]
     if start_step > config.max_steps:
         utils.fail(f"{path} has made {start_step} steps, more than max_steps")
+    if resume and start_step == config.max_steps:
+        utils.print0(f"{config.out_dir} is complete; use another out_dir, or raise max_steps")
+        evaluate_checkpoint(best, device, autocast)
+        return 0
     state = [start_step, data_id["fingerprint"]]
     if utils.all_reduce_sum(state) != [utils.WORLD_SIZE * x for x in state]:
         utils.fail("the ranks find other checkpoints or data; all machines must share a disk")
@@ -264,8 +271,6 @@ def main():
     signal.signal(signal.SIGINT, signal.default_int_handler)
     log({"step": step, "events": step * config.batch_size, **row})
     utils.all_reduce_sum([0])  # wait: rank 0 may still be writing best.pt
-    best = EvaluateConfig(f"{config.out_dir}/best.pt", config.data_dir, config.val_split,
-                          n_events=config.val_events, batch_size=config.batch_size)
     evaluate_checkpoint(best, device, autocast)
 
 if __name__ == "__main__":

@@ -191,6 +191,9 @@ def main():
         n_bad_steps += checkpoint["bad_steps"]
     if start_step > config.max_steps:
         utils.fail(f"{path} has made {start_step} steps, more than max_steps")
+    if resume and start_step == config.max_steps:
+        utils.print0(f"{config.out_dir} is complete; use another out_dir, or raise max_steps")
+        return 0
     state = [start_step, data_id["fingerprint"]]
     if utils.all_reduce_sum(state) != [utils.WORLD_SIZE * x for x in state]:
         utils.fail("the ranks find other checkpoints or data; all machines must share a disk")

@@ -268,7 +268,7 @@ def match_options(config, checkpoint, model_class, data_id, path, resume):
             if name in config.given:
                 fail(f"{name} = {now!r}, but {path} has {value!r}; use that, or another out_dir")
             setattr(config, name, value)
-        elif now != value and resume:
+        elif now != value and resume and name != "micro_batch_size":
             print0(f"resume: {name} was {value!r}, now it is {now!r}")
     if resume and data_id != checkpoint["data"]:
         fail(f"{path}: trained on other data; restore them, or choose another out_dir")
