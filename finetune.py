@@ -166,15 +166,15 @@ def main():
         load_optimizers(optimizers, scaler, checkpoint)
         start_step, best_val_loss = checkpoint["step"], checkpoint["best_val_loss"]
         n_bad_steps += checkpoint["bad_steps"]
+    state = [start_step, data_id["fingerprint"]]
+    if utils.all_reduce_sum(state) != [utils.WORLD_SIZE * x for x in state]:
+        utils.fail("the ranks find other checkpoints or data; all machines must share a disk")
     if start_step > config.max_steps:
         utils.fail(f"{path} has made {start_step} steps, more than max_steps")
     if resume and start_step == config.max_steps:
         utils.print0(f"{config.out_dir} is complete; use another out_dir, or raise max_steps")
         evaluate_checkpoint(best, device, autocast)
         return 0
-    state = [start_step, data_id["fingerprint"]]
-    if utils.all_reduce_sum(state) != [utils.WORLD_SIZE * x for x in state]:
-        utils.fail("the ranks find other checkpoints or data; all machines must share a disk")
     model = torch.compile(raw_model, dynamic=True) if config.compile else raw_model
     if utils.WORLD_SIZE > 1:
         torch._dynamo.config.optimize_ddp = False  # or each new length compiles again
