@@ -64,10 +64,7 @@ class Split(NamedTuple):
     n_doms: int  # of the detector
 
 def read_folder(data_dir):
-    """Read a finished data folder's meta.json and geometry.bin -> dict, GEOMETRY records (V,).
-
-    meta["fingerprint"] is a checksum of all that meta.json says: counts, rule, checksums of files.
-    """
+    """Read meta.json -> dict with a "fingerprint" of all it says, and GEOMETRY records (V,)."""
     path = Path(data_dir) / "meta.json"
     if not path.is_file():
         fail(f"{path}: no such file; prepare.py writes it last: run it, or run it again")
@@ -75,7 +72,7 @@ def read_folder(data_dir):
     geometry = np.fromfile(path.parent / "geometry.bin", GEOMETRY)
     if meta.get("format") != FORMAT_VERSION or meta["dtypes"] != DTYPES:
         fail(f"{path}: other records than in data.py; prepare again into another data_dir")
-    if len(geometry) != meta["n_doms"]:
+    if zlib.crc32(geometry.tobytes()) != meta["geometry_crc"]:
         fail(f"{path.parent}/geometry.bin: it was cut or replaced; prepare into another data_dir")
     text = json.dumps({**meta, "input_dir": ""}, sort_keys=True)  # that folder may move
     return {**meta, "fingerprint": zlib.crc32(text.encode())}, geometry
@@ -91,15 +88,23 @@ def open_split(data_dir, name, n_events=0):
         if path.stat().st_size != n * dtype.itemsize:
             fail(f"{path}: it was cut or replaced; prepare into another data_dir")
         arrays.append(np.asarray(np.memmap(path, dtype, "r")))  # a memmap itself slices slowly
-    if n_events > len(arrays[0]):
-        print0(f"note: {data_dir}: split {name!r} has only {len(arrays[0]):,} events")
-    return Split(f"{data_dir}/{name}", arrays[0][:n_events or None], arrays[1], len(geometry))
+    split = Split(f"{data_dir}/{name}", *arrays, len(geometry))
+    index = np.unique(np.linspace(0, len(split.events) - 1, 1000).astype(int))  # a sample
+    events, pulses = read_events(split, index)
+    begin = np.cumsum(events["length"], dtype=int) - events["length"]
+    end = np.append(split.events["start"][index[:-1] + 1], len(split.pulses))
+    is_later = np.diff(pulses["time"], prepend=0) >= 0  # NaN is not
+    is_later[begin] = pulses["time"][begin] >= 0
+    has_charge = np.add.reduceat(pulses["charge"], begin) > 0
+    is_whole = np.append(has_charge, events["start"] + events["length"] == end)
+    if not is_later.all() or not is_whole.all():
+        fail(f"{split.path}_events.bin or _pulses.bin is damaged; prepare into another data_dir")
+    if n_events > len(split.events):
+        print0(f"note: {data_dir}: split {name!r} has only {len(split.events):,} events")
+    return split._replace(events=split.events[:n_events or None])
 
-def read_geometry_csv(path):
-    """Read sensor_geometry.csv (sensor_id, x, y, z [m], perhaps string) -> position (V, 3), string.
-
-    Without strings, 5160 rows are IceCube-86; in other tables DOMs of equal x and y are a string.
-    """
+def read_geometry_csv(path, origin="0,0,0"):
+    """Read sensor_geometry.csv (sensor_id, x, y, z [m], perhaps string) -> position, string."""
     import pyarrow.csv
     table = pyarrow.csv.read_csv(path).to_pydict()
     if not {"sensor_id", "x", "y", "z"} <= table.keys():
@@ -108,11 +113,12 @@ def read_geometry_csv(path):
     if [table["sensor_id"][i] for i in order] != list(range(len(order))) or len(order) > MAX_DOMS:
         fail(f"{path}: sensor_id must be 0, 1, 2, ... without gaps, up to {MAX_DOMS - 1}")
     position = np.array([table[axis] for axis in "xyz"], np.float64).T[order]
+    position -= np.array(origin.split(","), float)
     if not np.isfinite(position).all():
         fail(f"{path}: a position is not a finite number")
     if "string" in table:
         return position, np.array(table["string"], np.int64)[order]
-    if len(order) == 5160:
+    if len(order) == 5160:  # IceCube-86
         return position, np.arange(5160) // 60
     return position, np.unique(position[:, :2], axis=0, return_inverse=True)[1].ravel()
 
@@ -121,8 +127,7 @@ def read_geometry_csv(path):
 def step_events(step, batch_size, n_events, seed):
     """Return the events of a step -> index, epoch (batch_size,) int64.
 
-    The epochs form one endless sequence; a step takes the next batch_size events. An epoch has
-    every event once, in shuffled groups of GROUP_SIZE neighbours.
+    Epochs follow one another; each has every event once, in shuffled groups of GROUP_SIZE.
     """
     place = step * batch_size + np.arange(batch_size)
     epoch, in_epoch = np.divmod(place, n_events)
@@ -149,8 +154,7 @@ def shard(n):
 def read_events(split, index):
     """Read events by index -> EVENT records (B,), their PULSE records one event after another."""
     # slow form: np.concatenate([pulses[e["start"]:e["start"] + e["length"]] for e in events])
-    # Bytes are copied, because numpy copies records field by field; neighbours in one piece.
-    events = split.events.view(f"V{EVENT.itemsize}").take(index).view(EVENT)
+    events = split.events.view(f"V{EVENT.itemsize}").take(index).view(EVENT)  # whole records: fast
     first = np.flatnonzero(np.diff(index, prepend=index[0] - 2) != 1)  # a run begins
     last = np.append(first[1:], len(index)) - 1
     begin = events["start"][first] * PULSE.itemsize
@@ -245,21 +249,18 @@ def fitting_micro_batch_size(config, device, meta):
     import torch
     if device.type != "cuda":
         return min(max(8192 // config.embedding_dim, 16), 128)
-    n_tokens = meta["rule"]["max_pulses"] + 1
-    n_bytes = 50 * config.num_layers * config.embedding_dim * n_tokens  # for backward
+    n_bytes = 50 * config.num_layers * config.embedding_dim * (meta["rule"]["max_pulses"] + 1)
     return int(min(max(0.6 * torch.cuda.mem_get_info(device)[1] / n_bytes, 1), 1024))
 
 def prefetch(load, steps, device, depth=2):
     """Yield load(step), a list of batches, for each step, on the device. A thread reads ahead."""
     import torch
     is_cuda = device.type == "cuda"
-
     def load_pinned(step):
         if is_cuda:
             torch.cuda.set_device(device)  # of this thread; pinning would start on GPU 0
         return [{name: x.pin_memory() if is_cuda and torch.is_tensor(x) else x
                  for name, x in batch.items()} for batch in load(step)]
-
     steps = iter(steps)
     with ThreadPoolExecutor(1) as pool:
         queue = deque(pool.submit(load_pinned, step) for step in islice(steps, depth))

@@ -26,38 +26,38 @@ from utils import fail
 class PrepareConfig:
     input_dir: str = "data/kaggle"  # in the Kaggle layout
     data_dir: str = "data/icecube"  # folder to write
-    splits: dict = field(default_factory=lambda: {  # (first, last) batch, or "test"
+    splits: dict = field(default_factory=lambda: {  # (first, last) batch, a list of them, or "test"
         "pretrain": (1, 500), "finetune": (601, 605), "val": (651, 655)})
+    skip_missing: bool = False  # leave out batches that are not there
     max_pulses: int = 127  # pulses kept of an event: 128 tokens with [CLS]
     keep: Literal["random", "brightest"] = "random"  # which of too many pulses
     seed: int = 0  # of the random choice
+    origin: str = "0,0,0"  # [m] x, y, z of the detector's middle in sensor_geometry.csv
+    shift_times: bool = False  # move each event's first HLC pulse to 10,000 ns
     workers: int = 0  # processes, 0.3 GB each; 0 = one per core
-
-    def check(self):
-        if not 0 < self.max_pulses < 2**16:
-            fail(f"max_pulses = {self.max_pulses}: must be 1 to 65535")
-        assign_batches(self.splits)
+    verify: bool = False  # compare a complete folder with its checksums
 
 def assign_batches(splits) -> dict:
     """Return {batch: split}; all batches of the test set are "test"."""
     split_of = {}
-    for name, span in splits.items():
-        is_pair = isinstance(span, (tuple, list)) and {*map(type, span)} == {int}
-        numbers = range(span[0], span[-1] + 1) if is_pair else ["test"] * (span == "test")
-        if not name.isidentifier() or not numbers or split_of.keys() & set(numbers):
-            fail(f"splits: {name!r}: {span!r}: write name: (first, last) batch or name: "
-                 "'test', each batch once")
-        split_of |= dict.fromkeys(numbers, name)
+    for name, spans in splits.items():
+        for span in spans if isinstance(spans, list) else [spans]:
+            is_pair = isinstance(span, tuple) and {*map(type, span)} == {int}
+            numbers = range(span[0], span[-1] + 1) if is_pair else ["test"] * (span == "test")
+            if not name.isidentifier() or not numbers or split_of.keys() & set(numbers):
+                fail(f"splits: {name!r}: {span!r}: write name: (first, last) batch, a list of "
+                     "such pairs, or 'test'; each batch once")
+            split_of |= dict.fromkeys(numbers, name)
     return split_of
 
 # ---- read ---------------------------------------------------------------------------------------
 
-# rows at a time: arrays of 0.5 MB stay in the cache, a meta table has 132 M rows
-CHUNK = 2**16
+CHUNK = 2**16  # rows at a time: arrays of 0.5 MB stay in the cache
 PULSES = ["time", "charge", "sensor_id", "auxiliary", "event_id"]
 META = ["batch_id", "event_id", "first_pulse_index", "last_pulse_index"]
 LABELS = ["azimuth", "zenith"]
 EXTRA = ["energy", "event_class"]  # not in Kaggle's files
+COUNTS = ["n_events", "n_pulses", "n_cut", "n_aux"]  # of a split, in meta.json
 TYPES = dict.fromkeys(["time", "charge", "energy", *LABELS], "f8") | {"auxiliary": "?"}
 
 def read_columns(path, names, optional=()):
@@ -70,10 +70,7 @@ def read_columns(path, names, optional=()):
         for batch in file.iter_batches(CHUNK, columns=names, use_threads=False):
             table = {}
             for name in names:
-                column, kind = batch[name], TYPES.get(name, "i8")
-                if column.null_count:
-                    fail(f"{path}: {name} has no value in some row after {row}")
-                values = column.to_numpy(zero_copy_only=False)
+                values, kind = batch[name].to_numpy(zero_copy_only=False), TYPES.get(name, "i8")
                 table[name] = values.astype(kind, casting="same_kind", copy=False)
             yield row, table
             row += len(batch)
@@ -84,21 +81,19 @@ def table_to_events(path, row, table, before):
     """Turn rows of a meta table into EVENT records; before: batch_id, last pulse."""
     batch_id, _, first, last = (table[name] for name in META)
     events = np.zeros(len(first), EVENT)
-    for name in EVENT.names:
-        if EVENT[name].base.kind == "f":  # labels may stay unknown, sums may not
-            events[name] = np.nan
+    for name in (*LABELS, "energy"):
+        events[name] = np.nan  # unknown
     for name in table.keys() & set(EVENT.names):
         events[name] = table[name]
     events["n_pulses"] = last - first + 1
     step = np.diff(batch_id, prepend=before[0])
     begin = np.where(step > 0, 0, np.append(before[1], last[:-1]) + 1)
-    azimuth, zenith = (table.get(name, 0 * first) for name in LABELS)
     required = {
         "sort the table by batch_id": step >= 0,
         "pulses must follow the event before": (first == begin) & (last >= first),
-        "azimuth must be in radians": np.abs(azimuth) <= 6.2832,
-        "zenith must be in radians": (zenith >= 0) & (zenith <= 3.1416),
-        "energy must be above 0 GeV, or NaN": ~(events["energy"] <= 0),
+        "azimuth must be in radians": ~(np.abs(events["azimuth"]) > 6.2832),
+        "zenith must be in radians": ~(np.abs(events["zenith"] - 1.5708) > 1.5709),
+        "energy must be above 0 GeV, or NaN": np.nan_to_num(events["energy"], nan=1, posinf=0) > 0,
         "event_class must be 0, 1 or 2": np.isin(table.get("event_class", 0), (0, 1, 2))}
     for text, is_good in required.items():
         if not is_good.all():
@@ -107,55 +102,59 @@ def table_to_events(path, row, table, before):
             fail(f"{path}: row {row + i}: {text}; it has {values}")
     return events
 
-def read_pulses(path, events, n_doms):
+def read_pulses(path, events, n_doms, config):
     """Yield (events, time, charge, dom, aux) of some whole events."""
-    # float32 holds whole numbers exactly up to 2^24 [ns]
-    limits = {"time": 2**24, "charge": np.finfo("f4").max, "sensor_id": n_doms - 1}
     end = np.cumsum(events["n_pulses"], dtype="i8")
     done, rest = 0, [np.zeros(0, bool)] * 5  # of an incomplete event
     for row, table in read_columns(path, PULSES):
-        for name, high in limits.items():
-            is_good = (table[name] >= 0) & (table[name] <= high)  # NaN is not
-            if not is_good.all():
-                i = np.argmin(is_good)
-                fail(f"{path}: row {row + i}: {name} is {table[name][i]}, not 0 to {high}")
         columns = [np.append(old, table[name]) for old, name in zip(rest, PULSES)]
         ready = int(np.searchsorted(end, row + len(table["time"]), side="right"))
         part = events[done:ready]
         owner = np.repeat(part["event_id"], part["n_pulses"])
         if (columns[-1][:len(owner)] != owner).any():
             fail(f"{path}: near row {row}: event_id is not the meta table's")
+        time, charge, dom, aux, _ = (column[:len(owner)] for column in columns)
+        if config.shift_times and len(part):
+            n, begin = part["n_pulses"], np.flatnonzero(np.diff(owner, prepend=owner[0] - 1))
+            first = np.minimum.reduceat(time, begin)
+            trigger = np.minimum.reduceat(np.where(aux, np.inf, time), begin)
+            trigger = np.where(trigger < np.inf, trigger, first)
+            time = time + np.repeat(np.maximum(10_000 - trigger, -first), n)  # none before 0
+        # float32 holds whole numbers exactly up to 2^24 [ns]
+        for name, values, high in (("time", time, 2**24), ("charge", charge, 1e6),
+                                   ("sensor_id", dom, n_doms - 1)):
+            bad = np.flatnonzero(~((values >= 0) & (values <= high)))  # NaN too
+            if len(bad):
+                fail(f"{path}: event {owner[bad[0]]}: {name} {values[bad[0]]} is not 0 to {high}")
         if len(part):
-            yield part, *[column[:len(owner)] for column in columns[:-1]]
+            yield part, time, charge, dom, aux
         done, rest = ready, [column[len(owner):] for column in columns]
     if done < len(events) or len(rest[0]):
         fail(f"{path}: has not the {end[-1]} rows of the meta table")
 
 # ---- rule: which pulses an event keeps ----------------------------------------------------------
-# The rule (upstream's): of more than max_pulses pulses an event keeps its HLC pulses (aux = False)
-# and random others; if the HLC pulses alone are too many, a random max_pulses of them.
+# Of more than max_pulses pulses an event keeps its HLC pulses (aux = False) and random others; if
+# the HLC pulses alone are too many, a random max_pulses of them (upstream's rule).
 # keep = "brightest": first the earliest HLC pulse of each DOM, that of the DOM with most charge
 # first. A kept pulse gets the charge of the DOM's HLC pulses up to its next kept one.
 
-def pack(events, time, charge, dom, aux, detector, config):
-    """Apply the rule to whole events -> the PULSE records they keep.
+def pack(events, time, charge, dom, aux, position, config):
+    """Apply the rule to whole events (B,) -> the PULSE records they keep. Fills in events' sums.
 
-    Fills in sums and length of events (B,). time, charge, dom, aux: all their pulses,
-    event after event. detector: position (V, 3) [m], string (V,).
+    time, charge, dom, aux: all their pulses. position of the DOMs (V, 3) [m].
     """
     n = events["n_pulses"].astype("i8")
     begin, event = np.cumsum(n) - n, np.repeat(np.arange(len(n)), n)
     if ((time[1:] < time[:-1]) & (event[1:] == event[:-1])).any():
         order = np.lexsort((time, event))  # stable: ties stay
         time, charge, dom, aux = time[order], charge[order], dom[order], aux[order]
-    add_sums(events, n, begin, time, charge, dom, aux, detector)
+    add_sums(events, n, begin, time, charge, dom, aux, position)
     events["length"] = np.minimum(n, config.max_pulses)
     # each pulse draws a number, HLC pulses below all others; an event keeps its smallest
     # DIFF(upstream): a hash of event and pulse, so the order of batches changes nothing
     place = np.arange(len(event)) - np.repeat(begin, n)
     draw = data.uniform_hash(config.seed, events["event_id"], place, n)
     draw += aux
-    # below those each DOM's first HLC pulse, in order of the DOM's charge
     if config.keep == "brightest":
         hlc = np.flatnonzero(~aux)
         channel = event[hlc] * (data.MAX_DOMS + 1) + dom[hlc]
@@ -168,7 +167,6 @@ def pack(events, time, charge, dom, aux, detector, config):
     for i in np.flatnonzero(n > config.max_pulses).tolist():
         limit[i] = np.partition(draw[begin[i]:begin[i] + n[i]], last)[last]
     keep = draw <= np.repeat(limit, n)
-    # charge of dropped pulses goes to the DOM's kept one before
     if config.keep == "brightest":
         takes = np.flatnonzero(keep[hlc] | is_first)
         charge = charge.copy()
@@ -179,7 +177,7 @@ def pack(events, time, charge, dom, aux, detector, config):
         pulses[name] = values[keep]  # raises at equal draws
     return pulses
 
-def add_sums(events, n, begin, time, charge, dom, aux, detector):
+def add_sums(events, n, begin, time, charge, dom, aux, position):
     """Fill in total_charge, center and line_fit of events of n (B,) pulses.
 
     The line r + v time is fitted to the HLC pulses, weighted by charge; -v is a first
@@ -187,8 +185,6 @@ def add_sums(events, n, begin, time, charge, dom, aux, detector):
         mean_time = np.average(time, weights=charge)
         v = sum(charge * position[dom].T * (time - mean_time))  # summed over pulses
     """
-    position, _ = detector
-    # slow form of reduceat: [part.sum() for part in np.split(charge, begin[1:])]
     weight = charge * ~aux
     total, hlc_total = np.add.reduceat(charge, begin), np.add.reduceat(weight, begin)
     events["total_charge"] = total
@@ -197,8 +193,7 @@ def add_sums(events, n, begin, time, charge, dom, aux, detector):
     lever = (time - np.repeat(mean_time, n)) * ~aux
     v = np.empty((len(n), 3))
     for axis in range(3):
-        # slow form of take: position[dom, axis]
-        moment = charge * position[:, axis].take(dom, mode="clip")
+        moment = charge * position[:, axis].take(dom, mode="clip")  # faster than [dom, axis]
         events["center"][:, axis] = np.add.reduceat(moment, begin) / total
         v[:, axis] = np.add.reduceat(moment * lever, begin)
     speed = np.linalg.norm(v, axis=1, keepdims=True)
@@ -212,22 +207,22 @@ def plan(config):
     """Give each batch its place -> dicts. Write EVENT records, empty pulses."""
     for marker in Path(config.data_dir).glob("unfinished/*.json"):
         marker.unlink()
-    split_of, batches = assign_batches(config.splits), {}
+    split_of, batches, ids = assign_batches(config.splits), {}, [np.zeros(0, "i8")]
     place = {split: np.zeros(2, "i8") for split in config.splits}  # events, pulses
     for kind in sorted({"test" if key == "test" else "train" for key in split_of}):
-        path, before = f"{config.input_dir}/{kind}_meta.parquet", (-1, -1)
-        for row, table in read_columns(path, META + LABELS * (kind == "train"), EXTRA):
-            events = table_to_events(path, row, table, before)
+        meta_path, before = f"{config.input_dir}/{kind}_meta.parquet", (-1, -1)
+        for row, table in read_columns(meta_path, META + LABELS * (kind == "train"), EXTRA):
+            events = table_to_events(meta_path, row, table, before)
             before = table["batch_id"][-1], table["last_pulse_index"][-1]
             for number in np.unique(table["batch_id"]).tolist():
                 key = number if kind == "train" else "test"
-                if key not in split_of:
+                path = f"{config.input_dir}/{kind}/batch_{number}.parquet"
+                if key not in split_of or not os.path.exists(path):
                     continue
                 split, part = split_of[key], events[table["batch_id"] == number]
                 # DIFF(upstream): a batch of 153,924 events, the last one, fails
                 batch = batches.setdefault((key, number), {
-                    "split": split, "number": number, "n_events": 0,
-                    "path": f"{config.input_dir}/{kind}/batch_{number}.parquet",
+                    "split": split, "number": number, "n_events": 0, "path": path,
                     "place": place[split].tolist()})
                 batch["n_events"] += len(part)
                 mode = "ab" if place[split][0] else "wb"
@@ -235,9 +230,15 @@ def plan(config):
                     file.write(part.tobytes())
                 n_kept = np.minimum(part["n_pulses"], config.max_pulses).sum(dtype="i8")
                 place[split] += len(part), n_kept
-    missing = split_of.keys() - {key for key, _ in batches}
-    if missing:
-        fail(f"{config.input_dir}: no batch {sorted(map(str, missing))[:8]} in the meta tables")
+                ids += [part["event_id"].copy()] * (kind == "train")
+    missing = [*split_of.keys() - {key for key, _ in batches}]
+    if missing and not (config.skip_missing and all(n_events for n_events, _ in place.values())):
+        fail(f"{config.input_dir}: {len(missing)} batches have no file or no rows in the meta "
+             f"table, as {missing[0]}; --skip_missing=True leaves them out")
+    ids = np.sort(np.concatenate(ids))
+    if (ids[1:] == ids[:-1]).any():
+        twice = ids[np.argmax(ids[1:] == ids[:-1])]
+        fail(f"{config.input_dir}: event_id {twice} is there twice; give each event its own")
     for split, (_, n_pulses) in place.items():
         with open(f"{config.data_dir}/{split}_pulses.bin", "wb") as file:
             file.truncate(n_pulses * PULSE.itemsize)
@@ -251,59 +252,52 @@ def write_batch(config, batch):
     """Write the slice of one batch -> its dict, with counts and checksums."""
     data_dir, path, split = config.data_dir, batch["path"], batch["split"]
     marker = Path(data_dir, f"unfinished/{split}_{batch['number']}.json")
-    if marker.exists():
-        old = json.loads(marker.read_text())
-        if batch.items() <= old.items():
-            return old
-    # a stopped run has changed nothing that is read here
+    if marker.exists() and batch.items() <= (old := json.loads(marker.read_text())).items():
+        return old
     first_event, place = batch["place"]
     events = np.memmap(f"{data_dir}/{split}_events.bin", EVENT, "r+",
                        first_event * EVENT.itemsize, batch["n_events"])
-    detector = data.read_geometry_csv(f"{config.input_dir}/sensor_geometry.csv")
-    crc, counts, ranges, hlc_times, is_lit = 0, [], [], [], np.zeros(len(detector[1]), bool)
+    geometry_path, end = f"{config.input_dir}/sensor_geometry.csv", place
+    position, _ = data.read_geometry_csv(geometry_path, config.origin)
     with open(f"{data_dir}/{split}_pulses.bin", "r+b") as file:
         file.seek(place * PULSE.itemsize)
-        for part, *columns in read_pulses(path, np.asarray(events), len(detector[1])):
-            pulses = pack(part, *columns, detector, config)
-            is_lit[columns[2]] = True
-            hlc_times.append(columns[0][~columns[3]][:1000])
-            for name in set(EVENT.names) - {*LABELS, *EXTRA}:
-                if np.isnan(part[name]).any():
-                    fail(f"{path}: {name} is not filled in; see add_sums")
+        for part, *columns in read_pulses(path, np.asarray(events), len(position), config):
+            pulses = pack(part, *columns, position, config)
             if not part["total_charge"].all():
-                fail(f"{path}: event {part['event_id'][part['total_charge'] == 0]} has no charge")
-            part["start"] = place + np.cumsum(part["length"], dtype="i8") - part["length"]
-            place += len(pulses)
+                fail(f"{path}: event {part['event_id'][part['total_charge'] == 0][0]} lacks charge")
+            part["start"] = end + np.cumsum(part["length"], dtype="i8") - part["length"]
+            end += len(pulses)
             file.write(pulses.tobytes())
-            crc = zlib.crc32(pulses.tobytes(), crc)
-            n_cut = (part["n_pulses"] > part["length"]).sum()
-            counts.append([len(part), len(pulses), n_cut, pulses["aux"].sum()])
-            ranges.append([[x.min(), -x.max()] for x in columns[:2]])  # time, charge
         file.flush()
         os.fsync(file.fileno())
-    middle = (detector[0][is_lit].min(0) + detector[0][is_lit].max(0)) / 2
-    if len(events) >= 100 and np.abs(middle).max() > 100:
-        fail(f"{path}: the DOMs with pulses are around {middle.round(1).tolist()} m, not 0; "
-             "subtract that in sensor_geometry.csv")
-    times = np.concatenate(hlc_times)
-    if len(events) >= 100 and not (len(times) and 5000 < np.median(times) < 30_000):
-        fail(f"{path}: {len(times)} HLC pulses, some at {times[:3].tolist()} ns, not around "
-             "10,000; shift the times of each event, or check auxiliary")
     events.flush()  # on disk before the marker
-    batch |= {"counts": np.sum(counts, axis=0).tolist(),
-              "ranges": np.min(ranges, axis=0).tolist(),
-              "crc": [zlib.crc32(events.tobytes()), crc]}
+    pulses = np.memmap(file.name, PULSE, "r", place * PULSE.itemsize, end - place)
+    if len(events) >= 100:
+        check_origin(path, pulses[:10**6], position)
+    row = (batch["number"], len(events), len(pulses), (events["length"] < events["n_pulses"]).sum(),
+           pulses["aux"].sum(), zlib.crc32(events.tobytes()), zlib.crc32(pulses.tobytes()))
+    batch["row"] = [*map(int, row)]
     utils.write_json(marker, batch)
     return batch
 
-def summarize(batches):
-    """Return what meta.json says of a split."""
-    batches = sorted(batches, key=lambda b: b["number"])
-    counts = np.sum([b["counts"] for b in batches], axis=0).tolist()
-    ranges = np.abs(np.min([b["ranges"] for b in batches], axis=0))
-    names = ["n_events", "n_pulses", "n_cut", "n_aux", "time", "charge", "batches"]
-    rows = [[b["number"], *b["counts"][:2], *b["crc"]] for b in batches]
-    return dict(zip(names, [*counts, *ranges.round(3).tolist(), rows]))
+def check_origin(path, pulses, position):
+    """Refuse coordinates and times that do not count from where a model expects it."""
+    lit, hlc = position[np.unique(pulses["dom"])], pulses["time"][~pulses["aux"]]
+    middle, size = (lit.min(0) + lit.max(0)) / 2, np.ptp(lit, axis=0).max()  # [m]
+    time = np.median(hlc) if len(hlc) else np.nan
+    if np.abs(middle).max() > 100 or size < 20 or not 5000 < time < 30_000:
+        fail(f"{path}: DOMs with pulses are around {middle.round(1).tolist()} m, within {size:.3g} "
+             f"m, {len(hlc)} HLC pulses around {time:.0f} ns; models expect 0 m and 10,000 ns: "
+             "see --origin, --shift_times, or check units and auxiliary")
+
+def verify(path, batches):
+    """Compare the files of a split with the checksums in meta.json."""
+    events, pulses = (open(f"{path}_{kind}.bin", "rb") for kind in ("events", "pulses"))
+    for number, n_events, n_pulses, _, _, *crc in batches:
+        now = [zlib.crc32(events.read(n_events * EVENT.itemsize)),
+               zlib.crc32(pulses.read(n_pulses * PULSE.itemsize))]
+        if now != crc:
+            fail(f"{path}_*.bin: batch {number} has changed; prepare into another data_dir")
 
 def main():
     config = utils.load_config(PrepareConfig, __doc__)
@@ -312,7 +306,8 @@ def main():
     meta = {"format": data.FORMAT_VERSION, "source": "kaggle", "seed": config.seed,
             "input_dir": str(input_dir.resolve()), "dtypes": data.DTYPES,
             "rule": {"keep": config.keep, "max_pulses": config.max_pulses},
-            "split_ranges": json.loads(json.dumps(config.splits))}
+            "split_ranges": json.loads(json.dumps(config.splits)),
+            "origin": config.origin, "shift_times": config.shift_times}
     lock = None if meta_path.exists() else utils.lock_folder(unfinished)
     path = meta_path if meta_path.exists() else unfinished / "settings.json"
     settings = json.loads(path.read_text()) if path.exists() else meta
@@ -321,25 +316,30 @@ def main():
             fail(f"{path}: made with {name} = {settings.get(name)}, now {value}; "
                  "choose another data_dir")
     if path != meta_path:
-        position, string = data.read_geometry_csv(input_dir / "sensor_geometry.csv")
+        position, string = data.read_geometry_csv(input_dir / "sensor_geometry.csv", config.origin)
+        geometry = np.array([*zip(position.tolist(), string)], data.GEOMETRY)
+        utils.write_atomic(data_dir / "geometry.bin", geometry.tofile)
         changed = stamp(*sorted(input_dir.glob("*_*")))  # geometry, meta tables
         if settings.get("changed") != changed:  # a new start
             settings = meta | {"changed": changed, "batches": plan(config)}
-            geometry = np.array([*zip(position.tolist(), string)], data.GEOMETRY)
-            utils.write_atomic(data_dir / "geometry.bin", geometry.tofile)
             utils.write_json(path, settings)
         jobs = [(config, b | {"changed": stamp(b["path"])}) for b in settings["batches"]]
-        finished = {split: [] for split in config.splits}
+        finished = []
         def done(batch):
-            finished[batch["split"]].append(batch)
+            finished.append(batch)
             bar.update(batch["n_events"])
         with utils.progress_bar(sum(b["n_events"] for _, b in jobs), "event") as bar:
             utils.run_in_workers(write_batch, jobs, config.workers, done)
-        splits = {split: summarize(finished[split]) for split in config.splits}
-        settings = meta | {"n_doms": len(position), "splits": splits}
+        splits = {}
+        for split in config.splits:
+            rows = sorted(batch["row"] for batch in finished if batch["split"] == split)
+            splits[split] = dict(zip(COUNTS, np.sum(rows, axis=0)[1:].tolist())) | {"batches": rows}
+        settings = meta | {"geometry_crc": zlib.crc32(geometry.tobytes()), "splits": splits}
         utils.write_json(meta_path, settings)
     for name, split in settings["splits"].items():
-        data.open_split(data_dir, name)  # checks its size
+        data.open_split(data_dir, name)  # checks size and a sample
+        if config.verify:
+            verify(f"{data_dir}/{name}", split["batches"])
         numbers = [f"{k} {v}" for k, v in split.items() if k != "batches"]
         utils.print0(f"{name}: {', '.join(numbers)}")
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import traceback
+import zlib
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -135,7 +136,9 @@ def random_events(rng, lengths, n_doms=5160):
     events["total_charge"] = rng.uniform(10, 1000, len(lengths))
     events["azimuth"] = rng.uniform(0, 6.28, len(lengths))
     events["zenith"] = rng.uniform(0, 3.14, len(lengths))
-    pulses["time"] = rng.uniform(6e3, 2e4, len(pulses))
+    event = np.repeat(np.arange(len(lengths)), lengths)
+    time = rng.uniform(6e3, 2e4, len(pulses))
+    pulses["time"] = time[np.lexsort((time, event))]
     pulses["charge"] = rng.uniform(0.1, 5, len(pulses))
     pulses["dom"] = rng.integers(0, n_doms, len(pulses))
     pulses["aux"] = rng.random(len(pulses)) < 0.5
@@ -151,17 +154,18 @@ def random_geometry(n_doms=5160):
     geometry["string"] = np.arange(n_doms) // 60
     return geometry
 
-def write_folder(path, **splits):
+def write_folder(path, n_doms=5160, **splits):
     """Write a finished data folder from (events, pulses) of each split."""
     import data
     path.mkdir(parents=True, exist_ok=True)
-    geometry, counts = random_geometry(), {}
+    geometry, counts = random_geometry(n_doms), {}
     geometry.tofile(path / "geometry.bin")
     for name, (events, pulses) in splits.items():
         events.tofile(path / f"{name}_events.bin")
         pulses.tofile(path / f"{name}_pulses.bin")
         counts[name] = {"n_events": len(events), "n_pulses": len(pulses)}
-    meta = {"format": data.FORMAT_VERSION, "dtypes": data.DTYPES, "n_doms": len(geometry),
+    meta = {"format": data.FORMAT_VERSION, "dtypes": data.DTYPES,
+            "geometry_crc": zlib.crc32(geometry.tobytes()),
             "rule": {"keep": "random", "max_pulses": 127}, "splits": counts}
     (path / "meta.json").write_text(json.dumps(meta))
     return path

@@ -70,6 +70,10 @@ def test_a_split_or_its_first_n_events(tmp_path, capsys):
     ("geometry.bin", lambda x: x[:-14], "geometry.bin: it was cut"),
     ("val_pulses.bin", lambda x: x + b"more", "val_pulses.bin: it was cut"),
     ("val_pulses.bin", lambda x: b"\xff" * len(x), "_pulses.bin is damaged"),
+    ("val_pulses.bin", lambda x: bytes(1650) + x[1650:], "_pulses.bin is damaged"),
+    ("val_pulses.bin", lambda x: x[22:33] + x[11:22] + x[:11] + x[33:], "_pulses.bin is damaged"),
+    ("val_events.bin", lambda x: x[63:] + x[-63:], "_pulses.bin is damaged"),
+    ("geometry.bin", lambda x: bytes(14) + x[14:], "geometry.bin: it was cut or replaced"),
     ("val_events.bin", lambda x: bytes(4096) + x[4096:], "_pulses.bin is damaged")])
 def test_damaged_folders_are_refused(tmp_path, capsys, name, harm, words):
     rng = np.random.default_rng(0)

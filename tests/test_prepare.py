@@ -170,7 +170,7 @@ def test_no_line_fit_where_no_line_can_be_fitted():
     dom = np.array([1, 2, 1, 2, 1, 2, 5, 5, 6, 3, 9, 4, 1, 2])
     charge = np.where(np.arange(14) < 12, 1.7, 0.0)
     position = np.array([[0, 0, 0 if dom == 4 else -17] for dom in range(10)])
-    prepare.pack(events, t, charge, dom, ~hlc, (position, None), prepare.PrepareConfig())
+    prepare.pack(events, t, charge, dom, ~hlc, position, prepare.PrepareConfig())
     assert events["line_fit"].tolist() == [[0, 0, 0]] * 4 + [[0, 0, -1], [0, 0, 0]]
 
 @pytest.mark.parametrize("header, rows, expected", [
@@ -189,12 +189,11 @@ def test_the_draw_is_fair_and_depends_on_the_event_alone():
     events["event_id"], events["n_pulses"] = np.arange(n), 50
     t, charge, dom = np.tile(np.arange(50), n), np.ones(50 * n), np.zeros(50 * n, int)
     aux = np.tile(np.arange(50) >= 10, n)  # ten HLC pulses stay, ten of forty others
-    detector = GEOMETRY, None
-    pulses = prepare.pack(events, t, charge, dom, aux, detector, config)
+    pulses = prepare.pack(events, t, charge, dom, aux, GEOMETRY, config)
     share = np.bincount(pulses["time"].astype(int), minlength=50) / n
     assert (share[:10] == 1).all() and np.abs(share[10:] - 0.25).max() < 0.05  # 5 sigma
     first = t[:50], charge[:50], dom[:50], aux[:50]
-    again = prepare.pack(events[100:101], *first, detector, config)
+    again = prepare.pack(events[100:101], *first, GEOMETRY, config)
     assert np.array_equal(again, pulses[2000:2020])
 
 def test_the_test_set_has_no_labels(straight):
@@ -208,7 +207,8 @@ def test_the_table_and_meta_json(straight):
     n_cut = (split.events["n_pulses"] > 127).sum()
     assert f"val: n_events 33, n_pulses {len(split.pulses)}, n_cut {n_cut}," in done.stdout
     crc = [zlib.crc32(array.tobytes()) for array in (split.events, split.pulses)]
-    assert meta["splits"]["val"]["batches"] == [[3, 33, len(split.pulses), *crc]]
+    row = [3, 33, len(split.pulses), n_cut, split.pulses["aux"].sum(), *crc]
+    assert meta["splits"]["val"]["batches"] == [row]
 
 def test_every_way_of_writing_the_parquet_files_gives_the_same(tmp_path):
     events = make_events(np.random.default_rng(2), 60)
@@ -226,11 +226,10 @@ def test_every_way_of_writing_the_parquet_files_gives_the_same(tmp_path):
     folder = write_kaggle(tmp_path / "raw", dict.fromkeys(numbers, events))
     for number, (table, options) in zip(numbers, files):
         pq.write_table(table, folder / f"train/batch_{number}.parquet", **options)
-    run_ok("prepare.py", f"--input_dir={folder}", f"--data_dir={tmp_path}/data",
-           f"--splits={({f'split_{number}': (number, number) for number in numbers})}")
-    found = contents(tmp_path / "data")
-    for kind in ("events", "pulses"):
-        assert len({found[f"split_{number}_{kind}.bin"] for number in numbers}) == 1
+        run_ok("prepare.py", f"--input_dir={folder}", f"--data_dir={tmp_path}/{number}",
+               f"--splits={({'a': (number, number)})}")
+    for name in ("a_events.bin", "a_pulses.bin"):
+        assert len({(tmp_path / f"{number}/{name}").read_bytes() for number in numbers}) == 1
 
 @pytest.mark.parametrize("chunk", [97, 1000])
 def test_events_are_whole_however_the_files_are_cut(raw, straight, tmp_path, monkeypatch, chunk):
@@ -247,7 +246,9 @@ def test_the_bytes_do_not_depend_on_the_workers(raw, straight, tmp_path):
 
 @pytest.mark.parametrize("stop, status", [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
 def test_stopped_and_resumed_is_as_never_stopped(tmp_path, stop, status):
-    batches = dict.fromkeys(range(1, 41), make_events(np.random.default_rng(4), 150))
+    events = make_events(np.random.default_rng(4), 150)
+    batches = {number: [event | {"event_id": event["event_id"] * 41 + number} for event in events]
+               for number in range(1, 41)}
     source, target = write_kaggle(tmp_path / "raw", batches), tmp_path / "data"
     flags = [f"--input_dir={source}", "--splits={'all': (1, 40)}", "--workers=2"]
     process = start("prepare.py", *flags, f"--data_dir={target}")
@@ -309,19 +310,21 @@ def spoil(path, column, row, value):
 @pytest.mark.parametrize("file, column, row, value, words", [
     (B, "", 5000, 0, f"{B}: file cannot be read"), (M, "", 3000, 0, f"{M}: file cannot be read"),
     (B, "sensor_id", 3, 0.5, f"{B}: sensor_id cannot be read after row 0: Cannot cast"),
-    (B, "sensor_id", 1234, 5160, "row 1234: sensor_id is 5160, not 0 to 5159"),
-    (B, "charge", 2001, np.float16("inf"), "row 2001: charge is inf"),
-    (B, "time", 4, -7, f"{B}: row 4: time is -7"), (B, "auxiliary", 4, None, "no value"),
+    (B, "sensor_id", 1234, 5160, "sensor_id 5160 is not 0 to 5159"),
+    (B, "charge", 2001, np.float16("inf"), "charge inf is not 0 to 1"), (B, "", 0, 0, "no file"),
+    (B, "time", 4, -7, "time -7.0 is not 0"), (B, "time", 4, 2**25, "time 33554432.0 is not 0 to"),
+    (B, "charge", 4, 1e30, "1e+30 is not 0 to"), (B, "auxiliary", 4, None, "auxiliary cannot be"),
     (B, "event_id", 300, 777, "event_id is not the meta table's"),
     (M, "last_pulse_index", FIRST - 1, 2**20, "has not the 1048577 rows"),
     (M, "first_pulse_index", FIRST + 5, 3, f"{M}: row {FIRST + 5}: pulses must follow"),
-    (M, "zenith", FIRST + 1, 91.0, "zenith must be in radians"), (B, "", 0, 0, "No such file"),
-    (M, "azimuth", FIRST + 1, np.nan, f"row {FIRST + 1}: azimuth must be in radians"),
+    (M, "zenith", FIRST + 1, 91.0, "zenith must be in radians"), (M, "", 0, 0, "No such file"),
+    (M, "azimuth", FIRST + 1, np.inf, f"row {FIRST + 1}: azimuth must be in radians"),
     (M, "energy", FIRST + 2, 0.0, "above 0 GeV"), (M, "event_class", FIRST + 2, 258, "0, 1 or 2"),
+    (M, "energy", FIRST + 2, 1e40, "above 0 GeV"),
     (M, "batch_id", FIRST + 8, 1, f"row {FIRST + 8}: sort the table by batch_id"),
     ("", "", 0, "{'a': (1, 3), 'b': (3, 3)}", "each batch once"),
     ("", "", 0, "{'a': (3, 1)}", "(first, last)"), ("", "", 0, "{'a': 'tset'}", "(first, last)"),
-    ("", "", 0, "{'a': (2, 6)}", "no batch ['5', '6'] in the meta tables")])
+    ("", "", 0, "{'a': (2, 6)}", "2 batches have no file or no rows in the meta table")])
 def test_hostile_input_is_one_clear_line(raw, tmp_path, file, column, row, value, words):
     source = shutil.copytree(raw[0], tmp_path / "raw")
     splits = SPLITS if file else f"--splits={value}"
@@ -331,22 +334,55 @@ def test_hostile_input_is_one_clear_line(raw, tmp_path, file, column, row, value
     assert words in user_error("prepare.py", *flags, how=run if column == "time" else call)
     assert not (tmp_path / "data/meta.json").exists()
 
-@pytest.mark.parametrize("z_shift, time_shift, aux, words", [
-    (-1948.0, 0, False, "not 0; subtract that"), (0.0, -9000, False, "not around 10,000"),
-    (0.0, 0, True, ": 0 HLC pulses")])
-def test_wrong_origins_and_no_hlc_pulse_are_refused(demo_data, tmp_path, z_shift, time_shift,
-                                                    aux, words):
+@pytest.mark.parametrize("z, time, aux, words, option", [
+    (-1948, 0, False, ", -19", "--origin=0,0,-1948"),
+    (0, 90_000, False, "around 100", "--shift_times=True"),
+    (0, 10**9, False, "not 0 to 16777216", "--shift_times=True"),
+    (0, 0, True, "m, 0 HLC pulses around nan ns", "")])
+def test_wrong_origins_and_no_hlc_pulse_are_refused(demo_data, tmp_path, z, time, aux, words,
+                                                    option):
     source = shutil.copytree(demo_data.parent / "raw", tmp_path / "raw")
     position, string = data.read_geometry_csv(source / "sensor_geometry.csv")
-    rows = [f"{i},{x},{y},{z + z_shift},{s}"
-            for i, ((x, y, z), s) in enumerate(zip(position.tolist(), string.tolist()))]
-    (source / "sensor_geometry.csv").write_text("\n".join(["sensor_id,x,y,z,string", *rows]))
-    path = source / "train/batch_1.parquet"
-    table = pq.read_table(path)
-    columns = {name: table[name].to_numpy() for name in table.column_names}
-    columns["time"] = np.maximum(columns["time"] + time_shift, 0)
-    columns["auxiliary"] = columns["auxiliary"] | aux
-    pq.write_table(pa.table(columns), path)
-    line = user_error("prepare.py", f"--input_dir={source}", f"--data_dir={tmp_path}/d",
-                      "--splits={'a': (1, 1)}")
-    assert words in line
+    write_geometry(source, position + [0, 0, z])
+    table = pq.read_table(source / "train/batch_1.parquet").to_pydict()
+    columns = {name: np.array(values) for name, values in table.items()}
+    columns["time"] = columns["time"] + time
+    columns["auxiliary"] |= aux
+    pq.write_table(pa.table(columns), source / "train/batch_1.parquet")
+    flags = [f"--input_dir={source}", "--splits={'a': (1, 1)}"]
+    assert words in user_error("prepare.py", *flags, f"--data_dir={tmp_path}/d")
+    if option:
+        run_ok("prepare.py", *flags, f"--data_dir={tmp_path}/e", option)
+        split, before = data.open_split(tmp_path / "e", "a"), data.open_split(demo_data, "pretrain")
+        for event in split.events:
+            pulses, old = (x.pulses[event["start"]:][:event["length"]] for x in (split, before))
+            apart = pulses["time"] - old["time"]
+            hlc = pulses["time"][~pulses["aux"]]
+            assert np.ptp(apart) == 0 and np.array_equal(pulses["dom"], old["dom"])
+            if time and event["n_pulses"] == event["length"] and len(hlc):
+                assert hlc[0] == 10_000 or pulses["time"][0] == 0
+        assert np.allclose(split.events["center"], before.events["center"][:150], atol=1e-3)
+
+def test_unknown_truth_missing_batches_and_checksums(raw, tmp_path):
+    source, target = shutil.copytree(raw[0], tmp_path / "raw"), tmp_path / "data"
+    for row, column in enumerate(("azimuth", "zenith", "energy")):
+        spoil(source / M, column, row, None)
+    event_id = pq.read_table(source / M)["event_id"].to_pylist()
+    flags = [f"--input_dir={source}", f"--data_dir={target}", "--verify=True"]
+    (source / B).unlink()
+    flags.append("--splits={'pretrain': [(1, 2), (4, 9)], 'val': [(3, 3)]}")
+    assert "6 batches have no file or no rows" in user_error("prepare.py", *flags)
+    spoil(source / M, "event_id", -1, event_id[3])
+    line = user_error("prepare.py", *flags, "--skip_missing=True")
+    assert f"event_id {event_id[3]} is there twice" in line
+    spoil(source / M, "event_id", -1, event_id[-1])
+    run_ok("prepare.py", *flags, "--skip_missing=True")
+    events = data.open_split(target, "pretrain").events
+    assert len(events) == N_EVENTS[1] + N_EVENTS[4]
+    assert [np.isnan(events[name]).nonzero()[0].tolist()
+            for name in ("azimuth", "zenith", "energy")] == [[0], [1], [2]]
+    content = bytearray((target / "val_events.bin").read_bytes())
+    content[-5] ^= 1  # the last energy
+    (target / "val_events.bin").write_bytes(content)
+    line = user_error("prepare.py", *flags, "--skip_missing=True")
+    assert "val_*.bin: batch 3 has changed" in line
