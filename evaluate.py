@@ -61,9 +61,8 @@ def predict(model, split, config, autocast, wants_cls=False):
 
     def load(start):
         mine = start + data.shard(min(config.batch_size, n_events - start))
-        if len(mine) == 0:
-            return []  # more ranks than events
-        return data.micro_batches(*data.read_events(split, mine), config.micro_batch_size, labels)
+        return [] if len(mine) == 0 else data.micro_batches(
+            *data.read_events(split, mine), config.micro_batch_size, labels)
 
     for start, batches in zip(starts, data.prefetch(load, starts, device)):
         parts = []
@@ -135,14 +134,14 @@ def roc_area(number, is_positive):
         return np.nan
     _, place, count = np.unique(number, return_inverse=True, return_counts=True)
     rank = (np.cumsum(count) - (count - 1) / 2)[place]  # from 1; ties share the mean of their ranks
-    n_won = rank[is_positive].sum() - n_positive * (n_positive + 1) / 2
-    return n_won / (n_positive * (n - n_positive))
+    mean = rank[is_positive].mean()  # of the positive events, (n_positive + 1) / 2 or more
+    return (mean - (n_positive + 1) / 2) / (n - n_positive)
 
 def bins_of(events):
     """Return (name, mask) for each row of the table."""
     kind, n, zenith = events["event_class"], events["n_pulses"], np.degrees(events["zenith"])
     bins = [("track", kind, 1, 2), ("cascade", kind, 2, 3)]
-    for k in range(8):
+    for k in range(-9, 20):  # all there are: rows of few events are left out
         bins.append((f"1e{k} to 1e{k + 1} GeV", events["energy"], 10.0**k, 10.0 ** (k + 1)))
     for low, high in ((1, 32), (32, 64), (64, 128), (128, 256), (256, 1024), (1024, np.inf)):
         bins.append((f"{low} to {high - 1} pulses", n, low, high))
@@ -191,8 +190,7 @@ def prediction_table(events, x, config, run):
         azimuth[azimuth >= 2 * np.pi] = 0.0  # a tiny negative angle plus 2 pi rounds up
         columns |= {"azimuth": azimuth, "zenith": np.arccos(np.clip(direction[:, 2], -1, 1))}
         extra = dict(zip("xyz", direction.T))
-        if "vmf" in run.direction_loss:
-            extra["kappa"] = kappa
+        extra |= {"kappa": kappa} if "vmf" in run.direction_loss else {}
     elif run.task == "energy":
         columns["energy"] = 10.0 ** (x[:, 0] + 4)  # [GeV]
     else:
@@ -204,9 +202,9 @@ def prediction_table(events, x, config, run):
     return pa.table(columns)
 
 def write_table(path, table):
-    write = {".csv": pyarrow.csv.write_csv, ".parquet": pq.write_table}[Path(path).suffix]
+    write = pyarrow.csv.write_csv if path.endswith(".csv") else pq.write_table
     utils.write_atomic(path, lambda part: write(table, part))
-    utils.print0(f"written {path}")
+    print(f"written {path}")
 
 def evaluate_checkpoint(config, device, autocast):
     """Score a checkpoint, write the files that are asked for."""
@@ -215,6 +213,8 @@ def evaluate_checkpoint(config, device, autocast):
     split = data.open_split(run.data_dir, run.val_split, config.n_events)
     if task is None and (config.predictions or not config.embeddings):
         utils.fail(f"{config.checkpoint}: a pretrained model can only write --embeddings")
+    if config.predictions and config.predictions == config.embeddings:
+        utils.fail(f"predictions and embeddings are both {config.predictions!r}")
     run.batch_size = config.batch_size
     run.micro_batch_size = config.micro_batch_size or data.fitting_micro_batch_size(
         run, device, checkpoint["data"])

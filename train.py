@@ -152,7 +152,8 @@ def main():
     val_data = data.open_split(config.data_dir, config.val_split, config.val_events)
     n_train = len(train_data.events)
     if config.train_split == config.val_split:
-        utils.print0(f"warning: train_split and val_split are both {config.val_split!r}")
+        utils.fail(f"train_split and val_split are both {config.val_split!r}; "
+                   f"event {val_data.events['event_id'][0]} would be in both")
     data_id = {"fingerprint": meta["fingerprint"], "n_train": n_train, "rule": meta["rule"]}
 
     def load_step(step):
@@ -239,8 +240,11 @@ def main():
             text = " ".join(f"{name} {x:.4g}" for name, x in row.items())
             utils.print0(f"eval {step}/{config.max_steps} | {text}")
             if not math.isfinite(row["val_loss"]):
-                utils.fail(f"step {step}: val_loss is not finite; ckpt.pt is from before; try "
-                           "a smaller learning_rate, or look at the val events", status=3)
+                if step == start_step:  # no step can have caused it
+                    utils.fail(f"val_loss is not finite before the first step: look for NaN in "
+                               f"{val_data.path}_*.bin {path and f'or {path}'}")
+                utils.fail(f"step {step}: val_loss is not finite; ckpt.pt is from before; "
+                           "try a smaller learning_rate", status=3)
             if row["val_loss"] < best_val_loss:
                 best_val_loss = row["val_loss"]
                 save("best.pt", step)

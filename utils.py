@@ -13,8 +13,8 @@ import re
 import signal
 import sys
 import threading
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+import weakref
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -23,18 +23,18 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from tqdm import tqdm
 
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 CHECKPOINT_FORMAT = 3
-FRACTIONS = ("beta1", "beta2", "mask_prob")  # options between 0 and 1
 Device = Literal["auto", "cuda", "mps", "cpu"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 tqdm.set_lock(threading.RLock())  # the default leaks a semaphore if a worker fails
+locks = weakref.WeakSet()  # files that lock_folder holds
 groups = []  # holds a reference: if DDP frees the group last, teardown deadlocks on the GIL
 
 def fail(message: str, status: int = 1):
     """Print one line to stderr and end the program."""
-    rank = f"rank {RANK}: " if WORLD_SIZE > 1 else ""
-    tqdm.write(f"error: {rank}{message}", file=sys.stderr)
+    tqdm.write(f"error: {f'rank {RANK}: ' * (WORLD_SIZE > 1)}{message}", file=sys.stderr)
     raise SystemExit(status)
 
 def print0(text: str):
@@ -48,7 +48,7 @@ def run_main(main):
         status = main()
     except KeyboardInterrupt:
         print0("\nstopped; the same command resumes")
-        raise SystemExit(130) from None
+        os._exit(130)  # at once: python's queue thread would complain
     except OSError as error:
         fail(str(error))
     except (MemoryError, RuntimeError) as error:  # torch's is a RuntimeError
@@ -78,13 +78,9 @@ def load_config(cls, doc: str = "", args: list | None = None):
             if not arg.startswith("-"):
                 assignments = {}
                 exec(Path(arg).read_text(encoding="utf-8"), {}, assignments)
-                if files and all((defaults | values).get(k) == v for k, v in assignments.items()):
-                    print0(f"note: {arg} changes nothing here")
                 files.append(Path(arg).stem)
             elif types.get(key) in (int, float, bool, dict):
                 assignments = {key: ast.literal_eval(text)}
-        except FileNotFoundError:
-            fail(f"{arg}: no such config file; config/ is your copy of sample_config/")
         except Exception as error:  # whatever the user's expressions raise
             fail(f"{arg}: {type(error).__name__}: {error}")
         for key, value in assignments.items():
@@ -115,7 +111,7 @@ def to_type(key, value, kind, where):
         fail(f"{where}: {key} = {value!r} is not of type {kind.__name__}")
     if kind in (int, float) and not 0 <= value < math.inf:
         fail(f"{where}: {key} = {value!r} must be 0 or more, and finite")
-    if key in FRACTIONS and not 0 < value < 1:
+    if key in ("beta1", "beta2", "mask_prob") and not 0 < value < 1:
         fail(f"{where}: {key} = {value!r} must be between 0 and 1")
     return value
 
@@ -136,7 +132,11 @@ def write_atomic(path, write):
     """Call write(temporary path) on rank 0, then rename: a file is the old one or whole."""
     if RANK > 0:
         return
-    part = Path(f"{path}.part")
+    for lock in locks:
+        inode = os.stat(lock.name).st_ino if os.path.exists(lock.name) else 0
+        if inode != os.fstat(lock.fileno()).st_ino:
+            fail(f"{lock.name}: removed while this run used it; another may write there now")
+    part = Path(f"{path}.{os.getpid()}.part")
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
         write(part)
@@ -156,6 +156,7 @@ def lock_folder(folder):
         return None
     os.makedirs(folder, exist_ok=True)
     file = open(f"{folder}/.lock", "w")
+    locks.add(file)
     try:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -163,6 +164,8 @@ def lock_folder(folder):
         fail(f"{folder}: another run uses it; wait for its end, or choose another folder")
     except (ImportError, OSError):
         pass  # Windows and some network disks have no locks
+    for part in Path(folder).glob("*.part"):
+        part.unlink()  # of a killed run
     return file
 
 def progress_bar(total, unit, initial=0):
@@ -189,7 +192,7 @@ def run_in_workers(function, jobs, workers, done):
         pool.shutdown(wait=False, cancel_futures=True)
         for worker in multiprocessing.active_children():
             worker.terminate()
-        if isinstance(error, BrokenProcessPool):
+        if isinstance(error, BrokenExecutor):
             fail("a worker was killed, perhaps out of memory; resume with fewer --workers")
         raise
     pool.shutdown()
@@ -205,8 +208,8 @@ def init_distributed(config):
     import torch
     name, dtype = config.device, config.dtype
     if name == "auto":
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else name
+        name = "cuda" if torch.cuda.is_available() else \
+            "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda":
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if local_rank >= torch.cuda.device_count():
@@ -260,8 +263,7 @@ def load_checkpoint(path) -> dict:
 
 def match_options(config, checkpoint, model_class, data_id, path, resume):
     """Take the model's options from a checkpoint; a resumed run must find the same data."""
-    model_options = {field.name for field in dataclasses.fields(model_class)}
-    model_options |= {"task", "head_hidden_size", "optimizer"} if resume else set()
+    model_options = {*vars(model_class()), *["task", "head_hidden_size", "optimizer"] * resume}
     for name, value in (vars(model_class()) | checkpoint["config"]).items():
         now = getattr(config, name, value)
         if now != value and name in model_options:
@@ -277,16 +279,14 @@ def match_options(config, checkpoint, model_class, data_id, path, resume):
 
 def start_log(config, start_step):
     """Write config.json, keep the rows of log.csv before start_step -> log(row), to add one."""
-    text = json.dumps(dataclasses.asdict(config), indent=1)
-    write_atomic(f"{config.out_dir}/config.json", lambda part: part.write_text(text))
+    write_json(f"{config.out_dir}/config.json", dataclasses.asdict(config))
     path, rows, wandb_run = Path(config.out_dir) / "log.csv", [], None
     if start_step and path.exists():
         rows = [row for row in csv.DictReader(path.open()) if int(row["step"]) < start_step]
     if config.wandb_project and RANK == 0:
         import wandb
-        run_id = re.sub(r"\W", "-", os.path.abspath(config.out_dir))
-        wandb_run = wandb.init(project=config.wandb_project, name=config.out_dir, id=run_id,
-                               resume="allow", config=dataclasses.asdict(config))
+        wandb_run = wandb.init(project=config.wandb_project, group=config.out_dir,
+                               config=dataclasses.asdict(config))
 
     def log(row):
         rows.append({name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()})

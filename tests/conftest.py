@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,13 +102,20 @@ def wait_until(condition, process, seconds=60):
 def demo_data(tmp_path_factory):
     """A data folder that went the whole way: simulated, written as parquet, prepared.
 
-    300 events in pretrain, 150 in finetune, 103 in val, 40 in test.
+    300 events in pretrain, 150 in finetune, 103 in val, 40 in test; copies of the first two, to
+    learn by heart.
     """
     folder = tmp_path_factory.mktemp("demo")
     run_ok("simulate.py", f"--out_dir={folder}/raw", "--n_events=553", "--events_per_batch=150",
            "--n_test_events=40", "--workers=1")
     run_ok("prepare.py", f"--input_dir={folder}/raw", f"--data_dir={folder}/demo", "--workers=1",
            "--splits={'pretrain': (1, 2), 'finetune': (3, 3), 'val': (4, 4), 'test': 'test'}")
+    meta = json.loads((folder / "demo/meta.json").read_text())
+    for name, copy in (("pretrain", "copy"), ("finetune", "tuned_copy")):
+        meta["splits"][copy] = meta["splits"][name]
+        for kind in ("events.bin", "pulses.bin"):
+            shutil.copy(folder / f"demo/{name}_{kind}", folder / f"demo/{copy}_{kind}")
+    (folder / "demo/meta.json").write_text(json.dumps(meta))
     return folder / "demo"
 
 @pytest.fixture(scope="session")

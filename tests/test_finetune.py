@@ -64,7 +64,7 @@ def test_a_frozen_encoder_stays_and_the_head_moves(demo_data, pretrained, tmp_pa
     moments = utils.load_checkpoint(tmp_path / "ckpt.pt")["optimizer"][0]["state"]
     assert len(moments) == 4 and all(x["exp_avg_sq"].any() for x in moments.values())
 
-BY_HEART = ["--batch_size=50", "--micro_batch_size=50", "--val_split=finetune", "--val_events=0",
+BY_HEART = ["--batch_size=50", "--micro_batch_size=50", "--val_split=tuned_copy", "--val_events=0",
             "--eval_interval=30", "--log_interval=30", "--save_interval=60", "--max_steps=60",
             "--learning_rate=1e-2"]
 
@@ -130,14 +130,14 @@ def test_energy(demo_data, pretrained, tmp_path):
     score(tmp_path, f"--predictions={tmp_path}/p.csv")
     energy = read_csv(tmp_path / "p.csv")["energy"]
     truth = data.open_split(demo_data, "finetune").events["energy"]
-    error, row = np.log10(energy) - np.log10(truth), rows_of(tmp_path, "finetune")["all"]
+    error, row = np.log10(energy) - np.log10(truth), rows_of(tmp_path, "tuned_copy")["all"]
     assert row["resolution"] == pytest.approx(error.std(), rel=1e-3)
     assert row["bias"] == pytest.approx(error.mean(), abs=1e-4)
 
 def test_class(demo_data, pretrained, tmp_path):
     tune(demo_data, tmp_path, pretrained, "--task=class", *BY_HEART)
     score(tmp_path, f"--predictions={tmp_path}/p.csv")
-    p_track, rows = read_csv(tmp_path / "p.csv")["p_track"], rows_of(tmp_path, "finetune")
+    p_track, rows = read_csv(tmp_path / "p.csv")["p_track"], rows_of(tmp_path, "tuned_copy")
     is_track = data.open_split(demo_data, "finetune").events["event_class"] == 1
     accuracy, area = np.mean((p_track > 0.5) == is_track), area_of_pairs(p_track, is_track)
     assert rows["all"]["accuracy"] == pytest.approx(accuracy) and accuracy > 0.65
@@ -251,11 +251,8 @@ def test_another_rule_is_a_warning_that_names_both(demo_data, pretrained, finetu
 def test_what_knows_doms_by_position_works_in_another_detector(tmp_path):
     """300 DOMs instead of 5160; neither a table nor a linear head can follow."""
     events = random_events(np.random.default_rng(0), np.full(60, 20), n_doms=300)
-    for name in ("big", "small"):
-        write_folder(tmp_path / name, pretrain=events, finetune=events, val=events)
-    meta = json.loads((tmp_path / "small/meta.json").read_text()) | {"n_doms": 300}
-    utils.write_json(tmp_path / "small/meta.json", meta)
-    random_geometry(300).tofile(tmp_path / "small/geometry.bin")
+    for name, n_doms in (("big", 5160), ("small", 300)):
+        write_folder(tmp_path / name, n_doms, pretrain=events, finetune=events, val=events)
     def begin(name, script, option, do):
         return do(script, f"--data_dir={tmp_path}/small", f"--out_dir={tmp_path}/{script}_{name}",
                   f"--{option}={tmp_path}/{name}/ckpt.pt", *WITHOUT_MODEL)
@@ -279,9 +276,11 @@ def test_user_errors(demo_data, pretrained, finetuned, tmp_path):
         assert words in tune(demo_data, tmp_path / "run", *args, do=user_error), args
     for folder, option, words in (
             (finetuned, f"--predictions={finetuned}/best.pt/x.csv", "Not a directory"),
+            (finetuned, ["--predictions=x.csv", "--embeddings=x.csv"], "are both 'x.csv'"),
             (finetuned, "--data_dir=data/nowhere", "data/nowhere/meta.json: no such file"),
             (pretrained, "--n_events=1", "a pretrained model can only write --embeddings")):
-        assert words in score(folder, option, do=user_error), option
+        options = [option] if isinstance(option, str) else option
+        assert words in score(folder, *options, do=user_error), option
 
 def test_a_run_resumes_with_its_own_task_only(demo_data, pretrained, finetuned, tmp_path):
     shutil.copytree(finetuned, tmp_path / "run")

@@ -6,22 +6,19 @@ import signal
 
 import pytest
 import torch
-from torch.optim import lr_scheduler
 
 import utils
 from conftest import ROOT, start
-from model import ModelConfig, check_model
+from model import Encoder, ModelConfig
 from optim import get_lr
 from train import TrainConfig
 
-def config_class(script):
-    module = importlib.import_module(script.replace("/", "."))
-    return next(x for name, x in vars(module).items()
-                if name.endswith("Config") and x.__module__ == module.__name__)
-
-CONFIGS = {script: config_class(script) for script in (
-    "simulate", "prepare", "train", "finetune", "evaluate", "tools/bench", "tools/export",
-    "tools/graphnet", "tools/import_published", "tools/plot", "tools/prometheus", "tools/sweep")}
+SCRIPTS = ("simulate", "prepare", "train", "finetune", "evaluate", "tools.bench", "tools.export",
+           "tools.graphnet", "tools.import_published", "tools.plot", "tools.prometheus",
+           "tools.sweep")
+CONFIGS = {script: x for script in SCRIPTS
+           for name, x in vars(importlib.import_module(script)).items()
+           if name.endswith("Config") and x.__module__ == script}
 SAMPLES = ROOT / "sample_config"
 
 def load(cls, *args):
@@ -30,17 +27,15 @@ def load(cls, *args):
 # ---- config -------------------------------------------------------------------------------------
 
 def test_files_and_options_apply_left_to_right(tmp_path, capsys):
-    a, b, c = (tmp_path / f"{name}.py" for name in "abc")
+    a, b = (tmp_path / f"{name}.py" for name in "ab")
     a.write_text("# one\nmax_steps = 5 * 100\nbatch_size = 64\nlearning_rate = 1\n")
     b.write_text("batch_size = 32\n")
-    c.write_text("max_steps = 7\nlearning_rate = 1.0\n")
-    config = load(TrainConfig, a, "--max_steps=7", b, "--batch_size=1.6e1", c)
+    config = load(TrainConfig, a, "--max_steps=7", b, "--batch_size=1.6e1")
     values = config.max_steps, config.batch_size, config.learning_rate, config.out_dir
-    assert repr(values) == "(7, 16, 1.0, 'out/a+b+c')"
+    assert repr(values) == "(7, 16, 1.0, 'out/a+b')"
     assert config.given == {"max_steps", "batch_size", "learning_rate"}
     output = capsys.readouterr().out
     assert "option max_steps = 7\n" in output and "option seed" not in output
-    assert f"note: {c} changes nothing here" in output and output.count("note:") == 1
 
 @pytest.mark.parametrize("argument, words", [
     ("--batchsize=3", "did you mean batch_size"), ("--zzz=3", "no option zzz"),
@@ -48,23 +43,25 @@ def test_files_and_options_apply_left_to_right(tmp_path, capsys):
     ("--batch_size=abc", "ValueError"), ("--learning_rate=1e999", "finite"),
     ("--mask_prob=1.5", "between 0 and 1"), ("--schedule=cosin", "choose one"),
     ("x = y = 3 +", "SyntaxError"), ("seed = '3'", "not of type int"),
-    ("--max_steps", "--key=value"), ("nothing.py", "no such config file"),
-    ("--num_heads=7", "multiple of num_heads"), ("--cls_target=size", "join some")])
+    ("--max_steps", "--key=value"), ("nothing.py", "nothing.py: FileNotFoundError"),
+    ("--num_heads=7", "multiple of num_heads"), ("--cls_target=charge+size", "join some"),
+    ("--dom_embed_dim=256", "larger than"), ("backbone = 'mamba'\nqk_norm = True", "are for"),
+    ("backbone = 'gru'\nembedding_dim = 264", "multiple of 4 num_heads")])
 def test_bad_configs_end_in_one_line(tmp_path, capsys, argument, words):
     if " " in argument:  # the text of a config file
         (tmp_path / "bad.py").write_text(argument)
         argument = tmp_path / "bad.py"
     with pytest.raises(SystemExit):
-        check_model(load(TrainConfig, argument))
+        Encoder(load(TrainConfig, argument), None)
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
 
 @pytest.mark.parametrize("script, cls", CONFIGS.items())
 def test_help_explains_every_option_and_each_is_read(script, cls):
-    files, text = {script, "utils", "tools/kaggle_layout"}, utils.help_text(cls, "")
+    files, text = {script, "utils", "tools.kaggle_layout"}, utils.help_text(cls, "")
     if issubclass(cls, ModelConfig):
         files |= {"model", "recurrent", "optim", "data", "evaluate"}
-    source = "".join((ROOT / f"{name}.py").read_text() for name in files)
+    source = "".join((ROOT / f"{name.replace('.', '/')}.py").read_text() for name in files)
     for name in cls.__dataclass_fields__:
         assert re.search(rf"--{name}=[^<\s].* +\S", text), f"{name}: no comment or default"
         if not name.startswith("lambda_"):  # total_loss reads those of cls_target
@@ -89,26 +86,17 @@ def test_a_sample_config_spells_out_the_defaults(name, script, capsys):
     config = load(CONFIGS[script], SAMPLES / f"{name}.py")
     defaults = vars(CONFIGS[script]())
     assert {x for x in defaults if getattr(config, x) != defaults[x]} <= {"out_dir", "compile"}
-    assert "changes nothing" not in capsys.readouterr().out  # it is the first file
 
-@pytest.mark.parametrize("schedule, milestone", [("trapezoidal", 80), ("cosine", 10)])
-def test_learning_rate_agrees_with_torch(schedule, milestone):
-    config = TrainConfig(schedule=schedule, max_steps=100, warmup_steps=10, cooldown_steps=20)
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
-    rise = lr_scheduler.LinearLR(optimizer, 0.1, total_iters=9)
-    late = lr_scheduler.CosineAnnealingLR(optimizer, T_max=90)
-    if schedule == "trapezoidal":
-        late = lr_scheduler.LinearLR(optimizer, 1.0, 1e-12, total_iters=20)
-    scheduler = lr_scheduler.SequentialLR(optimizer, [rise, late], [milestone])
-    for step in range(100):
-        lr = optimizer.param_groups[0]["lr"]
-        assert get_lr(step, config) == pytest.approx(lr, abs=1e-11)
-        optimizer.step()
-        scheduler.step()
-
-def test_warmup_follows_beta2():
-    config = TrainConfig(beta2=0.95, learning_rate=1.0)  # 20 steps
-    assert [get_lr(step, config) for step in (9, 19, 20)] == pytest.approx([0.5, 1, 1])
+@pytest.mark.parametrize("schedule, lrs", [
+    ("trapezoidal", {0: 0.1, 4: 0.5, 9: 1, 80: 1, 90: 0.5, 99: 0.05}),
+    ("cosine", {0: 0.1, 4: 0.5, 9: 1, 10: 1, 40: 0.75, 55: 0.5, 70: 0.25, 100: 0}),
+    ("constant", {0: 0.1, 4: 0.5, 9: 1, 99: 1})])
+def test_learning_rate_warms_up_and_follows_the_schedule(schedule, lrs):
+    config = TrainConfig(schedule=schedule, learning_rate=1.0, max_steps=100, warmup_steps=10,
+                         cooldown_steps=20)
+    assert {step: get_lr(step, config) for step in lrs} == pytest.approx(lrs)
+    config.warmup_steps, config.beta2 = 0, 0.95  # 20 steps
+    assert get_lr(9, config) == pytest.approx(0.5)
 
 # ---- checkpoints, log, precision ----------------------------------------------------------------
 
@@ -157,14 +145,11 @@ def test_a_script_ends_in_one_line(main, words, capsys):
 def test_what_ends_a_worker_ends_the_call(capfd):
     with pytest.raises(ValueError, match="no number"):
         utils.run_in_workers(int, [("no number",)] * 9, 2, print)
-    for function, job, words in ((utils.fail, "this", "error: this"),
-                                 (signal.raise_signal, signal.SIGKILL, "a worker was killed")):
-        with pytest.raises(SystemExit):
-            utils.run_in_workers(function, [(job,)], 1, print)
-        assert words in capfd.readouterr().err
+    with pytest.raises(SystemExit):
+        utils.run_in_workers(signal.raise_signal, [(signal.SIGKILL,)], 1, print)
+    assert "a worker was killed" in capfd.readouterr().err
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_ctrl_c_or_kill_ends_workers_too(tmp_path, number, status):
+def test_ctrl_c_ends_busy_workers(tmp_path):
     script = tmp_path / "sleep.py"
     script.write_text(
         "import os, time, utils\n"
@@ -174,7 +159,6 @@ def test_ctrl_c_or_kill_ends_workers_too(tmp_path, number, status):
     process = start(script, env={**os.environ, "PYTHONPATH": str(ROOT)})
     for _ in range(2):  # until both workers are at work
         assert process.stdout.readline() == "at work\n"
-    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=20)  # until no worker holds the pipe any more
-    assert process.returncode == status  # python may complain as its queue thread ends
-    assert ("stopped; the same command resumes" in output) == (number == signal.SIGINT)
+    assert process.returncode == 130 and "stopped; the same command resumes" in output
