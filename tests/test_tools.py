@@ -1,4 +1,6 @@
 """tools/: pictures, sweeps, ratios of speed, published checkpoints, export. Real runs, tiny."""
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from torch import nn
 
 import data
 import evaluate
-from conftest import TINY_RUN, call, run_ok, user_error
+from conftest import TINY_RUN, call, run_ok, user_error, write_folder
 from model import PolarBERT
 from tools import bench, sweep
 from train import TrainConfig
@@ -75,50 +77,64 @@ def test_a_sweep_is_drawn_against_numbers_rates_or_names(plot, tmp_path):
 
 # ---- sweep --------------------------------------------------------------------------------------
 
-@pytest.fixture
-def commands(monkeypatch):
-    """Let tools.sweep call scripts in this process, which saves their start -> the commands."""
+def test_a_sweep_tunes_on_one_seed_and_reports_on_others(demo_data, tmp_path, monkeypatch):
     commands = []
-
-    def call_script(command, stdout, stderr):
+    def call_script(command, stdout, stderr):  # in this process, which saves its start
         commands.append(command)
         done = call(*command[1:])
         stdout.write(done.stdout + done.stderr)
         return done
     monkeypatch.setattr(sweep.subprocess, "run", call_script)
-    return commands
-
-def test_a_sweep_tunes_on_one_seed_and_reports_on_others(demo_data, tmp_path, commands):
     base = " ".join([f"--data_dir={demo_data}", *TINY_RUN, "--max_steps=2", "--grad_clip=1e30",
                      "--val_events=8", "--num_layers=1"])
-    args = [f"--base={base}", "--rates=0.001,1e30", "--seeds=1,2", f"--out_dir={tmp_path}/s",
-            "--variants={'relu': '', 'gelu': '--mlp=gelu'}"]
+    args = [f"--base={base}", "--rates=0.001,1e30", f"--out_dir={tmp_path}/s",
+            "--seeds=20261128,20261129", "--variants={'relu': '', 'gelu': '--mlp=gelu'}"]
     listed = run_ok("tools/sweep.py", *args, "--dry_run=True").stdout
-    assert listed.count("python train.py") == 8 and listed.count("rate=BEST --seed=2") == 2
+    assert listed.count("python train.py") == 8 and listed.count("BEST --seed=20261129") == 2
     assert not commands and not (tmp_path / "s").exists()
     args.append("--variants={'gelu': '--mlp=gelu'}")
     done = run_ok("tools/sweep.py", *args)
     assert len(commands) == 4 and "warning: gelu: 0.001 is at the end" in done.stdout
-    rows = sweep.read_csv(tmp_path / "s/results.csv")
-    low, high, *runs = rows
+    low, high, *runs = rows = sweep.read_csv(tmp_path / "s/results.csv")
     assert high["learning_rate"] == "1e+30" and high["val_dom_loss"] == "inf"  # it diverged
-    assert [(row["learning_rate"], row["seed"]) for row in runs] == [("0.001", "1"), ("0.001", "2")]
-    last = sweep.read_csv(tmp_path / "s/gelu/lr0.001_seed1/log.csv")[-1]
+    assert [row["seed"] for row in runs] == ["20261128", "20261129"]
+    last = sweep.read_csv(tmp_path / "s/gelu/lr0.001_seed20261128/log.csv")[-1]
     assert last["step"] == "2" and last["val_dom_loss"] == runs[0]["val_dom_loss"]
     x = [float(row["val_dom_loss"]) for row in runs]
     assert f"| gelu | 0.001 | {np.mean(x):.4g} +- {np.std(x, ddof=1):.2g} | 2 |" in done.stdout
 
     run_ok("tools/sweep.py", *args)  # all are finished
     assert len(commands) == 4 and sweep.read_csv(tmp_path / "s/results.csv") == rows
-    line = user_error("tools/sweep.py", *args, "--variants={'gelu': ''}")
-    assert "gelu has run with mlp = 'gelu', not 'relu'" in line
+    assert "'gelu', not 'relu'" in user_error("tools/sweep.py", *args, "--variants={'gelu': ''}")
+    (tmp_path / "s/results.csv").unlink()
+    assert "no loss at its end" in user_error("tools/sweep.py", *args, "--metric=loss")
+    log = tmp_path / "s/gelu/lr0.001_seed0/log.csv"
+    log.write_text(log.read_text().partition("\n1,")[0])  # the disk was full
+    assert "no val_dom_loss at its end" in user_error("tools/sweep.py", *args)
+    (tmp_path / "s/options.json").unlink()
+    assert "gelu ran with adam_eps = None" in user_error("tools/sweep.py", *args)
+
+def test_sweeps_at_the_same_time_lose_no_row(tmp_path, monkeypatch):
+    monkeypatch.setattr("subprocess.run", lambda *a, **_: sweep.subprocess.CompletedProcess(a, 3))
+    config = sweep.SweepConfig(base="", variants=dict.fromkeys("abcdef", ""), out_dir=tmp_path)
+    with ThreadPoolExecutor() as pool:
+        [*pool.map(lambda x: sweep.run_missing(config, [], x, "1", "1,2,3,4", "report"), "abcdef")]
+    assert len(sweep.read_csv(tmp_path / "results.csv")) == 24
+
+def test_data_that_change_during_a_sweep_end_it(tmp_path, monkeypatch):
+    meta = write_folder(tmp_path / "data") / "meta.json"
+    text = meta.read_text().replace("random", "brightest")
+    monkeypatch.setattr("subprocess.run", lambda *a, **_: (
+        meta.write_text(text) and sweep.subprocess.CompletedProcess(a, 3)))
+    line = user_error("tools/sweep.py", f"--base=--data_dir={meta.parent}", f"--out_dir={tmp_path}")
+    row, = sweep.read_csv(tmp_path / "results.csv")
+    assert f"base ran with data_fingerprint = {row['data_fingerprint']}, not " in line
 
 def test_a_run_that_fails_ends_the_sweep_in_one_line(demo_data, tmp_path):
     args = [f"--base=--data_dir={demo_data}", "--rates=0.001", f"--out_dir={tmp_path}"]
     line = user_error("tools/sweep.py", *args, "--variants={'a': '--val_split=nowhere'}")
     assert "a/lr0.001_seed1 ended with status 1" in line and "no split 'nowhere'" in line
-    line = user_error("tools/sweep.py", *args, "--variants={'a': '--val_spilt=val'}")
-    assert "did you mean val_split?" in line
+    assert "mean val_split" in user_error("tools/sweep.py", *args, "--variants={'a': '--val_spl='}")
 
 def test_the_sample_sweep_lists_its_runs():
     listed = run_ok("tools/sweep.py", "sample_config/sweep_labels.py", "--dry_run=True").stdout
@@ -136,10 +152,8 @@ def test_bench_compares_with_named_baselines(demo_data):
 def test_the_baseline_of_bench_computes_the_same_losses(demo_data):
     split = data.open_split(demo_data, "pretrain")
     plain = bench.plain_batch(split, np.arange(20), mask_prob=0.25)
-    tokens = plain["valid"].clone()
-    tokens[:, 0] = False  # [CLS]
     events, pulses = data.read_events(split, np.arange(20))
-    mask = plain["is_masked"][tokens].numpy()
+    mask = plain["is_masked"][:, 1:][plain["valid"][:, 1:]].numpy()  # without [CLS]
     packed, = data.micro_batches(events, pulses, 20, ["total_charge"], mask)
     model = PolarBERT(TrainConfig(num_layers=2), data.read_folder(demo_data)[1])
     losses, expected = model(packed), bench.plain_losses(model, plain)
@@ -174,11 +188,9 @@ class Published(nn.Module):
 
     def forward(self, dom, features, masked):
         embedding = self.embedding
-        if hasattr(embedding, "dom_embedding"):
-            table = embedding.dom_embedding.weight
-        else:
-            table = embedding.position_embedding(embedding.dom_positions)
-            table = torch.cat([table, embedding.mask_token_embedding])
+        table = embedding.dom_embedding.weight if hasattr(embedding, "dom_embedding") else \
+            torch.cat([embedding.position_embedding(embedding.dom_positions),
+                       embedding.mask_token_embedding])
         dom = torch.where(masked, 5161, dom + 1)  # 0 is padding
         x = torch.cat([table[dom], embedding.features_embedding(features)], 1)
         x = torch.cat([embedding.cls_embedding[0], x])
@@ -197,9 +209,15 @@ def test_a_published_checkpoint_gives_its_own_outputs(has_positions, demo_data, 
     position = torch.from_numpy(data.read_folder(demo_data)[1]["position"].copy())
     published = Published(position if has_positions else None)
     state = {f"model.{name}": x for name, x in published.state_dict().items()}  # as in Lightning's
-    torch.save({"state_dict": state}, tmp_path / "published.ckpt")
-    run_ok("tools/import_published.py", f"--checkpoint={tmp_path}/published.ckpt", "--num_heads=4",
-           f"--data_dir={demo_data}", f"--out={tmp_path}/ours.pt")
+    path = tmp_path / "published.ckpt"
+    args = ["tools/import_published.py", f"--checkpoint={path}", "--num_heads=4",
+            f"--data_dir={demo_data}", f"--out={tmp_path}/ours.pt"]
+    path.write_text("<html>")
+    assert "damaged, or not a checkpoint" in user_error(*args)
+    torch.save({"state_dict": state, "hyper_parameters": sweep.SweepConfig()}, path)
+    exec(user_error(*args).split('"')[1])  # python -c "..."
+    torch.save({"state_dict": torch.load(f"{path}.pth")}, path)
+    run_ok(*args)
     model, *_ = evaluate.load_model(tmp_path / "ours.pt", demo_data)
     events, pulses = data.read_events(data.open_split(demo_data, "val"), np.array([5]))
     mask = np.arange(len(pulses)) % 3 == 0
@@ -216,11 +234,12 @@ def test_an_exported_model_gives_the_same(demo_data, finetuned, tmp_path):
     run_ok("tools/export.py", f"--checkpoint={finetuned}/best.pt", f"--out={tmp_path}/model.pt2")
     exported = torch.export.load(tmp_path / "model.pt2").module()
     events, pulses = data.read_events(data.open_split(demo_data, "val"), np.arange(20))
-    columns = {name: torch.from_numpy(pulses[name].copy()) for name in ("time", "charge", "aux")}
-    columns["dom"] = torch.from_numpy(pulses["dom"].astype(np.int64))
-    x = exported(columns, torch.tensor(events["length"].astype(int)))
+    columns = {name: torch.tensor(pulses[name].tolist()) for name in data.PULSE.names}
+    x = exported(columns, torch.tensor(events["length"].tolist()))
     model, *_ = evaluate.load_model(finetuned / "best.pt")
     batch, = data.micro_batches(events, pulses, 20)
     assert torch.allclose(x[batch["row"]], model(batch), atol=1e-5)
-    with pytest.raises(RuntimeError, match="an event has more than 127 pulses"):
-        exported({name: x[:1].expand(128) for name, x in columns.items()}, torch.tensor([128]))
+    for dom, n, text in (0, [128], "127"), (0, [0, 9], "127"), (0, [10], "add"), (5160, [9], "dom"):
+        columns["dom"][0] = dom
+        with pytest.raises(RuntimeError, match=text):
+            exported({name: x[:1].expand(9) for name, x in columns.items()}, torch.tensor(n))

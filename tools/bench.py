@@ -114,14 +114,13 @@ def make_preparing(config, name, is_plain):
     B, rng = config.batch_size or 4096, np.random.default_rng(0)
     n = rng.lognormal(np.log(62), 1.4, B).clip(15).astype(np.int64)
     position = data.read_folder(config.data_dir)[1]["position"].astype(np.float64)
-    detector = position, np.zeros(len(position), int)
     end, events = n.cumsum(), np.zeros(B, data.EVENT)
     events["event_id"], events["n_pulses"] = np.arange(B), n
     time = 1e4 + np.arange(end[-1]) - np.repeat(end - n, n)  # [ns]
     charge, aux = rng.exponential(1, end[-1]), rng.random(end[-1]) < 0.7
     dom = rng.integers(len(position), size=end[-1])
     if not is_plain:
-        return lambda i: pack(events, time, charge, dom, aux, detector, PrepareConfig()), B
+        return lambda i: pack(events, time, charge, dom, aux, position, PrepareConfig()), B
 
     def plain(i):
         for a, b in zip(end - n, end):

@@ -5,7 +5,7 @@
 
 Reads a state_dict (.pth) or Lightning's file (.ckpt). Shapes give the
 architecture, except the number of heads and the activation, which are
-options. The logits stay the same.
+options. The logits stay the same. Models with muP are not supported.
 """
 import utils  # first: it sets how torch's threads wait
 
@@ -42,15 +42,13 @@ class ImportConfig:
     mlp: Literal["relu", "gelu"] = "relu"  # its activation
 
 def from_published(state):
-    """Rename the weights of a state_dict -> our weights, the options that follow.
-
-    Its ids: 0 padding, sensor_id + 1, then the mask. Padding is dropped.
-    """
+    """Rename the weights of a state_dict -> our weights, the options that follow."""
     weights = {}
     for name, x in state.items():
         name = name.removeprefix("model.")
         for old, new in RENAMED.items():
             name = name.replace(old, new)
+        # its ids: 0 padding, which is dropped, sensor_id + 1, then the mask
         is_padded = name in (GEOMETRY, TABLE) or name.startswith("dom_head.")
         weights[name] = x.float()[1:] if is_padded else x.float()
     n_layers = sum(name.endswith("norm1.weight") for name in weights)
@@ -72,7 +70,16 @@ def from_published(state):
 
 def main():
     config = utils.load_config(ImportConfig, __doc__)
-    state = torch.load(config.checkpoint, map_location="cpu", weights_only=True)
+    path, file = config.checkpoint, open(config.checkpoint, "rb")
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler raises anything
+        if "GLOBAL" not in str(error):
+            utils.fail(f"{path}: damaged, or not a checkpoint")
+        load = f"torch.load({path!r}, 'cpu', weights_only=False)"
+        save = f"torch.save({load}['state_dict'], {path + '.pth'!r})"
+        utils.fail(f"{path}: holds python objects; if you trust it, run "
+                   f'python -c "import torch; {save}"')
     _, geometry = data.read_folder(config.data_dir)
     position = torch.from_numpy(geometry["position"].copy())  # (V, 3) [m]
     try:
@@ -80,11 +87,11 @@ def main():
         run = TrainConfig(**options, num_heads=config.num_heads, mlp=config.mlp)
         old = weights.get(GEOMETRY, position)  # published: rounded, or none
         if len(old) != len(position) or (old - position).abs().max() > 0.01:
-            utils.fail(f"{config.checkpoint}: of another detector than {config.data_dir}")
+            utils.fail(f"{path}: of another detector than {config.data_dir}")
         weights[GEOMETRY] = position
         PolarBERT(run, geometry).load_state_dict(weights)
     except (AttributeError, KeyError, RuntimeError) as error:
-        utils.fail(f"{config.checkpoint}: not the published flash variant ({error!r:.200})")
+        utils.fail(f"{path}: not the published flash variant ({error!r:.200})")
     rule = {"keep": "random", "max_pulses": 127}  # upstream's
     content = {"format": utils.CHECKPOINT_FORMAT, "model": weights, "config": asdict(run),
                "optimizer": [], "scaler": {}, "step": 0, "best_val_loss": math.inf,

@@ -1,5 +1,4 @@
-"""Compare variants: tune the learning rate of each on some seeds, report it
-on others.
+"""Compare variants: tune the learning rate of each, report on other seeds.
 
     python -m tools.sweep sample_config/sweep_labels.py      --dry_run=True only lists
     python -m tools.plot --what=sweep --results=out/sweep_labels/results.csv
@@ -7,7 +6,7 @@ on others.
 Each variant runs with all learning rates on tuning_seeds, then with the
 best one on seeds, which alone are reported. Writes out_dir/results.csv, a
 row per finished run, and prints a table. The same command runs what is
-missing.
+missing. Sweeps of other variants may share out_dir.
 """
 import utils  # first: it sets how torch's threads wait
 
@@ -24,6 +23,7 @@ from typing import Literal
 
 import numpy as np
 
+import data
 from finetune import FinetuneConfig
 from train import TrainConfig
 
@@ -44,19 +44,27 @@ class SweepConfig:
             utils.fail(f"seeds = {self.seeds!r}: one of them tunes the rate; report others")
 
 def numbers(text):
-    return [f"{float(x):g}" for x in text.split(",")]
+    return [f"{float(x):.15g}" for x in text.split(",")]
 
 def read_csv(path):
     """Return the rows as dicts of text, [] if there is no file."""
     return list(csv.DictReader(open(path, newline=""))) if Path(path).exists() else []
 
 def write_csv(path, rows):
-    def write(part):
-        with open(part, "w", newline="") as file:
-            writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
-            writer.writeheader()
-            writer.writerows(rows)
-    utils.write_atomic(path, write)
+    columns, text = dict.fromkeys(name for row in rows for name in row), io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    utils.write_atomic(path, lambda part: part.write_text(text.getvalue()))
+
+def lock(folder):
+    """Wait for other sweeps -> file; they wait until it is closed."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    file = open(f"{folder}/results.lock", "w")
+    with contextlib.suppress(ImportError, OSError):  # Windows, some network disks
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX)
+    return file
 
 def number(row, column):
     return float(row.get(column) or "inf")  # a run that diverged has none
@@ -88,54 +96,67 @@ def print_table(rows, variants, metric):
 
 # ---- runs ---------------------------------------------------------------------------------------
 
-def check_variants(config):
-    """Refuse wrong options before the first run, and earlier runs with other ones than now."""
+def check_variants(config, rows):
+    """Refuse wrong options and changed ones -> {variant: options}."""
     Config = {"train": TrainConfig, "finetune": FinetuneConfig}[config.script]
     path = Path(config.out_dir) / "options.json"
     earlier = json.loads(path.read_text()) if path.exists() else {}
     for variant, text in config.variants.items():
         with contextlib.redirect_stdout(io.StringIO()):
             run = utils.load_config(Config, args=shlex.split(f"{config.base} {text}"))
-        if not list((path.parent / variant).glob("*/ckpt.pt")):
-            earlier.pop(variant, None)  # no run has begun
-        for name, old in earlier.setdefault(variant, asdict(run)).items():
-            now = getattr(run, name)
-            if old != now and name not in ("device", "micro_batch_size", "compile"):
-                utils.fail(f"{path}: {variant} has run with {name} = {old!r}, not {now!r}; "
-                           "restore it, or choose another out_dir")
-    if not config.dry_run:
-        utils.write_json(path, earlier)
+        now = asdict(run)
+        if Path(run.data_dir, "meta.json").exists():
+            now["data_fingerprint"] = data.read_folder(run.data_dir)[0]["fingerprint"]
+        has_row = any(row["variant"] == variant for row in rows)
+        if not has_row and not list((path.parent / variant).glob("*/ckpt.pt")):
+            earlier[variant] = now  # no run has begun
+        old = earlier.get(variant, dict.fromkeys(now))  # None: unknown
+        for name in sorted(now.keys() - {"device", "micro_batch_size", "compile"}):
+            if old.get(name, now[name]) != now[name]:
+                text = f"{name} = {old[name]!r}, not {now[name]!r}"
+                utils.fail(f"{path}: {variant} ran with {text}; restore it, or use another out_dir")
+    return earlier
 
 def run_missing(config, rows, variant, rate, seeds, role):
     """Run the seeds that `rows` lacks, add a row for each: the last one of log.csv."""
+    path = f"{config.out_dir}/results.csv"
     for seed in numbers(seeds):
+        rows[:] = read_csv(path)  # other sweeps add some
         key = {"variant": variant, "learning_rate": rate, "seed": seed, "role": role}
         folder = Path(config.out_dir) / variant / f"lr{rate}_seed{seed}"
-        options = f"{config.base} {config.variants[variant]}".replace("{seed}", seed)
-        command = [sys.executable, f"{config.script}.py", *shlex.split(options),
+        text = f"{config.base} {config.variants[variant]}".replace("{seed}", seed)
+        command = [sys.executable, f"{config.script}.py", *shlex.split(text),
                    f"--learning_rate={rate}", f"--seed={seed}", f"--out_dir={folder}"]
         if any(key.items() <= row.items() for row in rows):
             continue
         if config.dry_run:
             print(shlex.join(["python", *command[1:]]))
             continue
+        with lock(config.out_dir):  # files may have changed
+            options = check_variants(config, rows)
+            utils.write_json(f"{config.out_dir}/options.json", options)
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "output.txt", "w") as output:
             status = subprocess.run(command, stdout=output, stderr=output).returncode
         text = (folder / "output.txt").read_text()
         if status not in (0, 3) or "stopped at step" in text:
             utils.fail(f"{folder} ended with status {status}: {text.strip().splitlines()[-1]}")
-        results = {config.metric: "inf"} if status == 3 else read_csv(folder / "log.csv")[-1]
+        log = {row["step"]: row for row in read_csv(folder / "log.csv")}
+        last = log.get(str(options[variant]["max_steps"]), {})
+        last = {config.metric: "inf"} if status == 3 else last
+        results = {name: x for name, x in last.items() if x not in ("", "nan")}
         if config.metric not in results:
-            utils.fail(f"{folder}/log.csv has no {config.metric}; it has {', '.join(results)}")
-        rows.append(key | {"metric": config.metric} | results)
-        write_csv(f"{config.out_dir}/results.csv", rows)
+            utils.fail(f"{folder}/log.csv: no {config.metric} at its end, only {[*results]}")
+        results["data_fingerprint"] = options[variant].get("data_fingerprint")
+        with lock(config.out_dir):
+            rows[:] = [*read_csv(path), key | {"metric": config.metric} | results]
+            write_csv(path, rows)
         print(*key.values(), config.metric, results[config.metric], flush=True)
 
 def main():
     config = utils.load_config(SweepConfig, __doc__)
-    check_variants(config)
     rows, rates = read_csv(f"{config.out_dir}/results.csv"), numbers(config.rates)
+    check_variants(config, rows)
     for variant in config.variants:
         for rate in rates if len(rates) > 1 else ():
             run_missing(config, rows, variant, rate, config.tuning_seeds, "tune")
