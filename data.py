@@ -64,17 +64,17 @@ class Split(NamedTuple):
     n_doms: int  # of the detector
 
 def read_folder(data_dir):
-    """Read meta.json -> dict with a "fingerprint" of all it says, and GEOMETRY records (V,)."""
+    """Read meta.json -> dict, with a "fingerprint"; GEOMETRY records (V,)."""
     path = Path(data_dir) / "meta.json"
     if not path.is_file():
         fail(f"{path}: no such file; prepare.py writes it last: run it, or run it again")
     meta = json.loads(path.read_text())
     geometry = np.fromfile(path.parent / "geometry.bin", GEOMETRY)
     if meta.get("format") != FORMAT_VERSION or meta["dtypes"] != DTYPES:
-        fail(f"{path}: other records than in data.py; prepare again into another data_dir")
+        fail(f"{path}: of another version; prepare into another data_dir")
     if zlib.crc32(geometry.tobytes()) != meta["geometry_crc"]:
-        fail(f"{path.parent}/geometry.bin: it was cut or replaced; prepare into another data_dir")
-    text = json.dumps({**meta, "input_dir": ""}, sort_keys=True)  # that folder may move
+        fail(f"{path.parent}/geometry.bin: it has changed; prepare into another data_dir")
+    text = json.dumps({**meta, "input_dir": ""}, sort_keys=True)  # it may move
     return {**meta, "fingerprint": zlib.crc32(text.encode())}, geometry
 
 def open_split(data_dir, name, n_events=0):
@@ -86,7 +86,7 @@ def open_split(data_dir, name, n_events=0):
     for kind, dtype in (("events", EVENT), ("pulses", PULSE)):
         path, n = Path(data_dir) / f"{name}_{kind}.bin", meta["splits"][name][f"n_{kind}"]
         if path.stat().st_size != n * dtype.itemsize:
-            fail(f"{path}: it was cut or replaced; prepare into another data_dir")
+            fail(f"{path}: it has changed; prepare into another data_dir")
         arrays.append(np.asarray(np.memmap(path, dtype, "r")))  # a memmap itself slices slowly
     split = Split(f"{data_dir}/{name}", *arrays, len(geometry))
     index = np.unique(np.linspace(0, len(split.events) - 1, 1000).astype(int))  # a sample
@@ -98,7 +98,7 @@ def open_split(data_dir, name, n_events=0):
     has_charge = np.add.reduceat(pulses["charge"], begin) > 0
     is_whole = np.append(has_charge, events["start"] + events["length"] == end)
     if not is_later.all() or not is_whole.all():
-        fail(f"{split.path}_events.bin or _pulses.bin is damaged; prepare into another data_dir")
+        fail(f"{split.path}_*.bin: damaged; prepare into another data_dir")
     if n_events > len(split.events):
         print0(f"note: {data_dir}: split {name!r} has only {len(split.events):,} events")
     return split._replace(events=split.events[:n_events or None])
@@ -141,20 +141,20 @@ def step_events(step, batch_size, n_events, seed):
 
 @lru_cache(maxsize=2)  # the present epoch and the last one: 130 M events are 65 MB an epoch
 def epoch_order(n_events, seed, epoch):
-    """Return the order of the groups, and a shift: groups begin at other events each epoch."""
+    """Return the order of the groups, and a shift of where they begin."""
     rng = np.random.default_rng([seed, epoch])
     shift = int(rng.integers(n_events))
     groups = rng.permutation(n_events // GROUP_SIZE)
     return np.append(groups, n_events // GROUP_SIZE).astype(np.uint32), shift  # the rest is last
 
 def shard(n):
-    """Return which of n things this rank works on: neighbours, about as many on each rank."""
+    """Return which of n things this rank works on: neighbours."""
     return np.array_split(np.arange(n), WORLD_SIZE)[RANK]
 
 def read_events(split, index):
-    """Read events by index -> EVENT records (B,), their PULSE records one event after another."""
+    """Read events by index -> EVENT records (B,), their PULSE records (P,)."""
     # slow form: np.concatenate([pulses[e["start"]:e["start"] + e["length"]] for e in events])
-    events = split.events.view(f"V{EVENT.itemsize}").take(index).view(EVENT)  # whole records: fast
+    events = split.events.view(f"V{EVENT.itemsize}").take(index).view(EVENT)  # fast
     first = np.flatnonzero(np.diff(index, prepend=index[0] - 2) != 1)  # a run begins
     last = np.append(first[1:], len(index)) - 1
     begin = events["start"][first] * PULSE.itemsize
@@ -164,7 +164,7 @@ def read_events(split, index):
     pulses = np.frombuffer(b"".join(pieces), PULSE)
     is_whole = events["length"].min() > 0 and len(pulses) == events["length"].sum()
     if not is_whole or pulses["dom"].max() >= split.n_doms:
-        fail(f"{split.path}_events.bin or _pulses.bin is damaged; prepare into another data_dir")
+        fail(f"{split.path}_*.bin: damaged; prepare into another data_dir")
     return events, pulses
 
 # ---- masks --------------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ def mix_bits(z):  # in place if z is an array: a third of the time
 def draw_mask(events, pulses, epoch, mask_prob, seed):
     """Draw the pulses to mask -> bool (P,): each HLC pulse with probability mask_prob.
 
-    At least one in every event that has one. A hash of seed, epoch (B,) and place on disk decides.
+    At least one in every event that has one. A hash of seed, epoch (B,) and place decides.
     # DIFF(upstream): an event may have nothing masked, and validation masks are new every time
     """
     length = events["length"].astype(np.int64)
@@ -212,8 +212,8 @@ def draw_mask(events, pulses, epoch, mask_prob, seed):
 def micro_batches(events, pulses, size, labels=(), mask=None):
     """Sort events by length, cut them into micro-batches of `size`, pack each -> list of dicts.
 
-    A dict is a batch as model.py describes it, with the fields of EVENT in `labels`; row (B,), the
-    event's place in `events`; with a mask (bool per pulse) n_masked_events, n_masked.
+    A dict is a batch as model.py describes it, with the fields of EVENT in `labels`; row (B,),
+    the event's place; with a mask (bool per pulse) n_masked_events, n_masked.
     # DIFF(upstream): every event is padded to 127 pulses
     """
     import torch  # here, because prepare.py and its workers need no torch
@@ -253,7 +253,7 @@ def fitting_micro_batch_size(config, device, meta):
     return int(min(max(0.6 * torch.cuda.mem_get_info(device)[1] / n_bytes, 1), 1024))
 
 def prefetch(load, steps, device, depth=2):
-    """Yield load(step), a list of batches, for each step, on the device. A thread reads ahead."""
+    """Yield load(step), a list of batches, on the device. A thread reads ahead."""
     import torch
     is_cuda = device.type == "cuda"
     def load_pinned(step):

@@ -4,8 +4,8 @@
     python evaluate.py --checkpoint=out/demo_finetune/best.pt --split=test --predictions=test.csv
     python evaluate.py --checkpoint=out/demo/ckpt.pt --embeddings=cls.parquet
 
-Prints scores of all events and in bins, with bootstrap errors, next to those of a line fit and of
-one guess for all events. Writes evaluation_<split>.json next to the checkpoint.
+Prints scores of all events and in bins, with bootstrap errors, next to those of a line
+fit and of one guess for all. Writes evaluation_<split>.json next to the checkpoint.
 """
 import utils  # before torch, which reads OMP_WAIT_POLICY when it loads
 
@@ -24,21 +24,21 @@ from model import TASKS, PolarBERT, Reconstructor, angular_error, unit_vector, w
 
 @dataclass
 class EvaluateConfig:
-    checkpoint: str = "out/demo_finetune/best.pt"  # of finetune.py; for embeddings also of train.py
+    checkpoint: str = "out/demo_finetune/best.pt"  # also of train.py, for embeddings
     data_dir: str = ""  # folder that prepare.py wrote; "" = that of the checkpoint
     split: str = ""  # "" = val_split of the checkpoint
     n_events: int = 0  # use the first N events; 0 = all
-    predictions: str = ""  # file to write: .csv as Kaggle wants it, .parquet with the truth
-    embeddings: str = ""  # .parquet file to write the [CLS] vectors to
+    predictions: str = ""  # .csv as Kaggle wants it, .parquet with the truth
+    embeddings: str = ""  # .parquet file for the [CLS] vectors
     batch_size: int = 1024  # events at a time, over all ranks
-    micro_batch_size: int = 0  # events at once, changes no result; 0 = what suits the device
+    micro_batch_size: int = 0  # events at once; 0 = what suits the device
     device: utils.Device = "auto"  # auto: a GPU if there is one
     dtype: utils.Dtype = "auto"  # auto: what is fast here
 
 # ---- predictions --------------------------------------------------------------------------------
 
 def load_model(path, data_dir=""):
-    """Rebuild a checkpoint's model for the detector of data_dir -> model, config, checkpoint."""
+    """Rebuild a checkpoint's model for data_dir -> model, config, checkpoint."""
     checkpoint = utils.load_checkpoint(path)
     run = SimpleNamespace(**checkpoint["config"])
     run.data_dir = data_dir or run.data_dir
@@ -51,7 +51,7 @@ def load_model(path, data_dir=""):
 
 @torch.no_grad()
 def predict(model, split, config, autocast, wants_cls=False):
-    """Go through a split in its order -> events (n,), arrays (n, ...), batch_size at a time.
+    """Go through a split in its order -> events (n,), arrays (n, ...), n <= batch_size.
 
     The arrays, on all ranks: x, what the head gives, and loss, if there is a task; cls.
     """
@@ -122,7 +122,7 @@ def statistics(scores, task):
         return ({"accuracy": (error < 0.5).mean(), "roc_area": area},
                 {"guess_accuracy": max(is_track.mean(), 1 - is_track.mean())})
     truth, line_fit_error = scores["truth"], scores["line_fit_error"]
-    guess = truth.mean(axis=0) / np.linalg.norm(truth.mean(axis=0))  # one direction for all events
+    guess = truth.mean(axis=0) / np.linalg.norm(truth.mean(axis=0))  # one for all
     return ({"mean": error.mean(), "median": np.median(error), "q68": np.quantile(error, 0.68)},
             {"line_fit_mean": line_fit_error.mean(), "line_fit_median": np.median(line_fit_error),
              "guess_mean": np.arccos(np.clip(truth @ guess, -1, 1)).mean()})
@@ -133,8 +133,8 @@ def roc_area(number, is_positive):
     if n_positive in (0, n):
         return np.nan
     _, place, count = np.unique(number, return_inverse=True, return_counts=True)
-    rank = (np.cumsum(count) - (count - 1) / 2)[place]  # from 1; ties share the mean of their ranks
-    mean = rank[is_positive].mean()  # of the positive events, (n_positive + 1) / 2 or more
+    rank = (np.cumsum(count) - (count - 1) / 2)[place]  # ties share the mean
+    mean = rank[is_positive].mean()
     return (mean - (n_positive + 1) / 2) / (n - n_positive)
 
 def bins_of(events):
@@ -151,7 +151,7 @@ def bins_of(events):
     return [("all", np.ones(len(events), bool)), *masks]
 
 def evaluation_table(scores, events, task, n_bootstrap=100, min_events=10):
-    """Return a dict per bin: n, each statistic with its bootstrap error, the baselines."""
+    """Return a dict per bin: n, statistics with bootstrap errors, the baselines."""
     rng, rows = np.random.default_rng(0), []
     for name, mask in bins_of(events):
         n, index = int(mask.sum()), np.flatnonzero(mask)
@@ -246,7 +246,7 @@ def report(x, events, path, run, checkpoint):
     if run.task == "direction" and "vmf" in run.direction_loss:
         content["calibration"] = {level: float((scores["quantile"] < level).mean())
                                   for level in (0.1, 0.25, 0.5, 0.75, 0.9)}
-        print("calibration (probability: share of events inside):", content["calibration"])
+        print("calibration (level: share of events inside):", content["calibration"])
     cells = [f"{name} {x:.4f}" for name, x in rows[0].items() if isinstance(x, float)]
     print(f"{path} | {content['n_train']:,} labels | {', '.join(cells)}")
     utils.write_json(Path(path).parent / f"evaluation_{run.val_split}.json", content)

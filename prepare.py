@@ -3,7 +3,7 @@
     python prepare.py sample_config/demo_prepare.py          # seconds
     python prepare.py config/kaggle_prepare.py --workers=16  # 102 M events, 81 GB
 
-Prints what each split holds. The same command resumes. Workers do not change the bytes.
+Prints what each split holds. The same command resumes.
 """
 import json
 import os
@@ -26,13 +26,13 @@ from utils import fail
 class PrepareConfig:
     input_dir: str = "data/kaggle"  # in the Kaggle layout
     data_dir: str = "data/icecube"  # folder to write
-    splits: dict = field(default_factory=lambda: {  # (first, last) batch, a list of them, or "test"
+    splits: dict = field(default_factory=lambda: {  # batches, or "test"
         "pretrain": (1, 500), "finetune": (601, 605), "val": (651, 655)})
     skip_missing: bool = False  # leave out batches that are not there
     max_pulses: int = 127  # pulses kept of an event: 128 tokens with [CLS]
     keep: Literal["random", "brightest"] = "random"  # which of too many pulses
     seed: int = 0  # of the random choice
-    origin: str = "0,0,0"  # [m] x, y, z of the detector's middle in sensor_geometry.csv
+    origin: str = "0,0,0"  # [m] of the detector's middle
     shift_times: bool = False  # move each event's first HLC pulse to 10,000 ns
     workers: int = 0  # processes, 0.3 GB each; 0 = one per core
     verify: bool = False  # compare a complete folder with its checksums
@@ -139,7 +139,7 @@ def read_pulses(path, events, n_doms, config):
 # first. A kept pulse gets the charge of the DOM's HLC pulses up to its next kept one.
 
 def pack(events, time, charge, dom, aux, position, config):
-    """Apply the rule to whole events (B,) -> the PULSE records they keep. Fills in events' sums.
+    """Apply the rule to events (B,) -> the PULSE records they keep. Fill in their sums.
 
     time, charge, dom, aux: all their pulses. position of the DOMs (V, 3) [m].
     """
@@ -193,7 +193,7 @@ def add_sums(events, n, begin, time, charge, dom, aux, position):
     lever = (time - np.repeat(mean_time, n)) * ~aux
     v = np.empty((len(n), 3))
     for axis in range(3):
-        moment = charge * position[:, axis].take(dom, mode="clip")  # faster than [dom, axis]
+        moment = charge * position[:, axis].take(dom, mode="clip")
         events["center"][:, axis] = np.add.reduceat(moment, begin) / total
         v[:, axis] = np.add.reduceat(moment * lever, begin)
     speed = np.linalg.norm(v, axis=1, keepdims=True)
@@ -233,12 +233,12 @@ def plan(config):
                 ids += [part["event_id"].copy()] * (kind == "train")
     missing = [*split_of.keys() - {key for key, _ in batches}]
     if missing and not (config.skip_missing and all(n_events for n_events, _ in place.values())):
-        fail(f"{config.input_dir}: {len(missing)} batches have no file or no rows in the meta "
-             f"table, as {missing[0]}; --skip_missing=True leaves them out")
+        fail(f"{config.input_dir}: {len(missing)} batches, as {missing[0]}, have no file or "
+             "no rows in the meta table; --skip_missing=True leaves them out")
     ids = np.sort(np.concatenate(ids))
     if (ids[1:] == ids[:-1]).any():
         twice = ids[np.argmax(ids[1:] == ids[:-1])]
-        fail(f"{config.input_dir}: event_id {twice} is there twice; give each event its own")
+        fail(f"{config.input_dir}: event_id {twice} is there twice")
     for split, (_, n_pulses) in place.items():
         with open(f"{config.data_dir}/{split}_pulses.bin", "wb") as file:
             file.truncate(n_pulses * PULSE.itemsize)
@@ -281,14 +281,14 @@ def write_batch(config, batch):
     return batch
 
 def check_origin(path, pulses, position):
-    """Refuse coordinates and times that do not count from where a model expects it."""
+    """Refuse positions and times that do not count from where they should."""
     lit, hlc = position[np.unique(pulses["dom"])], pulses["time"][~pulses["aux"]]
     middle, size = (lit.min(0) + lit.max(0)) / 2, np.ptp(lit, axis=0).max()  # [m]
     time = np.median(hlc) if len(hlc) else np.nan
     if np.abs(middle).max() > 100 or size < 20 or not 5000 < time < 30_000:
-        fail(f"{path}: DOMs with pulses are around {middle.round(1).tolist()} m, within {size:.3g} "
-             f"m, {len(hlc)} HLC pulses around {time:.0f} ns; models expect 0 m and 10,000 ns: "
-             "see --origin, --shift_times, or check units and auxiliary")
+        fail(f"{path}: DOMs with pulses are around {middle.round(1).tolist()} m, not 0, or "
+             f"within {size:.3g} m, or {len(hlc)} HLC pulses are around {time:.0f} ns, not "
+             "10,000: see --origin, --shift_times, or check units and auxiliary")
 
 def verify(path, batches):
     """Compare the files of a split with the checksums in meta.json."""

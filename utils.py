@@ -43,7 +43,7 @@ def print0(text: str):
         print(text, flush=True)
 
 def run_main(main):
-    """Call a script's main(). Ctrl-C, a failed read or write and a full memory end in one line."""
+    """Call main(). Ctrl-C, a failed read or write and a full memory end in one line."""
     try:
         status = main()
     except KeyboardInterrupt:
@@ -172,7 +172,7 @@ def progress_bar(total, unit, initial=0):
     return tqdm(total=total, unit=unit, initial=initial, disable=None)  # None: not in a log
 
 def run_in_workers(function, jobs, workers, done):
-    """Call function(*job) for each job in `workers` processes, and done(result) here as each ends.
+    """Call function(*job) in `workers` processes, and done(result) here as each ends.
 
     A job must be small: python 3.11.2 hangs at Ctrl-C if one fills the pipe to the workers.
     """
@@ -239,7 +239,7 @@ def init_distributed(config):
     return device, dtype, torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 def all_reduce_sum(values) -> list:
-    """Sum numbers, or a tensor (n,), over all ranks. Waits for the GPU only if given its tensor."""
+    """Sum numbers, or a tensor (n,), over all ranks. Waits for the tensor's GPU."""
     import torch
     total = torch.as_tensor(values).cpu().double()
     if WORLD_SIZE > 1:
@@ -249,7 +249,7 @@ def all_reduce_sum(values) -> list:
 # ---- checkpoints and log.csv --------------------------------------------------------------------
 
 def load_checkpoint(path) -> dict:
-    """Read a checkpoint onto the CPU; one line if it is missing, damaged or of another kind."""
+    """Read a checkpoint onto the CPU."""
     import torch
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -278,7 +278,7 @@ def match_options(config, checkpoint, model_class, data_id, path, resume):
         print0(f"warning: {path}: rule {checkpoint['data']['rule']}, not {data_id['rule']}")
 
 def start_log(config, start_step):
-    """Write config.json, keep the rows of log.csv before start_step -> log(row), to add one."""
+    """Write config.json, keep log.csv's rows before start_step -> log(row), to add one."""
     write_json(f"{config.out_dir}/config.json", dataclasses.asdict(config))
     path, rows, wandb_run = Path(config.out_dir) / "log.csv", [], None
     if start_step and path.exists():

@@ -64,17 +64,17 @@ def test_a_split_or_its_first_n_events(tmp_path, capsys):
     assert "none/meta.json: no such file" in capsys.readouterr().err
 
 @pytest.mark.parametrize("name, harm, words", [
-    ("meta.json", lambda _: b'{"format": 99}', "other records than in data.py"),
-    ("meta.json", lambda x: x.replace(b"<f4", b"<f2"), "other records than in data.py"),
+    ("meta.json", lambda _: b'{"format": 99}', "meta.json: of another version"),
+    ("meta.json", lambda x: x.replace(b"<f4", b"<f2"), "meta.json: of another version"),
     ("meta.json", lambda x: x.replace(b"val", b"vla"), "no split 'val'; it has vla"),
-    ("geometry.bin", lambda x: x[:-14], "geometry.bin: it was cut"),
-    ("val_pulses.bin", lambda x: x + b"more", "val_pulses.bin: it was cut"),
-    ("val_pulses.bin", lambda x: b"\xff" * len(x), "_pulses.bin is damaged"),
-    ("val_pulses.bin", lambda x: bytes(1650) + x[1650:], "_pulses.bin is damaged"),
-    ("val_pulses.bin", lambda x: x[22:33] + x[11:22] + x[:11] + x[33:], "_pulses.bin is damaged"),
-    ("val_events.bin", lambda x: x[63:] + x[-63:], "_pulses.bin is damaged"),
-    ("geometry.bin", lambda x: bytes(14) + x[14:], "geometry.bin: it was cut or replaced"),
-    ("val_events.bin", lambda x: bytes(4096) + x[4096:], "_pulses.bin is damaged")])
+    ("geometry.bin", lambda x: x[:-14], "geometry.bin: it has changed"),
+    ("val_pulses.bin", lambda x: x + b"more", "val_pulses.bin: it has changed"),
+    ("val_pulses.bin", lambda x: b"\xff" * len(x), "val_*.bin: damaged"),
+    ("val_pulses.bin", lambda x: bytes(1650) + x[1650:], "val_*.bin: damaged"),
+    ("val_pulses.bin", lambda x: x[22:33] + x[11:22] + x[:11] + x[33:], "val_*.bin: damaged"),
+    ("val_events.bin", lambda x: x[63:] + x[-63:], "val_*.bin: damaged"),
+    ("geometry.bin", lambda x: bytes(14) + x[14:], "geometry.bin: it has changed"),
+    ("val_events.bin", lambda x: bytes(4096) + x[4096:], "val_*.bin: damaged")])
 def test_damaged_folders_are_refused(tmp_path, capsys, name, harm, words):
     rng = np.random.default_rng(0)
     write_folder(tmp_path, val=random_events(rng, [3] * 100))
