@@ -39,7 +39,7 @@ def angles_in_file(azimuth, zenith, angles):
     along_azimuth, along_zenith = np.array(READINGS[angles]) == 1
     return azimuth - np.pi * along_azimuth, np.pi - zenith if along_zenith else zenith
 
-def write_photons(path, events, angles="flight", depth=DEPTH, edit=None):
+def write_photons(path, events, angles="flight", depth=DEPTH, edit=lambda *_: 0):
     truth, photons = [], []
     for i, (azimuth, zenith, energy, dom, time) in enumerate(events):
         azimuth, zenith = angles_in_file(azimuth, zenith, angles)
@@ -47,8 +47,7 @@ def write_photons(path, events, angles="flight", depth=DEPTH, edit=None):
                       "initial_state_zenith": zenith, "final_state_type": FINAL_STATES[i % 3]})
         x, y, z = (POSITION[dom] + depth).T
         photons.append({"sensor_pos_x": x, "sensor_pos_y": y, "sensor_pos_z": z, "t": time})
-    if edit:
-        edit(truth, photons)
+    edit(truth, photons)
     struct = pa.struct([(name, pa.large_list(pa.float64())) for name in photons[0]])
     table = pa.table({"mc_truth": pa.array(truth), "photons": pa.array(photons, struct)})
     path.parent.mkdir(exist_ok=True)
@@ -79,13 +78,12 @@ def merge(dom, time, window):
 
 def read_events(folder):
     """Return {event_id: (row of the meta table, rows of its pulses)}."""
-    events, batches = {}, {}
+    events = {}
     for row in pq.read_table(folder / "train_meta.parquet").to_pylist():
-        number, end = row["batch_id"], row["last_pulse_index"] + 1
-        if number not in batches:
-            table = pq.read_table(folder / f"train/batch_{number}.parquet")
-            batches[number] = list(zip(*table.to_pydict().values()))
-        events[row["event_id"]] = row, batches[number][row["first_pulse_index"]:end]
+        table = pq.read_table(folder / f"train/batch_{row['batch_id']}.parquet")
+        first, end = row["first_pulse_index"], row["last_pulse_index"] + 1
+        pulses = table.slice(first, end - first).to_pydict()
+        events[row["event_id"]] = row, [*zip(*pulses.values())]
     return events
 
 @pytest.fixture(scope="module")
@@ -94,12 +92,18 @@ def photons(tmp_path_factory):
     folder, events = tmp_path_factory.mktemp("photons"), {}
     rows = [f"{dom},{x},{y},{z}" for dom, (x, y, z) in enumerate(POSITION.tolist())]
     (folder / "geometry.csv").write_text("\n".join(["sensor_id,x,y,z", *rows, ""]))
+    def edit(truth, photons):  # add photons that must be left out
+        truth[18]["initial_state_zenith"] = truth[18]["initial_state_energy"] = None
+        for i, name, value in ((0, "t", np.nan), (2, "t", -1), (3, "t", -1e9),
+                               (4, "sensor_pos_z", np.nan), (5, "sensor_pos_x", -1)):
+            photons[i] = {name: np.append(x, x[0]) for name, x in photons[i].items()}
+            photons[i][name][-1] = value
     for number in (1, 2):
-        tracks = make_tracks(number, [300, 0, 100, 127, 900, 1] * 4)
-        write_photons(folder / f"files/{number}.parquet", tracks, "zenith_flight")
+        tracks = make_tracks(number, [300, 0, 100, 127, 900, 1] * 4 + [2] * 80)
+        write_photons(folder / f"files/{number}.parquet", tracks, "zenith_flight", edit=edit)
         events |= enumerate(tracks, start=number * 10_000_000)
     return events, [f"--input_dir={folder}/files", f"--geometry={folder}/geometry.csv",
-                    "--angles=zenith_flight", "--events_per_batch=15"]
+                    "--angles=zenith_flight", "--events_per_batch=75"]
 
 # ---- what is written ----------------------------------------------------------------------------
 
@@ -109,14 +113,17 @@ def test_pulses_are_those_of_the_slow_form(photons, tmp_path, window):
     done = run_ok(TOOL, *options, f"--merge_window={window}", f"--out_dir={tmp_path}/raw")
     written = read_events(tmp_path / "raw")
     lit = {key: event for key, event in events.items() if len(event[3])}
-    assert list(written) == list(lit)
-    assert [row["batch_id"] for row, _ in written.values()] == [1] * 15 + [2] * 15 + [3] * 10
-    assert " 40 events, " in done.stdout and "; 8 events without light" in done.stdout
+    assert list(written) == list(lit) and "confirmed by the light of " in done.stdout
+    assert [row["batch_id"] for row, _ in written.values()] == [1] * 75 + [2] * 75 + [3] * 50
+    assert (" 8 events without light, 4 pulses at no DOM of --geometry, 6 pulses without a time "
+            "within 1e+06 ns, 2 events without angles in radians\n") in done.stdout
     for event_id, (azimuth, zenith, energy, dom, time) in lit.items():
-        row, pulses = written[event_id]
+        (row, pulses), number = written[event_id], event_id % 10**7
         assert pulses == expected_pulses(event_id, *merge(dom, time, window))
-        assert np.allclose([row["azimuth"], row["zenith"]], [azimuth, zenith], atol=1e-12)
-        assert row["energy"] == energy and row["event_class"] == (1, 2, 0)[event_id % 10**7 % 3]
+        labels = [row["azimuth"], row["zenith"], row["energy"]]
+        wanted = [azimuth, zenith, energy] if number != 18 else [np.nan] * 3
+        assert np.allclose(labels, wanted, atol=1e-12, equal_nan=True)
+        assert row["event_class"] == (1, 2, 0)[number % 3]
     position, string = read_geometry_csv(tmp_path / "raw/sensor_geometry.csv")
     assert np.array_equal(position, POSITION) and np.array_equal(string, STRING)
 
@@ -125,7 +132,7 @@ def test_no_pulse_gets_a_time_before_0(photons, tmp_path):
     dom, time = np.array([700, 31, 32]), np.array([5.0, 20_005.0, 20_105.6])
     write_photons(tmp_path / "files/a.parquet", [(1.0, 1.0, -1.0, dom, time)])
     done = run_ok(TOOL, *photons[1], f"--input_dir={tmp_path}/files", f"--out_dir={tmp_path}/raw")
-    assert "the light of 0 tracks does not say whether it is right" in done.stdout
+    assert "the light of 0 tracks does not say whether it is right\n" in done.stdout
     (row, pulses), = read_events(tmp_path / "raw").values()
     assert [pulse[1] for pulse in pulses] == [0, 20_000, 20_101] and np.isnan(row["energy"])
     assert [pulse[3] for pulse in pulses] == [True, False, False]
@@ -134,22 +141,27 @@ def test_no_pulse_gets_a_time_before_0(photons, tmp_path):
 def test_the_light_says_which_option_is_right(photons, tmp_path, right):
     events = make_tracks(9, [300] * 40)
     write_photons(tmp_path / "files/a.parquet", events, right)
-    for angles in READINGS:
-        done = run_ok(TOOL, *photons[1], f"--input_dir={tmp_path}/files", f"--angles={angles}",
-                      f"--out_dir={tmp_path}/{angles}")
-        rows = [row for row, _ in read_events(tmp_path / angles).values()]
-        labels = [(row["azimuth"], row["zenith"]) for row in rows]
-        assert np.allclose(labels, [event[:2] for event in events]) == (angles == right)
-        advice = f"{tmp_path}/{angles} and convert again with --angles={right}\n"
-        confirmed = f"angles = {angles!r}: confirmed by the light of 27 tracks\n"
-        assert (confirmed if angles == right else advice) in done.stdout
+    advice = f"contradicts it; convert again with --angles={right}"
+    for angles in ("auto", *READINGS):
+        options = [*photons[1], f"--input_dir={tmp_path}/files", f"--out_dir={tmp_path}/{angles}",
+                   f"--angles={angles}"]
+        if angles == "auto" and right != "flight":
+            assert user_error(TOOL, *options).endswith(advice) and not (tmp_path / angles).exists()
+            continue
+        done = run_ok(TOOL, *options)
+        written = read_events(tmp_path / angles).values()
+        labels = [(row["azimuth"], row["zenith"]) for row, _ in written]
+        is_right = angles in (right, "auto")
+        assert np.allclose(labels, [event[:2] for event in events]) == is_right
+        confirmed = f"angles = {right!r}: confirmed by the light of 27 tracks\n"
+        assert (confirmed if is_right else f"{advice} and another out_dir\n") in done.stdout
 
 # ---- the folder, and input that is wrong --------------------------------------------------------
 
 def test_a_stopped_run_starts_over_and_a_complete_folder_is_left_alone(photons, tmp_path):
-    options = [*photons[1], f"--out_dir={tmp_path}/a_raw"]
-    (tmp_path / "a_raw.part/train").mkdir(parents=True)
-    (tmp_path / "a_raw.part/train/batch_9.parquet").write_bytes(b"half")
+    options = [*photons[1], f"--out_dir={tmp_path}/a b_raw"]
+    (tmp_path / "a b_raw.part/train").mkdir(parents=True)
+    (tmp_path / "a b_raw.part/train/batch_9.parquet").write_bytes(b"half")
     command = run_ok(TOOL, *options).stdout.splitlines()[-1]
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.parquet")}
     assert sorted(path.stem for path in before) == ["batch_1", "batch_2", "batch_3", "train_meta"]
@@ -157,19 +169,17 @@ def test_a_stopped_run_starts_over_and_a_complete_folder_is_left_alone(photons, 
     line = user_error(TOOL, *options, "--angles=flight")
     assert "made with angles = 'zenith_flight'; choose another out_dir" in line
     assert all(path.read_bytes() == content for path, content in before.items())
-
     _, script, *args = shlex.split(command.removeprefix("next: "))
-    assert args == [f"--input_dir={tmp_path}/a_raw", f"--data_dir={tmp_path}/a",
+    assert args == [f"--input_dir={tmp_path}/a b_raw", f"--data_dir={tmp_path}/a b",
                     "--splits={'pretrain': (1, 2), 'val': (3, 3)}"]
     run_ok(script, *args, "--workers=1")
-    assert len(open_split(tmp_path / "a", "pretrain").events) == 30
+    assert len(open_split(tmp_path / "a b", "pretrain").events) == 150
 
 @pytest.mark.parametrize("name, value, words", [
-    ("t", np.nan, "event 10000003: times must be numbers within 1e+06 ns"),
+    ("t", np.nan, "event 10000003: 1 of 87 pulses without a time within 1e+06 ns"),
     ("t", [], "t is longer or shorter than sensor_pos_x"),
-    ("sensor_pos_z", -90, "-90.00, but the nearest DOM is "),
-    ("initial_state_zenith", 91.0, "event 10000003: angles must be known, in radians"),
-    ("initial_state_azimuth", None, "event 10000003: angles must be known, in radians")])
+    ("sensor_pos_z", -90, "-90. ]: the nearest DOM is 7.5 m away"),
+    ("initial_state_zenith", 91.0, "event 10000003: 1 of 6 events without angles in radians")])
 def test_wrong_photons_are_one_line(photons, tmp_path, name, value, words):
     def edit(truth, photons):
         if name in truth[3]:
@@ -186,7 +196,11 @@ def test_files_of_another_kind_are_one_line(photons, tmp_path):
     write_photons(path, make_tracks(1, [0, 0]))
     options.append(f"--input_dir={tmp_path}/files")
     assert "none of 2 events has light" in user_error(TOOL, *options)
+    write_photons(path, make_tracks(1, [5000] * 40), depth=[7, 7, 7])  # is not read to the end
+    assert "0: 160,000 of 160,000 pulses at no" in user_error(TOOL, *options, "--merge_window=0")
     path.write_bytes(path.read_bytes()[:-1000])
-    assert "a.parquet: cannot be read" in user_error(TOOL, *options)
+    assert user_error(TOOL, *options).endswith("; get the file again")
     pq.write_table(pa.table({"time": [1]}), path)
     assert "no column mc_truth.initial_state_azimuth" in user_error(TOOL, *options)
+    (tmp_path / "files/0.parquet").mkdir()
+    assert "Is a directory: " in (line := user_error(TOOL, *options)) and "again" not in line

@@ -1,12 +1,13 @@
 """What prometheus.py and graphnet.py share: from light and truth to the
 Kaggle layout.
 
-DOMs are found by position. An event is shifted so that its first local
-coincidence is near 10,000 ns, as Kaggle's trigger. The light says whether
-`angles` is right.
+DOMs are found by position; the first local coincidence of an event moves to
+10,000 ns, as in Kaggle's data. The light says whether `angles` is right.
+A bad pulse is left out; if more than 1 % are bad, that is an error.
 """
 import json
 import math
+import shlex
 import shutil
 from dataclasses import asdict
 from itertools import chain
@@ -24,92 +25,142 @@ from simulate import (META, META_SCHEMA, PULSE, PULSE_SCHEMA, TRIGGER_AT, TRIGGE
                       local_coincidence, number_along_strings, write_parquet)
 from utils import fail, lock_folder, print0, progress_bar, write_json
 
-SURFACE_Z = -1948.07  # [m] IceCube's centre in Prometheus, from the surface
-MAX_TIME = 1e6  # [ns] of an event's light after its first
+SURFACE_Z = -1948.07  # [m] IceCube's centre in Prometheus, 6 m below the middle of its DOMs
+MAX_TIME, MAX_CHARGE = 1e6, 1e6  # [ns] from the middle pulse of an event, [p.e.] of a pulse
+SURFACE, NOWHERE = -1, -2  # light there has no DOM
+AWAY = "pulses at no DOM of --geometry"
+HARMLESS = "pulses at left-out rows", "events without an energy"  # may be many
 MIN_PULSES = 8  # HLC pulses for a line fit that is worth asking
 # the option `angles`: do azimuth and zenith point along the flight (1) or to the source (-1)?
 READINGS = {"flight": (1, 1), "source": (-1, -1),
             "zenith_flight": (-1, 1), "azimuth_flight": (1, -1)}
-Angles = Literal["flight", "source", "zenith_flight", "azimuth_flight"]
+Angles = Literal["auto", "flight", "source", "zenith_flight", "azimuth_flight"]
 
 # ---- where the DOMs are -------------------------------------------------------------------------
 
 class Detector(NamedTuple):
     position: np.ndarray  # (V, 3) [m] from the middle of the detector
     string: np.ndarray  # (V,)
-    places: np.ndarray  # (V or 2 V, 3) [m] in the events; place i is DOM i % V
-    dom_at: dict  # the DOMs that find_doms found so far
+    places: np.ndarray  # (P, 3) [m] in the events
+    dom: np.ndarray  # (P,) at each place, or SURFACE
+    dom_at: dict  # the DOMs that find_doms found so far, and {AWAY: text}
+    bad: dict  # {what: (how many, of how many, the first)}
+
+def open_parquet(path):
+    open(path, "rb").close()  # its error says enough
+    try:
+        return pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)
+    except (pa.ArrowException, OSError) as error:
+        fail(f"{path}: cannot be read ({str(error).splitlines()[0]}); get the file again")
 
 def read_table(path):
-    return pa.csv.read_csv(path) if path.endswith(".csv") else pq.ParquetFile(path).read()
+    if path.endswith(".geo"):  # Prometheus' text: x, y, z, string, number on the string
+        text = Path(path).read_text().partition("### Modules ###")[2].strip()
+        columns = zip(*(line.split() for line in text.splitlines()))
+        return pa.table(dict(zip(("dom_x", "dom_y", "dom_z", "string"), columns)))
+    return pa.csv.read_csv(path) if path.endswith(".csv") else open_parquet(path).read()
 
 def read_doms(path) -> Detector:
-    """Read Kaggle's sensor_geometry.csv, or GraphNeT's table of a detector."""
+    """Read Kaggle's sensor_geometry.csv, GraphNeT's table of a detector, or a .geo file."""
     table = read_table(path).to_pydict()
     kind = "dom_" if "dom_x" in table else "sensor_pos_"
-    if f"{kind}x" in table:
-        places = np.array([table[f"{kind}{axis}"] for axis in "xyz"], np.float64).T
-        string = table["string" if "string" in table else "sensor_string_id"]
-        string = np.unique(string, return_inverse=True)[1]
-        middle = (places[:, 2].min() + places[:, 2].max()) / 2
-        for origin in (0, SURFACE_Z):  # not quite the middle of IceCube's DOMs
-            middle = origin if abs(middle - origin) < 50 else middle
-        position = np.column_stack([places[:, :2], np.round(places[:, 2] - middle, 4)])
+    is_kaggle = path.endswith(".csv") and f"{kind}x" not in table
+    if is_kaggle:
+        places, string = read_geometry_csv(path)
     else:
-        position, string = read_geometry_csv(path)
-        places = np.concatenate([position, position + [0, 0, SURFACE_Z]])
-    n_places = len(np.unique(places, axis=0)) if np.isfinite(places).all() else 0
-    if n_places < len(places) or len(string) > 32_767:  # ids are int16
-        fail(f"{path}: needs a row per DOM, each at its own place, at most 32,767")
-    return Detector(position, string, places, {})
+        places = np.array([table.get(f"{kind}{axis}", []) for axis in "xyz"], np.float64).T
+        string = np.array(table.get("string", table.get("sensor_string_id")), np.float64)
+    n_places = len(np.unique(places, axis=0))  # ids are int16
+    if not 0 < len(places) == n_places < 32_768 or not 20 < np.ptp(places) < 20_000:
+        fail(f"{path}: needs positions in m of at most 32,767 DOMs, each at its own place")
+    if is_kaggle:
+        position, places = places, np.concatenate([places, places + [0, 0, SURFACE_Z]])
+        return Detector(position, string, places, np.tile(np.arange(len(position)), 2), {}, {})
+    z = np.sort(places[:, 2])  # a surface array begins after a gap of 500 m
+    group = np.searchsorted(z[1:][np.diff(z) > 500], places[:, 2], side="right")
+    is_dom = group == np.bincount(group).argmax()
+    far, dom = places[~is_dom, 2], np.where(is_dom, np.cumsum(is_dom) - 1, SURFACE)
+    if len(far):
+        print0(f"{path}: left out {len(far)} rows at z = {far.min():,.0f} to {far.max():,.0f} m")
+    position, string = places[is_dom], np.unique(string[is_dom], return_inverse=True)[1]
+    middle = (position[:, 2].min() + position[:, 2].max()) / 2
+    middle = next((z for z in (0, SURFACE_Z) if abs(middle - z) < 50), middle)  # IceCube's
+    if middle:
+        print0(f"{path}: z is measured from {middle:,.2f} m")
+    position[:, 2] = np.round(position[:, 2] - middle, 4)
+    return Detector(position, string, places, dom, {}, {})
 
-def find_doms(detector, x, y, z, where):
-    """Return the DOM within 1 m of each position [m] (n,). where: begins the error."""
-    # Slow form, for each position: norm(places - (x, y, z), axis=1).argmin() % V.
+def find_doms(detector, x, y, z):
+    """Return the DOM within 1 m of each position [m] (n,), or SURFACE or NOWHERE."""
+    # Slow form, for each position: dom[norm(places - (x, y, z), axis=1).argmin()].
     # Two positions of one number would be a coincidence of 13 digits.
     number = x + math.pi * y + math.e * z
+    number[np.isnan(number)] = np.inf  # NaN is no key
     numbers, first, inverse = np.unique(number, return_index=True, return_inverse=True)
     for key, i in zip(numbers.tolist(), first):
         if key not in detector.dom_at:
-            apart = np.linalg.norm(detector.places - [x[i], y[i], z[i]], axis=1)
+            place = np.array([x[i], y[i], z[i]])
+            apart = np.linalg.norm(detector.places - place, axis=1)
+            detector.dom_at[key] = int(detector.dom[apart.argmin()])
             if not apart.min() < 1:
-                fail(f"{where}: light at {x[i]:.2f}, {y[i]:.2f}, {z[i]:.2f}, but the nearest "
-                     f"DOM is {apart.min():.1f} m away; give the detector's geometry")
-            detector.dom_at[key] = int(apart.argmin()) % len(detector.string)
+                detector.dom_at[key] = NOWHERE
+                text = f", as {place.round(2)}: the nearest DOM is {apart.min():.1f} m away"
+                detector.dom_at.setdefault(AWAY, text)
     return np.array([detector.dom_at[key] for key in numbers.tolist()], int)[inverse]
+
+def count_bad(detector, where, event_id, checks):
+    """Count what is bad -> is good (n,). checks: {what: is bad (n,)}."""
+    good = np.ones(len(event_id), bool)
+    for what, is_bad in checks.items():
+        bad = event_id[good & is_bad]
+        good &= ~is_bad
+        first = f"{where}: event {bad[0]}" if len(bad) else ""
+        count = detector.bad.setdefault(what, [0, 0, ""])
+        count[:] = count[0] + len(bad), count[1] + len(good), count[2] or first
+    refuse_bad(detector, 0.5, 100_000)
+    return good
+
+def refuse_bad(detector, share, at_least=1):
+    """End if more than a share is bad, of at_least so many."""
+    for what, (n, n_all, first) in detector.bad.items():
+        if n > share * n_all and n_all >= at_least and what not in HARMLESS:
+            fail(f"{first}: {n:,} of {n_all:,} {what}{detector.dom_at.get(what, '')}")
 
 # ---- light and truth -> records -----------------------------------------------------------------
 
 def make_events(config, detector, where, truth, event, dom, time, charge, hlc=None):
     """Return META and PULSE records of the events that have light.
 
-    truth: event_id, azimuth, zenith [rad] as config.angles says, energy [GeV], event_class,
+    truth: event_id, azimuth, zenith [rad] as config.reading says, energy [GeV], event_class,
     (n,) each. Pulses, in any order: event (0..n-1), dom, time [ns], charge [p.e.], hlc (bool).
     """
-    lit, event = np.unique(event, return_inverse=True)  # those with light
+    order = np.lexsort((time, event))  # NaN is last
+    event, dom, time, charge = event[order], dom[order], time[order], charge[order]
+    n = np.bincount(event)
+    away = np.abs(time - time[(np.cumsum(n) - 1 - n // 2)[event]])  # from the middle pulse
+    good = count_bad(detector, where, truth["event_id"][event], {
+        HARMLESS[0]: dom == SURFACE, AWAY: dom == NOWHERE,
+        f"pulses without a time within {MAX_TIME:g} ns": ~(away <= MAX_TIME) | (time == -1),
+        "pulses without a charge in p.e.": ~((charge >= 0) & (charge <= MAX_CHARGE))})
+    good &= np.bincount(event[good], charge[good], len(truth["event_id"]))[event] > 0
+    lit, event = np.unique(event[good], return_inverse=True)  # those with light
+    dom, time, charge = dom[good], time[good], charge[good]
     events = np.zeros(len(lit), META)
     for name, values in truth.items():
         events[name] = values[lit]
-    azimuth, zenith = events["azimuth"], events["zenith"]  # views
-    good = (np.abs(azimuth) < 6.284) & (zenith >= 0) & (zenith < 3.142)
-    if not good.all():
-        fail(f"{where}: event {events['event_id'][~good][0]}: angles must be known, in radians")
-    azimuth_sign, zenith_sign = READINGS[config.angles]  # ours point to the source
+    azimuth, zenith, energy = events["azimuth"], events["zenith"], events["energy"]  # views
+    has_angles = (np.abs(azimuth) < 6.284) & (zenith >= 0) & (zenith < 3.1416)
+    count_bad(detector, where, events["event_id"], {
+        "events without angles in radians": ~has_angles, HARMLESS[1]: ~(energy > 0)})
+    azimuth[~has_angles] = zenith[~has_angles] = energy[~(energy > 0)] = np.nan
+    azimuth_sign, zenith_sign = READINGS[config.reading]  # ours point to the source
     azimuth[:] = (azimuth + math.pi * (azimuth_sign == 1)) % (2 * math.pi)
-    if zenith_sign == 1:
-        zenith[:] = np.maximum(math.pi - zenith, 0)  # float32's pi is larger
-    events["energy"][~(events["energy"] > 0)] = np.nan
+    zenith[:] = np.abs(math.pi * (zenith_sign == 1) - zenith)  # float32's pi is larger
 
-    order = np.lexsort((time, event))
-    event, dom, time, charge = event[order], dom[order], time[order], charge[order]
     first = time[np.diff(event, prepend=-1) > 0]
-    good = time - first[event] <= MAX_TIME
-    if not good.all():
-        event_id = events["event_id"][event[~good][0]]
-        fail(f"{where}: event {event_id}: times must be numbers within {MAX_TIME:g} ns")
     rung = number_along_strings(detector.position, detector.string)
     near = local_coincidence(event, rung[dom], time - first[event])
-    hlc = near if hlc is None else hlc[order]  # not every table has it
+    hlc = near if hlc is None else hlc[order][good]  # not every table has it
     # the first HLC pulse, or else the first, moves to 10,000 ns +- 300; no pulse before 0
     start, backwards = first.copy(), np.flatnonzero(hlc)[::-1]
     start[event[backwards]] = time[backwards]  # the last stays: the earliest
@@ -142,28 +193,29 @@ def compare_light(detector, events, pulses):
     first, aux = events["first_pulse_index"], pulses["auxiliary"]
     n, sums = events["last_pulse_index"] - first + 1, np.zeros(len(events), EVENT)
     columns = pulses["time"], pulses["charge"], pulses["sensor_id"], aux
-    add_sums(sums, n, first, *columns, (detector.position, detector.string))
+    add_sums(sums, n, first, *columns, detector.position)
     use = np.add.reduceat(~aux, first, dtype=np.int64) >= MIN_PULSES
-    use &= sums["line_fit"].any(axis=1) & (events["event_class"] != 2)
+    use &= sums["line_fit"].any(axis=1) & (events["event_class"] != 2) & (events["zenith"] >= 0)
     x, y, z = sums["line_fit"][use].T
     azimuth, zenith = events["azimuth"][use], events["zenith"][use]
     level = (x * np.cos(azimuth) + y * np.sin(azimuth)) * np.sin(zenith)
     return np.array([len(z), level.sum(), (z * np.cos(zenith)).sum()])
 
-def print_check(config, light):
-    """Print whether the light confirms the option, or another one."""
+def check_angles(config, light):
+    """Print whether the light confirms the option; with "auto" it must."""
     n, level, upright = light
-    tracks = f"the light of {n:,.0f} tracks"
-    if abs(level) <= math.sqrt(2 * n) or abs(upright) <= math.sqrt(n):  # 3 sigma
-        print0(f"angles = {config.angles!r}: {tracks} does not say whether it is right")
-        return
-    signs = np.sign([level, upright]) * READINGS[config.angles]
-    reading = next(name for name in READINGS if READINGS[name] == tuple(signs))
-    if reading == config.angles:
-        print0(f"angles = {reading!r}: confirmed by {tracks}")
+    is_sure = abs(level) > math.sqrt(2 * n) and abs(upright) > math.sqrt(n)  # 3 sigma
+    signs = np.sign([level, upright]) * READINGS[config.reading]
+    right = [name for name in READINGS if is_sure and READINGS[name] == tuple(signs)]
+    text = f"angles = {config.reading!r}: the light of {n:,.0f} tracks "
+    text += "contradicts it" if is_sure else "does not say whether it is right"
+    advice = f"; convert again with --angles={' or '.join(right or READINGS)}"
+    if right == [config.reading]:
+        print0(f"angles = {config.reading!r}: confirmed by the light of {n:,.0f} tracks")
+    elif config.angles == "auto":
+        fail(text + advice)
     else:
-        print0(f"warning: angles = {config.angles!r} contradicts {tracks}: wrong labels; "
-               f"remove {config.out_dir} and convert again with --angles={reading}")
+        print0(f"warning: {text}{advice} and another out_dir" if is_sure else text)
 
 # ---- the folder ---------------------------------------------------------------------------------
 
@@ -172,8 +224,7 @@ def is_complete(config) -> bool:
     record = Path(config.out_dir, "converted.json")
     before = json.loads(record.read_text()) if record.exists() else {}
     now = asdict(config) | {"out_dir": before.get("out_dir")}
-    differ = [f"{name} = {before.get(name)!r}" for name in now
-              if before.get(name) != now[name]]
+    differ = [f"{name} = {before.get(name)!r}" for name in now if before.get(name) != now[name]]
     if differ and record.parent.exists():
         fail(f"{config.out_dir}: made with {', '.join(differ)}; choose another out_dir")
     if before:
@@ -182,14 +233,13 @@ def is_complete(config) -> bool:
 
 def convert(config, detector, splits, n_events):
     """Write out_dir from {split: results of make_events}: out_dir.part until the end."""
-    folder, ranges, number = Path(f"{config.out_dir}.part"), {}, 0
+    folder, ranges, number = Path(f"{Path(config.out_dir)}.part"), {}, 0
     n_lit, n_pulses, light = 0, 0, 0
     with lock_folder(folder), progress_bar(n_events, "event") as bar:
         shutil.rmtree(folder / "train", ignore_errors=True)  # of a stopped run
-        rows = zip(*detector.position.T.tolist(), detector.string.tolist())
-        lines = [f"{dom},{x},{y},{z},{s}\n" for dom, (x, y, z, s) in enumerate(rows)]
-        lines.insert(0, "sensor_id,x,y,z,string\n")
-        (folder / "sensor_geometry.csv").write_text("".join(lines))
+        rows = enumerate(zip(*detector.position.T.tolist(), detector.string.tolist()))
+        text = "".join(f"{dom},{x},{y},{z},{string}\n" for dom, (x, y, z, string) in rows)
+        (folder / "sensor_geometry.csv").write_text(f"sensor_id,x,y,z,string\n{text}")
         with pq.ParquetWriter(folder / "train_meta.parquet", META_SCHEMA) as meta:
             for split, chunks in splits.items():
                 first = number + 1
@@ -199,24 +249,25 @@ def convert(config, detector, splits, n_events):
                     events["batch_id"] = number
                     columns = [events[name] for name in META_SCHEMA.names]
                     meta.write_table(pa.table(columns, META_SCHEMA))
-                    path = folder / f"train/batch_{number}.parquet"
-                    write_parquet(path, pulses, PULSE_SCHEMA,
+                    write_parquet(folder / f"train/batch_{number}.parquet", pulses, PULSE_SCHEMA,
                                   use_dictionary=["sensor_id", "charge", "event_id"])
                     light += compare_light(detector, events, pulses)
                     n_lit, n_pulses = n_lit + len(events), n_pulses + len(pulses)
                     bar.update(len(events))
+    refuse_bad(detector, 0.01)
     if not number:
         fail(f"none of {n_events:,} events has light")
+    check_angles(config, light)
     if list(ranges) == ["pretrain"] and number > 1:  # val: the last tenth
         end = number - math.ceil(number / 10)
         ranges = {"pretrain": (1, end), "val": (end + 1, number)}
     data_dir = config.out_dir.removesuffix("_raw")
     data_dir += "_prepared" if data_dir == config.out_dir else ""
-    command = (f"next: python prepare.py --input_dir={config.out_dir} "
-               f'--data_dir={data_dir} --splits="{ranges}"')
+    folders = shlex.join([f"--input_dir={config.out_dir}", f"--data_dir={data_dir}"])
+    command = f'next: python prepare.py {folders} --splits="{ranges}"'
     write_json(folder / "converted.json", asdict(config) | {"next": command})
     folder.rename(config.out_dir)
-    print0(f"{config.out_dir}: {number} batches, {n_lit:,} events, {n_pulses:,} pulses; "
-           f"{n_events - n_lit:,} events without light were left out")
-    print_check(config, light)
+    print0(f"{config.out_dir}: {number} batches, {n_lit:,} events, {n_pulses:,} pulses; left out "
+           f"or NaN: {n_events - n_lit:,} events without light"
+           + "".join(f", {n:,} {what}" for what, (n, *_) in detector.bad.items() if n))
     print0(command)

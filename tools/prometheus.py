@@ -14,34 +14,30 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from tools.kaggle_layout import Angles, convert, find_doms, is_complete, make_events, read_doms
+from tools.kaggle_layout import (Angles, convert, find_doms, is_complete,
+                                 make_events, open_parquet, read_doms)
 from utils import fail, load_config, run_main
 
 ROWS_PER_FILE = 10_000_000  # event_id = this * number of the file (from 1) + row
 EVENTS_AT_ONCE = 32  # of up to 150,000 photons
-TRUTH = {name: f"mc_truth.initial_state_{name}"
-         for name in ("energy", "azimuth", "zenith")}
+TRUTH = {name: f"mc_truth.initial_state_{name}" for name in ("energy", "azimuth", "zenith")}
 FINAL_STATES = "mc_truth.final_state_type"  # optional
 PHOTONS = ["photons.t", *(f"photons.sensor_pos_{axis}" for axis in "xyz")]
 
 @dataclass
 class PrometheusConfig:
     input_dir: str = "data/prometheus_photons"  # folder of photon files, *.parquet
-    geometry: str = "data/kaggle/sensor_geometry.csv"  # or a table of GraphNeT
+    geometry: str = "data/kaggle/sensor_geometry.csv"  # or a .geo file, or GraphNeT's table
     out_dir: str = "data/prometheus_raw"  # folder to write
     events_per_batch: int = 10_000  # per file; their pulses are in memory
     merge_window: float = 3.3  # [ns] a 300 MHz sample, 0810.4930; 0 = none
-    angles: Angles = "flight"  # which way they point in the files
+    angles: Angles = "auto"  # which way they point in the files; auto: flight, if the light agrees
     seed: int = 0  # of the shift, 10,000 +- 300 ns
 
 def open_photons(path):
     """Open a photon file and check that it is one."""
-    try:
-        file = pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)
-    except pa.ArrowException as error:
-        fail(f"{path}: cannot be read ({str(error).splitlines()[0]}); get the file again")
+    file = open_parquet(path)
     names = file.schema_arrow.empty_table().flatten().column_names  # field t: photons.t
     missing = {*TRUTH.values(), *PHOTONS} - {*names}
     if missing:
@@ -92,7 +88,7 @@ def read_events(config, detector, files):
             (time, event), (x, _), (y, _), (z, _) = (flatten(table[name]) for name in PHOTONS)
             if not len(time) == len(x) == len(y) == len(z):
                 fail(f"{path}: t is longer or shorter than sensor_pos_x, _y or _z")
-            dom = find_doms(detector, x, y, z, path)
+            dom = find_doms(detector, x, y, z)
             pulses = merge_photons(event, dom, time, config.merge_window)
             yield make_events(config, detector, path, truth, *pulses)
 
@@ -100,13 +96,13 @@ def main():
     config = load_config(PrometheusConfig, __doc__)
     if is_complete(config):
         return
+    config.reading = "flight" if config.angles == "auto" else config.angles
     detector = read_doms(config.geometry)
     files = sorted(Path(config.input_dir).glob("*.parquet"))
     if not files:
         fail(f"{config.input_dir}: has no .parquet files, the photons")
     n_events = sum(open_photons(path).metadata.num_rows for path in files)
-    events = read_events(config, detector, files)
-    convert(config, detector, {"pretrain": events}, n_events)
+    convert(config, detector, {"pretrain": read_events(config, detector, files)}, n_events)
 
 if __name__ == "__main__":
     run_main(main)
