@@ -2,20 +2,20 @@
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_leaves
 
 import data
 import model as m
 import optim
 import utils
 from conftest import TINY_RUN, run, run_ok, torchrun
-from test_model import VARIANTS, doubled, make, one_batch
+from test_model import VARIANTS, doubled, make, one_batch, outputs_and_gradient
 from test_train import assert_trained_alike, column
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -24,46 +24,25 @@ LENGTHS = [3, 50, 17, 1, 127]
 def batch_to(device, batch):
     return {name: x.to(device) if torch.is_tensor(x) else x for name, x in batch.items()}
 
-def losses_and_gradient(net, batch, context):
-    net.zero_grad()
-    with context:
-        losses = torch.stack(list(net(batch).values()))
-    losses.mean().backward()
-    gradient = torch.cat([x.grad.flatten() for x in net.parameters()])
-    return losses.detach().cpu().double(), gradient.cpu().double()
-
 # ---- without a GPU ------------------------------------------------------------------------------
 
 class NothingWaits(TorchDispatchMode):
-    """Raises where a GPU has to wait: CPU tensors, numbers read back, shapes that need values."""
-    WAITING = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten._unique2")
+    """Refuses CPU tensors and masks as indices. The meta device refuses to read values."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name, (tensors, _) = str(function), tree_flatten((args, kwargs or {}))
-        tensors = [x for x in tensors if torch.is_tensor(x)]
-        has_mask = any(x.dtype == torch.bool for x in tensors[1:])
-        if name.startswith(self.WAITING) or name.startswith("aten.index") and has_mask:
-            raise AssertionError(f"{name} waits for the GPU")
-        if any(x.device.type == "cpu" for x in tensors):
-            raise AssertionError(f"{name} has a tensor of the CPU")
+        tensors = [x for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)]
+        assert all(x.device.type == "meta" for x in tensors), f"{function} has a CPU tensor"
+        if str(function).startswith("aten.index"):
+            assert all(x.dtype != torch.bool for x in tensors[1:]), f"{function} has a mask"
         return function(*args, **(kwargs or {}))
-
-@pytest.mark.parametrize("plant", [lambda x: x.sum().item(), lambda x: bool(x.sum() > 0),
-                                   lambda x: x[x > 0], lambda x: x[torch.tensor([0])]])
-def test_what_waits_is_caught(plant):
-    with pytest.raises(AssertionError, match="waits|tensor of the CPU"), NothingWaits():
-        plant(torch.empty(4, device="meta"))
 
 @pytest.mark.parametrize("kind, options", [
     *((m.PolarBERT, options) for options in VARIANTS if "mup_base_width" not in options),
     *((m.Reconstructor, {"task": task, "direction_loss": "angular+vmf"}) for task in m.TASKS)])
 def test_a_step_waits_for_nothing(kind, options, monkeypatch):
     """Forward, backward, Muon and the clipped step of a model on the meta device."""
-    class Unfused(torch.optim.AdamW):  # the fused kernel does not exist for meta
-        def step(self):
-            assert self.found_inf.device.type == "meta"
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
-    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, *args, **kwargs: Unfused(groups))
+    monkeypatch.setattr(torch.optim, "AdamW", MagicMock())  # fused, which meta is not
     net = make(kind, **options, optimizer="muon").to("meta")
     optimizers = optim.make_optimizers(net, net.config)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -93,16 +72,14 @@ def test_flash_is_taken_in_half_precision_and_traced_both_ways(qk_norm, monkeypa
 
 @pytest.mark.parametrize("dtype, tf32", [("bfloat16", "ieee"), ("float32", "tf32")])
 def test_what_is_set_on_cuda(dtype, tf32, monkeypatch):
-    calls = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
-    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", calls.append)
+    cuda, backend = Mock(device_count=lambda: 1), Mock()
+    monkeypatch.setattr(torch, "cuda", cuda)
+    monkeypatch.setattr(torch.backends, "cuda", backend)
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: args)
-    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace())
     *_, autocast = utils.init_distributed(SimpleNamespace(device="auto", dtype=dtype))
-    assert calls == [0, False] and autocast == ("cuda", getattr(torch, dtype))
-    assert torch.backends.cuda.matmul.fp32_precision == tf32
+    assert autocast == ("cuda", getattr(torch, dtype)) and backend.matmul.fp32_precision == tf32
+    cuda.set_device.assert_called_once_with(0)
+    backend.enable_cudnn_sdp.assert_called_once_with(False)
 
 @pytest.mark.parametrize("options", [
     {"cls_target": "charge+line_fit", "dom_head": "position"}, {"backbone": "mamba"},
@@ -131,11 +108,13 @@ def test_a_compiled_run_is_the_same(pretrained, demo_data, tmp_path, monkeypatch
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_cuda_computes_what_the_cpu_does(options):
     net, (batch,) = make(**options), one_batch(LENGTHS)
-    losses, gradient = losses_and_gradient(net.double(), doubled(batch), nullcontext())
+    y, gradient = outputs_and_gradient(net.double(), [doubled(batch)])
     net.float().cuda()
-    for context, bound in ((nullcontext(), 1e-3), (torch.autocast("cuda", torch.bfloat16), 0.05)):
-        on_gpu, gradient_on_gpu = losses_and_gradient(net, batch_to("cuda", batch), context)
-        assert torch.allclose(on_gpu, losses, rtol=bound, atol=bound)
+    half = partial(torch.autocast, "cuda", torch.bfloat16)
+    for context, bound in ((nullcontext, 1e-3), (half, 0.05)):
+        on_gpu = outputs_and_gradient(net, [batch_to("cuda", batch)], context)
+        y_on_gpu, gradient_on_gpu = (x.cpu().double() for x in on_gpu)
+        assert torch.allclose(y_on_gpu, y, rtol=bound, atol=bound)
         assert (gradient_on_gpu - gradient).norm() < 2 * bound * gradient.norm()
 
 @needs_cuda
@@ -147,15 +126,6 @@ def test_flash_is_the_padded_attention():
     flash = mixer(x, packing)
     mixer.can_flash = False
     assert (flash - mixer(x, packing)).norm() < 0.02 * flash.norm()
-
-@needs_cuda
-def test_logits_far_below_zero_have_finite_gradients():
-    """cuDNN's attention has NaN there, at 64 tokens (pytorch issue 196678)."""
-    net, (batch,) = make().cuda(), one_batch([63, 63, 63, 63])
-    for block in net.encoder.blocks:  # k = -20 q: logits near -120
-        block.mixer.qkv.weight.data[32:64] = -20 * block.mixer.qkv.weight.data[:32]
-    context = torch.autocast("cuda", torch.bfloat16)
-    assert losses_and_gradient(net, batch_to("cuda", batch), context)[1].isfinite().all()
 
 @needs_cuda
 def test_the_hot_loop_does_not_wait_on_cuda(request):
@@ -171,25 +141,23 @@ def test_the_hot_loop_does_not_wait_on_cuda(request):
         optim.clip_and_step(net, optimizers, scaler, 1e-3, 1.0)
         torch.cuda.set_sync_debug_mode("error")  # the first step makes the optimizers' state
 
-CUDA_RUN = [*TINY_RUN, "--device=cuda"]
-
 @needs_cuda
 @pytest.mark.parametrize("option", ["--dtype=float32", "--dtype=bfloat16", "--dtype=float16",
                                     "--optimizer=muon", "--compile=True", "--backbone=gru"])
 def test_train_resume_and_finetune_on_cuda(pretrained, demo_data, tmp_path, option):
     for n_steps in (3, 6):
-        run_ok("train.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}/run", *CUDA_RUN,
-               "--schedule=constant", f"--max_steps={n_steps}", option)
+        run_ok("train.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}/run", *TINY_RUN,
+               "--device=cuda", "--schedule=constant", f"--max_steps={n_steps}", option)
     if option in ("--dtype=float32", "--dtype=bfloat16", "--compile=True"):
         loss = column(pretrained, "loss")[:5]  # later its learning rate falls
         assert column(tmp_path / "run", "loss")[:5] == pytest.approx(loss, rel=0.02)
     run_ok("finetune.py", f"--data_dir={demo_data}", f"--pretrained={tmp_path}/run/ckpt.pt",
-           f"--out_dir={tmp_path}/tuned", *CUDA_RUN)
+           f"--out_dir={tmp_path}/tuned", *TINY_RUN, "--device=cuda")
     assert np.isfinite(column(tmp_path / "tuned", "val_loss")).all()
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("option", ["--compile=False", "--compile=True"])
 def test_two_gpus_train_like_one(pretrained, demo_data, tmp_path, option):
-    run_ok("train.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}", *CUDA_RUN, option,
-           how=run, launcher=torchrun(2))
+    run_ok("train.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}", *TINY_RUN,
+           "--device=cuda", option, how=run, launcher=torchrun(2))
     assert column(tmp_path, "loss") == pytest.approx(column(pretrained, "loss"), rel=1e-2)
