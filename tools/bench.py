@@ -1,20 +1,17 @@
-"""Measure speed as ratios against a plain baseline that runs in turns with
-ours.
+"""Measure speed against a plain baseline that runs in turns with ours.
 
     python -m tools.bench                                all, minutes on 2 CPU cores
     python -m tools.bench --what=base --compile=True     base.py's size, on a GPU
 
 base, demo: a training step of that size; the baseline pads events and
-makes logits at all positions, as published. loader, prepare: the baseline
-takes one event at a time. Trust the ratios (median over rounds), because
-events/s depend on what else runs.
+makes logits at all positions, in float32. loader, prepare: the baseline
+takes one event at a time. Trust the ratios: events/s vary with the load.
 """
 import utils  # first: it sets how torch's threads wait
 
 import time
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Literal
 
 import numpy as np
 import torch
@@ -28,22 +25,19 @@ from train import TrainConfig, masked_batches, total_loss
 
 DEMO_SIZE = {"embedding_dim": 64, "dom_embed_dim": 32, "num_heads": 2,
              "hidden_size": 256, "num_layers": 3}
-BASELINES = {"loader": "one event after another", "prepare": "one event after another"}
 
 @dataclass
 class BenchConfig:
-    what: str = "base,demo,loader,prepare"  # what to measure, separated by commas
+    what: str = "base,demo,loader,prepare"  # separated by commas
     data_dir: str = "data/demo"  # folder that prepare.py wrote
     rounds: int = 5  # measurements, after one to warm up
     batch_size: int = 0  # events in each; 0 = 4096, but 128 on a CPU
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: a GPU if there
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of our step
+    device: utils.Device = "auto"  # auto: a GPU if there is one
+    dtype: utils.Dtype = "auto"  # of our step
     compile: bool = False  # torch.compile our step
 
-# ---- what is measured: ours, and its baseline ---------------------------------------------------
-
 def make_training(config, name, is_plain):
-    """Return a function(round) that loads and trains a step, and its events."""
+    """Return a function(round) that trains a step, and its number of events."""
     device, dtype, _ = utils.init_distributed(config)
     meta, geometry = data.read_folder(config.data_dir)
     split = data.open_split(config.data_dir, "pretrain")
@@ -59,7 +53,6 @@ def make_training(config, name, is_plain):
         return [plain_batch(split, part, run.mask_prob) for part in parts]
     if name == "loader":
         return load, run.batch_size
-
     model = PolarBERT(run, geometry).to(device)
     optimizers = make_optimizers(model, run)
     forward = torch.compile(model, dynamic=True) if config.compile else model
@@ -110,43 +103,43 @@ def plain_losses(model, batch):
             "charge": (charge - batch["total_charge"].log10()).square()}
 
 def make_preparing(config, name, is_plain):
-    """Return a function(round) that cuts made-up events of Kaggle's size, and B."""
+    """Return a function(round) that packs made-up events like Kaggle's, and B."""
     B, rng = config.batch_size or 4096, np.random.default_rng(0)
     n = rng.lognormal(np.log(62), 1.4, B).clip(15).astype(np.int64)
-    position = data.read_folder(config.data_dir)[1]["position"].astype(np.float64)
-    end, events = n.cumsum(), np.zeros(B, data.EVENT)
+    end, P = n.cumsum(), n.sum()
+    position = data.read_folder(config.data_dir)[1]["position"].astype(float)
+    events = np.zeros(B, data.EVENT)
     events["event_id"], events["n_pulses"] = np.arange(B), n
-    time = 1e4 + np.arange(end[-1]) - np.repeat(end - n, n)  # [ns]
-    charge, aux = rng.exponential(1, end[-1]), rng.random(end[-1]) < 0.7
-    dom = rng.integers(len(position), size=end[-1])
-    if not is_plain:
-        return lambda i: pack(events, time, charge, dom, aux, position, PrepareConfig()), B
-
+    time = 1e4 + np.arange(P) - np.repeat(end - n, n)  # [ns]
+    charge, aux = rng.exponential(1, P), rng.random(P) < 0.7
+    columns = time, charge, rng.integers(len(position), size=P), aux
+    def ours(i):
+        pack(events, *columns, position, PrepareConfig())
     def plain(i):
         for a, b in zip(end - n, end):
-            charge[a:b] @ position[dom[a:b]] / charge[a:b].sum()  # the centre
             kept = a + np.sort(np.argsort(rng.random(b - a) + aux[a:b])[:127])
-            pulses = np.zeros(len(kept), data.PULSE)
-            for name, column in zip(data.PULSE.names, (time, charge, dom, aux)):
-                pulses[name] = column[kept]
-    return plain, B
+            _, charge, dom, _ = (x[a:b] for x in columns)
+            charge @ position[dom] / charge.sum()  # the centre
+            np.rec.fromarrays([x[kept] for x in columns], data.PULSE)
+    return plain if is_plain else ours, B
 
 def main():
     config = utils.load_config(BenchConfig, __doc__)
     for name in config.what.split(","):
         make = make_preparing if name == "prepare" else make_training
-        functions = [make(config, name, is_plain) for is_plain in (True, False)]
-        rates = np.zeros((2, config.rounds + 1))  # [events/s], the first is to warm up
+        functions = {who: make(config, name, is_plain=who == "baseline")
+                     for who in ("baseline", "ours")}
+        rates = {"baseline": [], "ours": []}  # [events/s]
         for i in range(config.rounds + 1):
-            for j, (function, n_events) in enumerate(functions):
+            for who, (function, n_events) in functions.items():
                 start = time.perf_counter()
                 function(i)
-                rates[j, i] = n_events / (time.perf_counter() - start)
-        baseline = BASELINES.get(name, "padded, logits everywhere, float32")
-        for text, rate in zip((f"baseline: {baseline}", "ours"), rates[:, 1:]):
-            low, middle, high = np.quantile(rate, (0, 0.5, 1))
-            print(f"{name:<8}{text:<46}{middle:9,.0f} events/s ({low:,.0f} to {high:,.0f})"
-                  f"{np.median(rate / rates[0, 1:]):7.2f} x", flush=True)
+                rates[who].append(n_events / (time.perf_counter() - start))
+        for who, rate in rates.items():
+            low, middle, high = np.quantile(rate[1:], (0, 0.5, 1))  # 0 is to warm up
+            ratio = np.median(np.divide(rate, rates["baseline"])[1:])
+            print(f"{name:<8}{who:<9}{middle:9,.0f} events/s ({low:,.0f} to {high:,.0f})"
+                  f"{ratio:7.2f} x", flush=True)
 
 if __name__ == "__main__":
     utils.run_main(main)

@@ -3,13 +3,11 @@
     python -m tools.import_published --checkpoint=weights.pth --out=out/published.pt
     python finetune.py sample_config/finetune.py --pretrained=out/published.pt
 
-Reads a state_dict (.pth) or Lightning's file (.ckpt). Shapes give the
-architecture, except the number of heads and the activation, which are
-options. The logits stay the same. Models with muP are not supported.
+Reads a state_dict (.pth) or Lightning's file (.ckpt). The logits stay the
+same. Models with muP are not supported.
 """
 import utils  # first: it sets how torch's threads wait
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -19,53 +17,52 @@ import data
 from model import POSITION_SCALE, PolarBERT
 from train import TrainConfig
 
-# source: upstream's src/polarbert/embedding.py, flash_model.py, base_model.py
-RENAMED = {"embedding.features_embedding": "encoder.embedding.features",
-           "embedding.position_embedding": "encoder.embedding.position",
-           "embedding.mask_token_embedding": "encoder.embedding.mask",
-           "embedding.cls_embedding": "encoder.embedding.cls",
-           "embedding.dom_positions": "encoder.embedding.geometry",
-           "embedding.dom_embedding": "encoder.embedding.dom_table",
-           "transformer_blocks": "encoder.blocks",
+# upstream's src/polarbert/embedding.py, flash_model.py, base_model.py
+RENAMED = {"features_embedding": "features", "position_embedding": "position",
+           "mask_token_embedding": "mask", "cls_embedding": "cls",
+           "dom_positions": "geometry", "dom_embedding": "dom_table",
+           "transformer_blocks": "blocks", "final_layer_norm": "final_norm",
            "attention.wo": "mixer.out", "attention.w": "mixer.w",
            "feed_forward.0": "mlp.up", "feed_forward.2": "mlp.down",
-           ".layer_norm": ".norm", "final_layer_norm": "encoder.final_norm",
-           "charge_prediction": "cls_heads.charge", "unembedding": "dom_head"}
+           ".layer_norm": ".norm", "charge_prediction": "cls_heads.charge",
+           "unembedding": "dom_head"}
 GEOMETRY, TABLE = "encoder.embedding.geometry", "encoder.embedding.dom_table.weight"
+CLS, MASK = "encoder.embedding.cls", "encoder.embedding.mask"
 
 @dataclass
 class ImportConfig:
     checkpoint: str = "weights.pth"  # of the published code
-    data_dir: str = "data/icecube"  # data folder of the same detector
+    data_dir: str = "data/icecube"  # of the same detector
     out: str = "out/published.pt"  # checkpoint to write
     num_heads: int = 8  # of the published model
     mlp: Literal["relu", "gelu"] = "relu"  # its activation
 
 def from_published(state):
-    """Rename the weights of a state_dict -> our weights, the options that follow."""
+    """Rename the weights of a state_dict -> our weights, their options."""
     weights = {}
     for name, x in state.items():
         name = name.removeprefix("model.")
         for old, new in RENAMED.items():
             name = name.replace(old, new)
+        if not name.startswith(("dom_head", "cls_heads")):
+            name = f"encoder.{name}"
         # its ids: 0 padding, which is dropped, sensor_id + 1, then the mask
-        is_padded = name in (GEOMETRY, TABLE) or name.startswith("dom_head.")
+        is_padded = name in (GEOMETRY, TABLE) or name.startswith("dom_head")
         weights[name] = x.float()[1:] if is_padded else x.float()
     n_layers = sum(name.endswith("norm1.weight") for name in weights)
     for i in range(n_layers):
         mixer = f"encoder.blocks.{i}.mixer"
         qkv = [weights.pop(f"{mixer}.w{x}.weight") for x in "qkv"]
         weights[f"{mixer}.qkv.weight"] = torch.cat(qkv)
-    cls = weights["encoder.embedding.cls"] = weights["encoder.embedding.cls"].flatten()
+    cls = weights[CLS] = weights[CLS].flatten()
     if GEOMETRY in weights:
         weights[GEOMETRY] *= POSITION_SCALE
-    elif "encoder.embedding.mask" in weights:
-        mask = weights.pop("encoder.embedding.mask")
-        weights[TABLE] = torch.cat([weights[TABLE], mask])
+    elif MASK in weights:
+        weights[TABLE] = torch.cat([weights[TABLE], weights.pop(MASK)])
     n_features = len(weights["encoder.embedding.features.weight"])
     return weights, {"embedding_dim": len(cls), "dom_embed_dim": len(cls) - n_features,
-                     "num_layers": n_layers, "use_dom_positions": GEOMETRY in weights,
                      "hidden_size": len(weights["encoder.blocks.0.mlp.up.weight"]),
+                     "num_layers": n_layers, "use_dom_positions": GEOMETRY in weights,
                      "final_norm": "encoder.final_norm.weight" in weights}
 
 def main():
@@ -93,10 +90,9 @@ def main():
     except (AttributeError, KeyError, RuntimeError) as error:
         utils.fail(f"{path}: not the published flash variant ({error!r:.200})")
     rule = {"keep": "random", "max_pulses": 127}  # upstream's
-    content = {"format": utils.CHECKPOINT_FORMAT, "model": weights, "config": asdict(run),
-               "optimizer": [], "scaler": {}, "step": 0, "best_val_loss": math.inf,
-               "bad_steps": 0, "data": {"fingerprint": 0, "n_train": 0, "rule": rule}}
-    utils.write_atomic(config.out, lambda part: torch.save(content, part))
+    checkpoint = {"format": utils.CHECKPOINT_FORMAT, "model": weights,
+                  "config": asdict(run), "data": {"rule": rule}}
+    utils.write_atomic(config.out, lambda part: torch.save(checkpoint, part))
     print(f"written {config.out}")
 
 if __name__ == "__main__":

@@ -3,10 +3,9 @@
     python -m tools.sweep sample_config/sweep_labels.py      --dry_run=True only lists
     python -m tools.plot --what=sweep --results=out/sweep_labels/results.csv
 
-Each variant runs with all learning rates on tuning_seeds, then with the
-best one on seeds, which alone are reported. Writes out_dir/results.csv, a
-row per finished run, and prints a table. The same command runs what is
-missing. Sweeps of other variants may share out_dir.
+Each variant runs with all rates on tuning_seeds, then with the best one on
+seeds, which alone are reported. Prints a table. The same command runs what
+is missing. Sweeps of other variants may share out_dir.
 """
 import utils  # first: it sets how torch's threads wait
 
@@ -17,6 +16,7 @@ import json
 import shlex
 import subprocess
 import sys
+import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -39,16 +39,9 @@ class SweepConfig:
     out_dir: str = ""  # runs and results.csv; "" = out/<names of the config files>
     dry_run: bool = False  # list the commands that remain, run nothing
 
-    def check(self):
-        if set(numbers(self.seeds)) & set(numbers(self.tuning_seeds)):
-            utils.fail(f"seeds = {self.seeds!r}: one of them tunes the rate; report others")
-
-def numbers(text):
-    return [f"{float(x):.15g}" for x in text.split(",")]
-
 def read_csv(path):
     """Return the rows as dicts of text, [] if there is no file."""
-    return list(csv.DictReader(open(path, newline=""))) if Path(path).exists() else []
+    return [*csv.DictReader(open(path, newline=""))] if Path(path).exists() else []
 
 def write_csv(path, rows):
     columns, text = dict.fromkeys(name for row in rows for name in row), io.StringIO()
@@ -66,108 +59,117 @@ def lock(folder):
         fcntl.flock(file, fcntl.LOCK_EX)
     return file
 
-def number(row, column):
-    return float(row.get(column) or "inf")  # a run that diverged has none
-
-def select(rows, variant, role):
-    return [row for row in rows if (row["variant"], row["role"]) == (variant, role)]
+def values_of(rows, variant, role, column):
+    """Return {learning rate: values of a column, one per seed}."""
+    values = {}
+    for row in rows:
+        if (row["variant"], row["role"]) == (variant, role):
+            value = float(row.get(column) or "inf")  # none if it diverged
+            values.setdefault(row["learning_rate"], []).append(value)
+    return values
 
 def tuning(rows, variant, metric):
     """Return {learning rate: mean of the metric over the seeds that tune}."""
-    values = {}
-    for row in select(rows, variant, "tune"):
-        values.setdefault(row["learning_rate"], []).append(number(row, metric))
+    values = values_of(rows, variant, "tune", metric)
     return {rate: np.mean(x) for rate, x in values.items()}
 
-def reported(rows, variant, metric):
-    """Return the rows that report a variant with its best learning rate."""
-    runs, means = select(rows, variant, "report"), tuning(rows, variant, metric)
-    best = min(means, key=means.get) if means else runs[-1]["learning_rate"]
-    return [row for row in runs if row["learning_rate"] == best]
-
-def print_table(rows, variants, metric):
-    """Print mean and standard deviation over seeds as markdown."""
-    print(f"| variant | learning rate | {metric} | n |\n|---|---|---|---|")
-    for variant in variants:
-        runs = reported(rows, variant, metric)
-        x = np.array([number(row, metric) for row in runs])
-        spread = f" +- {x.std(ddof=1):.2g}" if len(x) > 1 else ""
-        print(f"| {variant} | {runs[0]['learning_rate']} | {x.mean():.4g}{spread} | {len(x)} |")
+def reported(rows, variant, metric, column):
+    """Return the best learning rate, and values of a column with it."""
+    values = values_of(rows, variant, "report", column)
+    means = tuning(rows, variant, metric)
+    best = min(means, key=means.get) if means else [*values][-1]
+    return best, values.get(best, [])
 
 # ---- runs ---------------------------------------------------------------------------------------
 
-def check_variants(config, rows):
-    """Refuse wrong options and changed ones -> {variant: options}."""
+def options_of(config, variant):
+    """Return the options of a variant, and checksums of what it reads."""
     Config = {"train": TrainConfig, "finetune": FinetuneConfig}[config.script]
-    path = Path(config.out_dir) / "options.json"
+    args = shlex.split(f"{config.base} {config.variants[variant]}")
+    with contextlib.redirect_stdout(io.StringIO()):
+        options = asdict(utils.load_config(Config, args=args))
+    if Path(options["data_dir"], "meta.json").exists():
+        meta, _ = data.read_folder(options["data_dir"])
+        options["data_fingerprint"] = meta["fingerprint"]
+    for name in "pretrained", "init_from":
+        if Path(options.get(name, "")).is_file():
+            options[f"{name}_crc"] = zlib.crc32(Path(options[name]).read_bytes())
+    return options
+
+def check_variants(config):
+    """Refuse options that have changed -> {variant: options}."""
+    folder = Path(config.out_dir)
+    path, rows = folder / "options.json", read_csv(folder / "results.csv")
     earlier = json.loads(path.read_text()) if path.exists() else {}
-    for variant, text in config.variants.items():
-        with contextlib.redirect_stdout(io.StringIO()):
-            run = utils.load_config(Config, args=shlex.split(f"{config.base} {text}"))
-        now = asdict(run)
-        if Path(run.data_dir, "meta.json").exists():
-            now["data_fingerprint"] = data.read_folder(run.data_dir)[0]["fingerprint"]
-        has_row = any(row["variant"] == variant for row in rows)
-        if not has_row and not list((path.parent / variant).glob("*/ckpt.pt")):
-            earlier[variant] = now  # no run has begun
+    for variant in config.variants:
+        now = options_of(config, variant)
+        has_begun = any((folder / variant).glob("*/ckpt.pt"))
+        if not has_begun and not any(row["variant"] == variant for row in rows):
+            earlier[variant] = now
         old = earlier.get(variant, dict.fromkeys(now))  # None: unknown
         for name in sorted(now.keys() - {"device", "micro_batch_size", "compile"}):
             if old.get(name, now[name]) != now[name]:
-                text = f"{name} = {old[name]!r}, not {now[name]!r}"
-                utils.fail(f"{path}: {variant} ran with {text}; restore it, or use another out_dir")
+                text = f"{variant} ran with {name} = {old[name]!r}, not {now[name]!r}"
+                utils.fail(f"{path}: {text}; restore it, or use another out_dir")
     return earlier
 
-def run_missing(config, rows, variant, rate, seeds, role):
-    """Run the seeds that `rows` lacks, add a row for each: the last one of log.csv."""
+def run_missing(config, variant, rate, seeds, role):
+    """Run the seeds that results.csv lacks; add the last row of their log.csv."""
     path = f"{config.out_dir}/results.csv"
-    for seed in numbers(seeds):
-        rows[:] = read_csv(path)  # other sweeps add some
+    for seed in seeds.split(","):
         key = {"variant": variant, "learning_rate": rate, "seed": seed, "role": role}
+        if any(key.items() <= row.items() for row in read_csv(path)):
+            continue
         folder = Path(config.out_dir) / variant / f"lr{rate}_seed{seed}"
         text = f"{config.base} {config.variants[variant]}".replace("{seed}", seed)
         command = [sys.executable, f"{config.script}.py", *shlex.split(text),
                    f"--learning_rate={rate}", f"--seed={seed}", f"--out_dir={folder}"]
-        if any(key.items() <= row.items() for row in rows):
-            continue
         if config.dry_run:
             print(shlex.join(["python", *command[1:]]))
             continue
         with lock(config.out_dir):  # files may have changed
-            options = check_variants(config, rows)
+            options = check_variants(config)
             utils.write_json(f"{config.out_dir}/options.json", options)
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "output.txt", "w") as output:
             status = subprocess.run(command, stdout=output, stderr=output).returncode
-        text = (folder / "output.txt").read_text()
-        if status not in (0, 3) or "stopped at step" in text:
-            utils.fail(f"{folder} ended with status {status}: {text.strip().splitlines()[-1]}")
+        if status not in (0, 3):
+            lines = (folder / "output.txt").read_text().strip().splitlines()
+            utils.fail(f"{folder} ended with status {status}: {lines[-1]}")
         log = {row["step"]: row for row in read_csv(folder / "log.csv")}
         last = log.get(str(options[variant]["max_steps"]), {})
-        last = {config.metric: "inf"} if status == 3 else last
+        if status == 3:  # diverged
+            last = {config.metric: "inf"}
         results = {name: x for name, x in last.items() if x not in ("", "nan")}
         if config.metric not in results:
-            utils.fail(f"{folder}/log.csv: no {config.metric} at its end, only {[*results]}")
+            utils.fail(f"{folder}/log.csv: no {config.metric} at its end")
         results["data_fingerprint"] = options[variant].get("data_fingerprint")
         with lock(config.out_dir):
-            rows[:] = [*read_csv(path), key | {"metric": config.metric} | results]
-            write_csv(path, rows)
+            write_csv(path, [*read_csv(path), key | {"metric": config.metric} | results])
         print(*key.values(), config.metric, results[config.metric], flush=True)
 
 def main():
     config = utils.load_config(SweepConfig, __doc__)
-    rows, rates = read_csv(f"{config.out_dir}/results.csv"), numbers(config.rates)
-    check_variants(config, rows)
+    path, rates = f"{config.out_dir}/results.csv", config.rates.split(",")
+    if {*config.seeds.split(",")} & {*config.tuning_seeds.split(",")}:
+        utils.fail(f"seeds = {config.seeds!r}: one of them tunes; report others")
+    check_variants(config)
     for variant in config.variants:
         for rate in rates if len(rates) > 1 else ():
-            run_missing(config, rows, variant, rate, config.tuning_seeds, "tune")
-        means = tuning(rows, variant, config.metric)
+            run_missing(config, variant, rate, config.tuning_seeds, "tune")
+        means = tuning(read_csv(path), variant, config.metric)
         best = min(means, key=means.get, default="BEST" if len(rates) > 1 else rates[0])
         tried = sorted(means, key=float)
         if best in tried[:1] + tried[-1:]:
             print(f"warning: {variant}: {best} is at the end of {', '.join(tried)}; add rates")
-        run_missing(config, rows, variant, best, config.seeds, "report")
-    if not config.dry_run:
-        print_table(rows, config.variants, config.metric)
+        run_missing(config, variant, best, config.seeds, "report")
+    if config.dry_run:
+        return
+    print(f"| variant | learning rate | {config.metric} | n |\n|---|---|---|---|")
+    for variant in config.variants:
+        rate, x = reported(read_csv(path), variant, config.metric, config.metric)
+        spread = f" +- {np.std(x, ddof=1):.2g}" if len(x) > 1 else ""
+        print(f"| {variant} | {rate} | {np.mean(x):.4g}{spread} | {len(x)} |")
 
 if __name__ == "__main__":
     utils.run_main(main)
