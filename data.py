@@ -116,11 +116,10 @@ def read_geometry_csv(path, origin="0,0,0"):
     position -= np.array(origin.split(","), float)
     if not np.isfinite(position).all():
         fail(f"{path}: a position is not a finite number")
-    if "string" in table:
-        return position, np.array(table["string"], np.int64)[order]
-    if len(order) == 5160:  # IceCube-86
-        return position, np.arange(5160) // 60
-    return position, np.unique(position[:, :2], axis=0, return_inverse=True)[1].ravel()
+    key = np.array(table["string"])[order] if "string" in table else position[:, :2]
+    if "string" not in table and len(order) == 5160:  # IceCube-86
+        key = np.arange(5160) // 60
+    return position, np.unique(key, axis=0, return_inverse=True)[1].ravel()
 
 # ---- which events make up a step ----------------------------------------------------------------
 

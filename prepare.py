@@ -57,6 +57,7 @@ PULSES = ["time", "charge", "sensor_id", "auxiliary", "event_id"]
 META = ["batch_id", "event_id", "first_pulse_index", "last_pulse_index"]
 LABELS = ["azimuth", "zenith"]
 EXTRA = ["energy", "event_class"]  # not in Kaggle's files
+LIGHT_SPEED, LATE = 0.22, 200.0  # [m/ns] in ice, [ns] scattered light is not late
 COUNTS = ["n_events", "n_pulses", "n_cut", "n_aux"]  # of a split, in meta.json
 TYPES = dict.fromkeys(["time", "charge", "energy", *LABELS], "f8") | {"auxiliary": "?"}
 
@@ -138,38 +139,43 @@ def read_pulses(path, events, n_doms, config):
 # keep = "brightest": first the earliest HLC pulse of each DOM, that of the DOM with most charge
 # first. A kept pulse gets the charge of the DOM's HLC pulses up to its next kept one.
 
-def pack(events, time, charge, dom, aux, position, config):
+def pack(events, time, charge, dom, aux, detector, config):
     """Apply the rule to events (B,) -> the PULSE records they keep. Fill in their sums.
 
-    time, charge, dom, aux: all their pulses. position of the DOMs (V, 3) [m].
+    time, charge, dom, aux: all their pulses. detector: position (V, 3) [m], string (V,).
     """
     n = events["n_pulses"].astype("i8")
     begin, event = np.cumsum(n) - n, np.repeat(np.arange(len(n)), n)
     if ((time[1:] < time[:-1]) & (event[1:] == event[:-1])).any():
         order = np.lexsort((time, event))  # stable: ties stay
         time, charge, dom, aux = time[order], charge[order], dom[order], aux[order]
-    add_sums(events, n, begin, time, charge, dom, aux, position)
     events["length"] = np.minimum(n, config.max_pulses)
+    events["total_charge"] = total = np.add.reduceat(charge, begin)
+    for axis in range(3):
+        moment = charge * detector[0][:, axis].take(dom, mode="clip")
+        events["center"][:, axis] = np.add.reduceat(moment, begin) / np.where(total, total, 1)
+    hlc = np.flatnonzero(~aux)
+    channel = event[hlc] * len(detector[1]) + dom[hlc]
+    owner = first_of(channel)  # the first HLC pulse of the DOM
+    is_first = owner == np.arange(len(hlc))
+    first, dom_charge = hlc[is_first], np.bincount(owner, charge[hlc], len(hlc))[is_first]
+    fit_lines(events, event[first], time[first], dom[first], dom_charge, *detector)
     # each pulse draws a number, HLC pulses below all others; an event keeps its smallest
     # DIFF(upstream): a hash of event and pulse, so the order of batches changes nothing
     place = np.arange(len(event)) - np.repeat(begin, n)
     draw = data.uniform_hash(config.seed, events["event_id"], place, n)
     draw += aux
     if config.keep == "brightest":
-        hlc = np.flatnonzero(~aux)
-        channel = event[hlc] * (data.MAX_DOMS + 1) + dom[hlc]
-        order = np.argsort(channel, kind="stable")
-        hlc, is_first = hlc[order], np.diff(channel[order], prepend=-1) > 0
-        draw[hlc[is_first]] *= 1e-3  # decides between DOMs of equal charge
-        draw[hlc[is_first]] -= np.add.reduceat(charge[hlc], np.flatnonzero(is_first))
+        draw[first] = 1e-3 * draw[first] - dom_charge  # the draw decides if charges are equal
     # slow form, per event: keep = draw <= np.sort(draw)[max_pulses - 1]
     last, limit = config.max_pulses - 1, np.full(len(n), np.inf)
     for i in np.flatnonzero(n > config.max_pulses).tolist():
         limit[i] = np.partition(draw[begin[i]:begin[i] + n[i]], last)[last]
     keep = draw <= np.repeat(limit, n)
     if config.keep == "brightest":
-        takes = np.flatnonzero(keep[hlc] | is_first)
-        charge = charge.copy()
+        order = np.argsort(channel, kind="stable")
+        takes = np.flatnonzero((keep[hlc] | is_first)[order])
+        hlc, charge = hlc[order], charge.copy()
         charge[hlc[takes]] = np.add.reduceat(charge[hlc], takes)
     keep = np.flatnonzero(keep)
     pulses = np.empty(events["length"].sum(dtype="i8"), PULSE)
@@ -177,28 +183,30 @@ def pack(events, time, charge, dom, aux, position, config):
         pulses[name] = values[keep]  # raises at equal draws
     return pulses
 
-def add_sums(events, n, begin, time, charge, dom, aux, position):
-    """Fill in total_charge, center and line_fit of events of n (B,) pulses.
+def first_of(key):
+    """Return the index of the first equal key, for each; key >= 0."""
+    index, slot = np.arange(len(key)), np.empty(key.max(initial=0) + 1, "i4")
+    slot[key[::-1]] = index[::-1]  # the last one written stays
+    return slot[key]
 
-    The line r + v time is fitted to the HLC pulses, weighted by charge; -v is a first
-    guess of the source (astro-ph/0407044, section 3.1.3). Slow form, HLC pulses:
-        mean_time = np.average(time, weights=charge)
-        v = sum(charge * position[dom].T * (time - mean_time))  # summed over pulses
+def fit_lines(events, event, time, dom, charge, position, string):
+    """Fill in line_fit from the first HLC pulse of each DOM, with the DOM's charge.
+
+    It goes against v of the line r + v time (astro-ph/0407044, section 3.1.3). Pulses later
+    than light from the first one of their string are left out. Slow form, per event:
+        v = sum(charge * position[dom].T * (time - np.average(time, weights=charge)))
     """
-    weight = charge * ~aux
-    total, hlc_total = np.add.reduceat(charge, begin), np.add.reduceat(weight, begin)
-    events["total_charge"] = total
-    total[total == 0], hlc_total[hlc_total == 0] = 1, 1
-    mean_time = np.add.reduceat(weight * time, begin) / hlc_total
-    lever = (time - np.repeat(mean_time, n)) * ~aux
-    v = np.empty((len(n), 3))
-    for axis in range(3):
-        moment = charge * position[:, axis].take(dom, mode="clip")
-        events["center"][:, axis] = np.add.reduceat(moment, begin) / total
-        v[:, axis] = np.add.reduceat(moment * lever, begin)
+    B, z = len(events), position[dom, 2]
+    first = first_of(event * (string.max() + 1) + string[dom])  # of the string
+    is_late = time - time[first] > np.abs(z - z[first]) / LIGHT_SPEED + LATE
+    charge = np.where(is_late, 0, charge)
+    total = np.bincount(event, charge, B)
+    mean_time = np.bincount(event, charge * time, B) / np.where(total, total, 1)
+    lever = charge * (time - mean_time[event])
+    v = np.stack([np.bincount(event, lever * position[dom, axis], B) for axis in range(3)], axis=1)
     speed = np.linalg.norm(v, axis=1, keepdims=True)
     # [m ns] of one time or one DOM, rounding makes 1e-8; neighbours 1 ns apart 6e-5
-    can_fit = speed > 1e-6 * hlc_total[:, None]
+    can_fit = speed > 1e-6 * total[:, None]
     events["line_fit"] = np.where(can_fit, -v / np.where(can_fit, speed, 1), 0)
 
 # ---- plan, write, main --------------------------------------------------------------------------
@@ -258,11 +266,11 @@ def write_batch(config, batch):
     events = np.memmap(f"{data_dir}/{split}_events.bin", EVENT, "r+",
                        first_event * EVENT.itemsize, batch["n_events"])
     geometry_path, end = f"{config.input_dir}/sensor_geometry.csv", place
-    position, _ = data.read_geometry_csv(geometry_path, config.origin)
+    detector = data.read_geometry_csv(geometry_path, config.origin)
     with open(f"{data_dir}/{split}_pulses.bin", "r+b") as file:
         file.seek(place * PULSE.itemsize)
-        for part, *columns in read_pulses(path, np.asarray(events), len(position), config):
-            pulses = pack(part, *columns, position, config)
+        for part, *columns in read_pulses(path, np.asarray(events), len(detector[1]), config):
+            pulses = pack(part, *columns, detector, config)
             if not part["total_charge"].all():
                 fail(f"{path}: event {part['event_id'][part['total_charge'] == 0][0]} lacks charge")
             part["start"] = end + np.cumsum(part["length"], dtype="i8") - part["length"]
@@ -272,32 +280,20 @@ def write_batch(config, batch):
         os.fsync(file.fileno())
     events.flush()  # on disk before the marker
     pulses = np.memmap(file.name, PULSE, "r", place * PULSE.itemsize, end - place)
-    if len(events) >= 100:
-        check_origin(path, pulses[:10**6], position)
+    sample = pulses[:10**6]
+    lit, hlc = detector[0][np.unique(sample["dom"])], sample["time"][~sample["aux"]]
+    middle, size = (lit.min(0) + lit.max(0)) / 2, np.ptp(lit, axis=0).max()  # [m]
+    time = np.median(hlc) if len(hlc) else 0
+    is_right = np.abs(middle).max() <= 100 and size >= 20 and 5000 < time < 30_000
+    if len(events) >= 100 and not is_right:
+        fail(f"{path}: DOMs with pulses are around {middle.round(1).tolist()} m, not 0, or "
+             f"within {size:.3g} m, or {len(hlc)} HLC pulses are around {time:.0f} ns, not "
+             "10,000: see --origin, --shift_times, or check units and auxiliary")
     row = (batch["number"], len(events), len(pulses), (events["length"] < events["n_pulses"]).sum(),
            pulses["aux"].sum(), zlib.crc32(events.tobytes()), zlib.crc32(pulses.tobytes()))
     batch["row"] = [*map(int, row)]
     utils.write_json(marker, batch)
     return batch
-
-def check_origin(path, pulses, position):
-    """Refuse positions and times that do not count from where they should."""
-    lit, hlc = position[np.unique(pulses["dom"])], pulses["time"][~pulses["aux"]]
-    middle, size = (lit.min(0) + lit.max(0)) / 2, np.ptp(lit, axis=0).max()  # [m]
-    time = np.median(hlc) if len(hlc) else np.nan
-    if np.abs(middle).max() > 100 or size < 20 or not 5000 < time < 30_000:
-        fail(f"{path}: DOMs with pulses are around {middle.round(1).tolist()} m, not 0, or "
-             f"within {size:.3g} m, or {len(hlc)} HLC pulses are around {time:.0f} ns, not "
-             "10,000: see --origin, --shift_times, or check units and auxiliary")
-
-def verify(path, batches):
-    """Compare the files of a split with the checksums in meta.json."""
-    events, pulses = (open(f"{path}_{kind}.bin", "rb") for kind in ("events", "pulses"))
-    for number, n_events, n_pulses, _, _, *crc in batches:
-        now = [zlib.crc32(events.read(n_events * EVENT.itemsize)),
-               zlib.crc32(pulses.read(n_pulses * PULSE.itemsize))]
-        if now != crc:
-            fail(f"{path}_*.bin: batch {number} has changed; prepare into another data_dir")
 
 def main():
     config = utils.load_config(PrepareConfig, __doc__)
@@ -337,9 +333,11 @@ def main():
         settings = meta | {"geometry_crc": zlib.crc32(geometry.tobytes()), "splits": splits}
         utils.write_json(meta_path, settings)
     for name, split in settings["splits"].items():
-        data.open_split(data_dir, name)  # checks size and a sample
-        if config.verify:
-            verify(f"{data_dir}/{name}", split["batches"])
+        files, rows = data.open_split(data_dir, name), np.array(split["batches"])
+        for i, array in enumerate(files[1:3] if config.verify else ()):  # events, pulses
+            parts = np.split(array, rows[:-1, 1 + i].cumsum())
+            if [zlib.crc32(part.tobytes()) for part in parts] != rows[:, 5 + i].tolist():
+                fail(f"{files.path}_*.bin: not as in meta.json; prepare into another data_dir")
         numbers = [f"{k} {v}" for k, v in split.items() if k != "batches"]
         utils.print0(f"{name}: {', '.join(numbers)}")
     shutil.rmtree(unfinished, ignore_errors=True)

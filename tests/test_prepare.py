@@ -15,6 +15,7 @@ import prepare
 import utils
 
 GEOMETRY = np.random.default_rng(0).uniform(-500, 500, (5160, 3))  # [m]
+DETECTOR = GEOMETRY, np.arange(5160) // 60
 N_EVENTS = {1: 130, 2: 120, 3: 33, 4: 40}  # batches; the third is small, as Kaggle's last one is
 B, M, FIRST = "train/batch_2.parquet", "train_meta.parquet", N_EVENTS[1]  # FIRST: row of batch 2
 COLUMNS = ("time", "charge", "sensor_id", "auxiliary")
@@ -134,11 +135,19 @@ def brightest(q, dom, hlc, other, draw, max_pulses):
     return np.array(keep), charge
 
 def fitted_line(t, q, dom):
-    """Fit position = r + v t, weighted by charge, by a general solver -> unit vector against v."""
-    if len(np.unique(t)) < 2 or len(np.unique(dom)) < 2:
+    """Fit position = r + v t to HLC pulses, by a general solver -> unit vector against v."""
+    of_dom, of_string = {}, {}  # the first pulse
+    for i in range(len(t)):
+        of_dom.setdefault(dom[i], i)
+        of_string.setdefault(dom[i] // 60, i)
+    apart = lambda i, j: np.abs(GEOMETRY[dom[i], 2] - GEOMETRY[dom[j], 2])
+    use = [i for i in of_dom.values() for j in [of_string[dom[i] // 60]]
+           if t[i] - t[j] <= apart(i, j) / 0.22 + 200]
+    weight = np.sqrt([q[dom == dom[i]].sum() for i in use])
+    if len(np.unique(t[use])) < 2 or len(use) < 2:
         return np.zeros(3)
-    matrix = np.stack([np.ones(len(t)), (t - 1e4) / 1e3], axis=1) * np.sqrt(q)[:, None]
-    v = np.linalg.lstsq(matrix, GEOMETRY[dom] * np.sqrt(q)[:, None], rcond=None)[0][1]
+    matrix = np.stack([np.ones(len(use)), (t[use] - 1e4) / 1e3], axis=1) * weight[:, None]
+    v = np.linalg.lstsq(matrix, GEOMETRY[dom[use]] * weight[:, None], rcond=None)[0][1]
     return -v / np.linalg.norm(v)
 
 def assert_equal_records(found, expected):
@@ -170,11 +179,11 @@ def test_no_line_fit_where_no_line_can_be_fitted():
     dom = np.array([1, 2, 1, 2, 1, 2, 5, 5, 6, 3, 9, 4, 1, 2])
     charge = np.where(np.arange(14) < 12, 1.7, 0.0)
     position = np.array([[0, 0, 0 if dom == 4 else -17] for dom in range(10)])
-    prepare.pack(events, t, charge, dom, ~hlc, position, prepare.PrepareConfig())
+    prepare.pack(events, t, charge, dom, ~hlc, (position, np.arange(10)), prepare.PrepareConfig())
     assert events["line_fit"].tolist() == [[0, 0, 0]] * 4 + [[0, 0, -1], [0, 0, 0]]
 
 @pytest.mark.parametrize("header, rows, expected", [
-    ("sensor_id,x,y,z,string", ["2,5,1,-30,7", "0,9,1,10,3", "1,5,1,20,7"], [3, 7, 7]),
+    ("sensor_id,x,y,z,string", ["2,5,1,-30,7", "0,9,1,10,3", "1,5,1,20,7"], [0, 1, 1]),
     ("sensor_id,x,y,z", ["2,5,1,-30", "0,9,1,10", "1,5,1,20", "3,5,2,0"], [2, 0, 0, 1]),  # by x, y
     ("sensor_id,x,y,z", [f"{i},{i * 0.01},0,0" for i in range(5160)], np.arange(5160) // 60)])
 def test_strings_of_a_detector(tmp_path, header, rows, expected):
@@ -189,11 +198,11 @@ def test_the_draw_is_fair_and_depends_on_the_event_alone():
     events["event_id"], events["n_pulses"] = np.arange(n), 50
     t, charge, dom = np.tile(np.arange(50), n), np.ones(50 * n), np.zeros(50 * n, int)
     aux = np.tile(np.arange(50) >= 10, n)  # ten HLC pulses stay, ten of forty others
-    pulses = prepare.pack(events, t, charge, dom, aux, GEOMETRY, config)
+    pulses = prepare.pack(events, t, charge, dom, aux, DETECTOR, config)
     share = np.bincount(pulses["time"].astype(int), minlength=50) / n
     assert (share[:10] == 1).all() and np.abs(share[10:] - 0.25).max() < 0.05  # 5 sigma
     first = t[:50], charge[:50], dom[:50], aux[:50]
-    again = prepare.pack(events[100:101], *first, GEOMETRY, config)
+    again = prepare.pack(events[100:101], *first, DETECTOR, config)
     assert np.array_equal(again, pulses[2000:2020])
 
 def test_the_test_set_has_no_labels(straight):
@@ -385,4 +394,4 @@ def test_unknown_truth_missing_batches_and_checksums(raw, tmp_path):
     content[-5] ^= 1  # the last energy
     (target / "val_events.bin").write_bytes(content)
     line = user_error("prepare.py", *flags, "--skip_missing=True")
-    assert "val_*.bin: batch 3 has changed" in line
+    assert "val_*.bin: not as in meta.json" in line

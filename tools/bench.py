@@ -107,14 +107,15 @@ def make_preparing(config, name, is_plain):
     B, rng = config.batch_size or 4096, np.random.default_rng(0)
     n = rng.lognormal(np.log(62), 1.4, B).clip(15).astype(np.int64)
     end, P = n.cumsum(), n.sum()
-    position = data.read_folder(config.data_dir)[1]["position"].astype(float)
+    geometry = data.read_folder(config.data_dir)[1]
+    position = geometry["position"].astype(float)
     events = np.zeros(B, data.EVENT)
     events["event_id"], events["n_pulses"] = np.arange(B), n
     time = 1e4 + np.arange(P) - np.repeat(end - n, n)  # [ns]
     charge, aux = rng.exponential(1, P), rng.random(P) < 0.7
     columns = time, charge, rng.integers(len(position), size=P), aux
     def ours(i):
-        pack(events, *columns, position, PrepareConfig())
+        pack(events, *columns, (position, geometry["string"].astype(int)), PrepareConfig())
     def plain(i):
         for a, b in zip(end - n, end):
             kept = a + np.sort(np.argsort(rng.random(b - a) + aux[a:b])[:127])
