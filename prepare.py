@@ -57,7 +57,7 @@ PULSES = ["time", "charge", "sensor_id", "auxiliary", "event_id"]
 META = ["batch_id", "event_id", "first_pulse_index", "last_pulse_index"]
 LABELS = ["azimuth", "zenith"]
 EXTRA = ["energy", "event_class"]  # not in Kaggle's files
-LIGHT_SPEED, LATE = 0.22, 200.0  # [m/ns] in ice, [ns] scattered light is not late
+LIGHT_SPEED, LATE, FAR = 0.22, 200.0, 153.0  # [m/ns], [ns], [m] of the line fit, 1308.5501
 COUNTS = ["n_events", "n_pulses", "n_cut", "n_aux"]  # of a split, in meta.json
 TYPES = dict.fromkeys(["time", "charge", "energy", *LABELS], "f8") | {"auxiliary": "?"}
 
@@ -134,10 +134,9 @@ def read_pulses(path, events, n_doms, config):
         fail(f"{path}: has not the {end[-1]} rows of the meta table")
 
 # ---- rule: which pulses an event keeps ----------------------------------------------------------
-# Of more than max_pulses pulses an event keeps its HLC pulses (aux = False) and random others; if
-# the HLC pulses alone are too many, a random max_pulses of them (upstream's rule).
-# keep = "brightest": first the earliest HLC pulse of each DOM, that of the DOM with most charge
-# first. A kept pulse gets the charge of the DOM's HLC pulses up to its next kept one.
+# Of too many pulses an event keeps its HLC pulses (aux = False) and random others; if the HLC
+# pulses alone are too many, a random choice of them (upstream's rule). keep = "brightest": the
+# first HLC pulse of the DOMs with most charge, with the charge up to the DOM's next kept one.
 
 def pack(events, time, charge, dom, aux, detector, config):
     """Apply the rule to events (B,) -> the PULSE records they keep. Fill in their sums.
@@ -192,22 +191,25 @@ def first_of(key):
 def fit_lines(events, event, time, dom, charge, position, string):
     """Fill in line_fit from the first HLC pulse of each DOM, with the DOM's charge.
 
-    It goes against v of the line r + v time (astro-ph/0407044, section 3.1.3). Pulses later
-    than light from the first one of their string are left out. Slow form, per event:
-        v = sum(charge * position[dom].T * (time - np.average(time, weights=charge)))
+    It goes against v of the line r + v time, fitted twice: then pulses far from the line weigh
+    less (astro-ph/0407044, 3.1.3, arXiv:1308.5501). Those later than light from the first one
+    of their string are left out.
     """
-    B, z = len(events), position[dom, 2]
+    x, y, z = position.T[:, dom]
     first = first_of(event * (string.max() + 1) + string[dom])  # of the string
     is_late = time - time[first] > np.abs(z - z[first]) / LIGHT_SPEED + LATE
-    charge = np.where(is_late, 0, charge)
-    total = np.bincount(event, charge, B)
-    mean_time = np.bincount(event, charge * time, B) / np.where(total, total, 1)
-    lever = charge * (time - mean_time[event])
-    v = np.stack([np.bincount(event, lever * position[dom, axis], B) for axis in range(3)], axis=1)
-    speed = np.linalg.norm(v, axis=1, keepdims=True)
-    # [m ns] of one time or one DOM, rounding makes 1e-8; neighbours 1 ns apart 6e-5
-    can_fit = speed > 1e-6 * total[:, None]
-    events["line_fit"] = np.where(can_fit, -v / np.where(can_fit, speed, 1), 0)
+    charge = weight = np.where(is_late, 0, charge)
+    for _ in range(2):
+        total = np.maximum(np.bincount(event, weight), 1e-9)
+        def mean(values):  # of each event
+            return np.bincount(event, weight * values) / total
+        t, *xyz = [values - mean(values)[event] for values in (time, x, y, z)]
+        variance = np.maximum(mean(t * t), 1e-9)
+        v = np.array([mean(t * values) / variance for values in xyz])  # (3, B) [m/ns]
+        off = sum((values - speed[event] * t) ** 2 for values, speed in zip(xyz, v))
+        weight = charge / (1 + off / FAR ** 2)
+    speed = np.linalg.norm(v, axis=0)  # of one DOM or one time 1e-13, by rounding
+    events["line_fit"][:len(speed)] = np.where(speed > 1e-9, -v / np.maximum(speed, 1e-9), 0).T
 
 # ---- plan, write, main --------------------------------------------------------------------------
 

@@ -143,12 +143,15 @@ def fitted_line(t, q, dom):
     apart = lambda i, j: np.abs(GEOMETRY[dom[i], 2] - GEOMETRY[dom[j], 2])
     use = [i for i in of_dom.values() for j in [of_string[dom[i] // 60]]
            if t[i] - t[j] <= apart(i, j) / 0.22 + 200]
-    weight = np.sqrt([q[dom == dom[i]].sum() for i in use])
+    charge = weight = np.array([q[dom == dom[i]].sum() for i in use])
     if len(np.unique(t[use])) < 2 or len(use) < 2:
         return np.zeros(3)
-    matrix = np.stack([np.ones(len(use)), (t[use] - 1e4) / 1e3], axis=1) * weight[:, None]
-    v = np.linalg.lstsq(matrix, GEOMETRY[dom[use]] * weight[:, None], rcond=None)[0][1]
-    return -v / np.linalg.norm(v)
+    matrix, position = np.stack([np.ones(len(use)), (t[use] - 1e4) / 1e3], 1), GEOMETRY[dom[use]]
+    for _ in range(2):
+        root = np.sqrt(weight)[:, None]
+        line = np.linalg.lstsq(matrix * root, position * root, rcond=None)[0]
+        weight = charge / (1 + ((position - matrix @ line) ** 2).sum(1) / 153 ** 2)
+    return -line[1] / np.linalg.norm(line[1])
 
 def assert_equal_records(found, expected):
     """Equal to the last bit, except sums, in which the order of their terms shows."""
