@@ -36,6 +36,7 @@ class FinetuneConfig(ModelConfig):
     train_split: str = "finetune"  # needs labels
     val_split: str = "val"  # to evaluate on
     train_events: int = 0  # use the first N, so that sets are nested; 0 = all
+    train_start: int = 0  # skip this many before, so that each seed has labels of its own
     val_events: int = 0  # use the first N; 0 = all
     time_offset_std: float = 0.0  # [ns] shift each event in time at random
     # task
@@ -78,9 +79,12 @@ class FinetuneConfig(ModelConfig):
 
 # ---- what the loop needs ------------------------------------------------------------------------
 
-def open_labelled(config, name, n_events):
-    """Open the first n_events of a split, all of which must have the labels of the task."""
-    split = data.open_split(config.data_dir, name, n_events)
+def open_labelled(config, name, n_events, start=0):
+    """Open n_events of a split, all of which must have the labels of the task."""
+    split = data.open_split(config.data_dir, name, n_events and start + n_events)
+    split = split._replace(events=split.events[start:])
+    if not len(split.events):
+        utils.fail(f"{split.path}: no event after train_start = {start}")
     missing = ~has_labels(split.events, config.task)
     if missing.any():
         utils.fail(f"{split.path}: {missing.sum():,} of {len(missing):,} events have no "
@@ -117,13 +121,15 @@ def main():
 
     # data
     meta, geometry = data.read_folder(config.data_dir)
-    train_data = open_labelled(config, config.train_split, config.train_events)
+    train_data = open_labelled(config, config.train_split, config.train_events,
+                               config.train_start)
     val_data = open_labelled(config, config.val_split, config.val_events)
     n_train = len(train_data.events)
     if config.train_split == config.val_split:
         utils.fail(f"train_split and val_split are both {config.val_split!r}; "
                    f"event {val_data.events['event_id'][0]} would be in both")
-    data_id = {"fingerprint": meta["fingerprint"], "n_train": n_train, "rule": meta["rule"]}
+    data_id = {"fingerprint": meta["fingerprint"], "n_train": n_train, "rule": meta["rule"],
+               "start": config.train_start}
 
     def load_step(step):
         """Load this rank's share of a step."""

@@ -86,6 +86,12 @@ def test_label_sets_are_nested_and_labelled(demo_data, pretrained, tmp_path):
     assert_same_run(tmp_path / "a", tmp_path / "b")
     line = tune(folder, tmp_path / "c", pretrained, "--train_events=60", do=user_error)
     assert f"10 of 60 events have no direction, first event_id {events['event_id'][50]}" in line
+    line = tune(folder, tmp_path / "b", pretrained, "--train_events=49", "--train_start=1",
+                do=user_error)
+    assert "trained on other data" in line
+    events["azimuth"] = np.where(np.arange(150) // 50 == 1, 1.0, np.nan)
+    events.tofile(tmp_path / "data/finetune_events.bin")
+    tune(folder, tmp_path / "d", pretrained, "--train_events=50", "--train_start=50")
 
 def test_stopped_and_resumed_equals_never_stopped(demo_data, pretrained, tmp_path):
     args = ["--max_steps=40", "--eval_interval=7", "--time_offset_std=500"]
