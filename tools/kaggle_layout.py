@@ -19,7 +19,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from data import EVENT, read_geometry_csv, uniform_hash
-from prepare import add_sums
+from prepare import PrepareConfig, pack
 from simulate import (META, META_SCHEMA, PULSE, PULSE_SCHEMA, TRIGGER_AT, TRIGGER_SHAKE,
                       local_coincidence, number_along_strings, write_parquet)
 from utils import fail, lock_folder, print0, progress_bar, write_json
@@ -187,11 +187,13 @@ def make_batches(chunks, size):
 
 def compare_light(detector, events, pulses):
     """Compare line fits with labels -> number of tracks, two sums of cosines."""
+    events = events[:1000]  # enough of a batch
+    pulses = pulses[:events["last_pulse_index"][-1] + 1]
     first, aux = events["first_pulse_index"], pulses["auxiliary"]
-    n = events["last_pulse_index"] - first + 1
     sums = np.zeros(len(events), EVENT)
+    sums["n_pulses"] = events["last_pulse_index"] - first + 1
     columns = pulses["time"], pulses["charge"], pulses["sensor_id"], aux
-    add_sums(sums, n, first, *columns, detector.position)
+    pack(sums, *columns, detector[:2], PrepareConfig())
     use = np.add.reduceat(~aux, first, dtype=int) >= MIN_PULSES
     use &= (events["event_class"] != 2) & np.isfinite(events["zenith"])
     x, y, z = sums["line_fit"][use].T
