@@ -52,8 +52,6 @@ def test_layout_is_kaggles(raw):
     for path, expected in columns.items():
         schema = pq.read_schema(raw / path)
         assert ", ".join(f"{x.name} {x.type}" for x in schema) == expected
-        if "batch" in path:
-            assert json.loads(schema.metadata[b"pandas"])["index_columns"] == ["event_id"]
     lines = (raw / "sensor_geometry.csv").read_text().splitlines()
     assert lines[0] == f"{HEADER},string" and len(lines) == 5161 and lines[-1].endswith(",85")
 
@@ -187,6 +185,17 @@ def test_pulse_counts_look_real_and_grow_with_energy(events):
     light = np.log10(np.bincount(events["event"], events["charge"]))
     assert np.corrcoef(light, np.log10(events["energy"]))[0, 1] > 0.4
 
+def test_statistics_are_near_kaggles(events, raw, capsys):
+    for name, *kaggle in (("charge", 2.28, 1.02, 8.8), ("time", 12_460, 11_904, 3291)):
+        x = events[name]
+        toy = x.mean(), np.median(x), x.std()
+        assert np.abs(np.divide(toy, kaggle) - 1).max() < 0.3, name  # 10,000 events: 0.2
+    unlit = np.bincount(events["dom"], minlength=5160) == 0
+    assert 0.01 < unlit.mean() < 0.04  # dead
+    simulate.print_statistics(raw / "train/batch_1.parquet")
+    rows = pq.read_table(raw / "train/batch_1.parquet")["charge"].to_numpy()
+    assert f"{rows.mean():7.5g} (2.28)" in capsys.readouterr().out
+
 def test_dust_layer_is_dark(events):
     z = events["position"][(events["dom"] < 78 * 60) & events["hlc"], 2]  # no DeepCore
     above, dust, below = (np.sum(np.abs(z - center) < 51) for center in (50, -102, -250))
@@ -195,8 +204,9 @@ def test_dust_layer_is_dark(events):
 def test_events_have_triggered_and_hlc_pulses_have_a_partner(events):
     hlc, rung = events["hlc"], RUNG[events["dom"]]
     event, when = events["event"][hlc], events["time"][hlc]
-    within = (event[7:] == event[:-7]) & (when[7:] - when[:-7] <= 5000)
-    assert len(np.unique(event[7:][within])) == 3100
+    n = simulate.TRIGGER_PULSES - 1
+    within = (event[n:] == event[:-n]) & (when[n:] - when[:-n] <= 5000)
+    assert len(np.unique(event[n:][within])) == 3100
     coincident = simulate.local_coincidence(events["event"], rung, events["time"])
     assert not (coincident & ~hlc).any()
     lost = hlc & ~coincident  # the readout window cut off the partner
@@ -237,7 +247,8 @@ def test_pulses_are_the_first_photons_of_their_bins(monkeypatch):
     event, dom, when = rng.integers(0, 3, n), rng.integers(0, 10, n), rng.integers(-300, 300, n)
     pulses = simulate.make_pulses(event, dom, when, np.ones(n), RUNG[:10], rng)
     photons = sorted(zip(event.tolist(), dom.tolist(), when.tolist()), reverse=True)
-    first = {(event, dom, time // 8): time for event, dom, time in photons}
+    bin_of = lambda e, d, t: ((e * 10 + d) * 2**32 + 2**31 + t) // simulate.MERGE_TIME
+    first = {(e, d, bin_of(e, d, t)): t for e, d, t in photons}
     columns = (pulses[name].tolist() for name in ("event_id", "sensor_id", "time"))
     assert [*zip(*columns)] == sorted((*key[:2], time) for key, time in first.items())
     assert pulses["charge"].sum() == pytest.approx(n * (0.75 + 0.25 * 0.3), rel=0.05)
