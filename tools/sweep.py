@@ -35,6 +35,7 @@ class SweepConfig:
     rates: str = "0.005,0.01,0.02"  # learning rates; a single one is not tuned
     tuning_seeds: str = "0"  # seeds that choose the rate
     seeds: str = "1,2,3"  # seeds that are reported
+    report: str = ""  # what these runs add, for example --val_split=final
     metric: str = "val_dom_loss"  # column of log.csv at the end; lower is better
     out_dir: str = ""  # runs and results.csv; "" = out/<names of the config files>
     dry_run: bool = False  # list the commands that remain, run nothing
@@ -85,7 +86,8 @@ def reported(rows, variant, metric, column):
 def options_of(config, variant):
     """Return the options of a variant, and checksums of what it reads."""
     Config = {"train": TrainConfig, "finetune": FinetuneConfig}[config.script]
-    args = shlex.split(f"{config.base} {config.variants[variant]}")
+    text = f"{config.base} {config.variants[variant]}"
+    args = shlex.split(text.replace("{seed}", "0"))
     with contextlib.redirect_stdout(io.StringIO()):
         options = asdict(utils.load_config(Config, args=args))
     if Path(options["data_dir"], "meta.json").exists():
@@ -122,6 +124,7 @@ def run_missing(config, variant, rate, seeds, role):
             continue
         folder = Path(config.out_dir) / variant / f"lr{rate}_seed{seed}"
         text = f"{config.base} {config.variants[variant]}".replace("{seed}", seed)
+        text += f" {config.report}" * (role == "report")
         command = [sys.executable, f"{config.script}.py", *shlex.split(text),
                    f"--learning_rate={rate}", f"--seed={seed}", f"--out_dir={folder}"]
         if config.dry_run:
