@@ -1,4 +1,4 @@
-"""The .bin format, which events make up step k, masks, and packed batches.
+"""The .bin format, which events make up step k, masks, packed batches.
 
     data/<name>/meta.json           version, seed, rule (which pulses prepare.py kept), splits
                 geometry.bin        GEOMETRY records, row = sensor_id
@@ -43,7 +43,7 @@ EVENT = np.dtype([
     ("n_pulses", "<u4"),  # pulses of the full event, as are the three sums below
     ("total_charge", "<f4"),  # [p.e.]
     ("center", "<f4", (3,)),  # [m] charge-weighted
-    ("line_fit", "<f4", (3,)),  # unit vector, a first guess of the source; 0 if no fit is possible
+    ("line_fit", "<f4", (3,)),  # to the source, a guess; 0 if no fit is possible
     ("azimuth", "<f4"),  # [rad] towards the source; NaN unknown
     ("zenith", "<f4"),  # [rad]
     ("energy", "<f4"),  # [GeV]; NaN unknown
@@ -52,7 +52,7 @@ EVENT = np.dtype([
 
 DTYPES = [str(dtype.descr) for dtype in (GEOMETRY, PULSE, EVENT)]  # for meta.json
 
-GROUP_SIZE = 8  # neighbours on disk stay together in the shuffle: 6 kB, two pages of the disk
+GROUP_SIZE = 8  # neighbours stay together in the shuffle: 6 kB of the disk
 
 # ---- reading a data folder ----------------------------------------------------------------------
 
@@ -87,7 +87,7 @@ def open_split(data_dir, name, n_events=0):
         path, n = Path(data_dir) / f"{name}_{kind}.bin", meta["splits"][name][f"n_{kind}"]
         if path.stat().st_size != n * dtype.itemsize:
             fail(f"{path}: it has changed; prepare into another data_dir")
-        arrays.append(np.asarray(np.memmap(path, dtype, "r")))  # a memmap itself slices slowly
+        arrays.append(np.asarray(np.memmap(path, dtype, "r")))  # slices faster
     split = Split(f"{data_dir}/{name}", *arrays, len(geometry))
     index = np.unique(np.linspace(0, len(split.events) - 1, 1000).astype(int))  # a sample
     events, pulses = read_events(split, index)
@@ -138,7 +138,7 @@ def step_events(step, batch_size, n_events, seed):
         index[epoch == e] = (place + shift) % n_events
     return index, epoch
 
-@lru_cache(maxsize=2)  # the present epoch and the last one: 130 M events are 65 MB an epoch
+@lru_cache(maxsize=2)  # this epoch and the last: 65 MB each for 130 M events
 def epoch_order(n_events, seed, epoch):
     """Return the order of the groups, and a shift of where they begin."""
     rng = np.random.default_rng([seed, epoch])
@@ -179,7 +179,7 @@ def uniform_hash(seed, key, place, counts=1):
     with np.errstate(over="ignore"):  # modulo 2^64
         key = mix_bits(key.astype(np.uint64) * GOLDEN + mix_bits(np.uint64(seed) + GOLDEN))
         bits = mix_bits(np.repeat(key, counts) + place.astype(np.uint64) * GOLDEN)
-    return (bits >> np.uint64(11)).view(np.int64) * 2.0 ** -53  # int64 converts 8 times faster
+    return (bits >> np.uint64(11)).view(np.int64) * 2.0 ** -53  # int64: 8 times faster
 
 def mix_bits(z):  # in place if z is an array: a third of the time
     z ^= z >> np.uint64(30)

@@ -1,4 +1,4 @@
-"""Stage 4: score a fine-tuned model next to a line fit; write predictions and [CLS] vectors.
+"""Stage 4: score a fine-tuned model next to a line fit; write predictions.
 
     python evaluate.py --checkpoint=out/demo_finetune/best.pt             # validation events
     python evaluate.py --checkpoint=out/demo_finetune/best.pt --split=test --predictions=test.csv

@@ -36,7 +36,7 @@ class FinetuneConfig(ModelConfig):
     train_split: str = "finetune"  # needs labels
     val_split: str = "val"  # to evaluate on
     train_events: int = 0  # use the first N, so that sets are nested; 0 = all
-    train_start: int = 0  # skip this many before, so that each seed has labels of its own
+    train_start: int = 0  # skip this many before
     val_events: int = 0  # use the first N; 0 = all
     time_offset_std: float = 0.0  # [ns] shift each event in time at random
     # task
@@ -128,8 +128,12 @@ def main():
     if config.train_split == config.val_split:
         utils.fail(f"train_split and val_split are both {config.val_split!r}; "
                    f"event {val_data.events['event_id'][0]} would be in both")
-    data_id = {"fingerprint": meta["fingerprint"], "n_train": n_train, "rule": meta["rule"],
-               "start": config.train_start}
+    data_id = {
+        "fingerprint": meta["fingerprint"],
+        "n_train": n_train,
+        "start": config.train_start,
+        "rule": meta["rule"],
+    }
 
     def load_step(step):
         """Load this rank's share of a step."""

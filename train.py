@@ -74,7 +74,7 @@ class TrainConfig(ModelConfig):
 
 # ---- data, loss, evaluation ---------------------------------------------------------------------
 
-VAL_SEED = 0  # of the masks at evaluation: the same in every run, so that runs compare
+VAL_SEED = 0  # of the masks at evaluation: the same in every run
 
 def masked_batches(split, index, epoch, config, seed):
     """Read the events `index` (B,) of a split -> micro-batches with masked pulses."""
@@ -130,7 +130,8 @@ def evaluate(model, split, config, autocast) -> dict:
     # what was not measured is 0 / 0 = NaN
     totals = dict(zip(sums, torch.tensor(totals, dtype=torch.float64)))
     losses = {"dom": totals["dom_loss"] / totals["n_events"]}
-    losses |= {name: totals[f"{name}_loss"] / totals[f"known_{name}"] for name in cls_pred}
+    for name in cls_pred:
+        losses[name] = totals[f"{name}_loss"] / totals[f"known_{name}"]
     val = {"loss": total_loss(losses, config)}
     val |= {f"{name}_loss": loss for name, loss in losses.items()}
     for name in ("ce", "top1", "distance"):
@@ -154,7 +155,11 @@ def main():
     if config.train_split == config.val_split:
         utils.fail(f"train_split and val_split are both {config.val_split!r}; "
                    f"event {val_data.events['event_id'][0]} would be in both")
-    data_id = {"fingerprint": meta["fingerprint"], "n_train": n_train, "rule": meta["rule"]}
+    data_id = {
+        "fingerprint": meta["fingerprint"],
+        "n_train": n_train,
+        "rule": meta["rule"],
+    }
 
     def load_step(step):
         """Load this rank's share of a step."""

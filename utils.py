@@ -1,5 +1,5 @@
-"""What the stages share: config files, worker processes, devices and ranks, checkpoints, log.csv.
-torch is imported where it is needed, because simulate.py and prepare.py run without it."""
+"""What the stages share: config files, workers, devices and ranks, checkpoints, log.csv.
+torch is imported where it is needed: simulate.py and prepare.py run without it."""
 import ast
 import csv
 import dataclasses

@@ -44,7 +44,7 @@ def files(tmp_path):
 def test_events_are_those_of_the_files(files, tmp_path):
     events, options = files
     done = run_ok(TOOL, *options)
-    assert "a.detx: positions are measured from [900.0, -70.0, 350.0] m\n" in done.stdout
+    assert "a.detx: positions are from [900.0, -70.0, 350.0] m\n" in done.stdout
     assert "angles = 'flight': confirmed by the light of 39 tracks\n" in done.stdout
     assert np.array_equal(read_geometry_csv(tmp_path / "raw/sensor_geometry.csv")[0], POSITION)
     written = read_events(tmp_path / "raw")

@@ -22,31 +22,31 @@ HITS = [f"hits/{name}" for name in ("dom_id", "time", "tot", "triggered")]
 
 @dataclass
 class Km3netConfig:
-    input_dir: str = ""  # folder of the files; "" = in the package km3net_testdata
+    input_dir: str = ""  # folder; "" = the package km3net_testdata
     events: str = "hdf5/atmospheric_muons_sample.h5+hdf5/mupage_ARCA.h5"  # joined by +
-    geometry: str = "detx/KM3NeT_-00000001_20171212.detx"  # the detector, version 2
+    geometry: str = "detx/KM3NeT_-00000001_20171212.detx"  # version 2
     out_dir: str = "data/km3net_raw"  # folder to write
-    events_per_batch: int = 10_000  # per file; their pulses are in memory
-    merge_window: float = 25.0  # [ns] about one photoelectron over threshold; 0 = none
-    angles: Angles = "flight"  # which way they point; auto: flight, if the light agrees
+    events_per_batch: int = 10_000  # per file
+    merge_window: float = 25.0  # [ns] one photoelectron; 0 = none
+    angles: Angles = "flight"  # which way they point
     seed: int = 0  # of the shift, 10,000 +- 300 ns
 
 def read_detx(path):
-    """Return the Detector; dom_at is {dom_id: DOM}. A DOM is at the mean of its PMTs."""
+    """Return the Detector. A DOM is at the mean of its PMTs."""
     rows = [line.split() for line in path.read_text().splitlines() if line.strip()]
     doms = [row for row in rows[4:] if len(row) == 4]
     pmts = [row for row in rows[4:] if len(row) == 8]
     if rows[0][-1] != "v2" or rows[3] != [str(len(doms))] or any(float(row[7]) for row in pmts):
-        fail(f"{path}: damaged, not of version 2, or its t0 are not 0: hits must be calibrated")
+        fail(f"{path}: damaged, not of version 2, or its t0 are not 0")
     (dom_id, string, _, n), pmts = np.array(doms, int).T, np.array(pmts, float)
     position = np.add.reduceat(pmts[:, 1:4], np.cumsum(n) - n) / n[:, None]
     middle = (position.max(0) + position.min(0)) / 2
-    print0(f"{path}: positions are measured from {middle.round(2).tolist()} m")
+    print0(f"{path}: positions are from {middle.round(2).tolist()} m")
     dom_at = dict(zip(dom_id.tolist(), range(len(n))))
     return Detector(np.round(position - middle, 4), string, None, None, dom_at, {})
 
 def read_events(config, detector, events):
-    """Yield META and PULSE records, one event at a time. Its muons are parallel."""
+    """Yield META and PULSE records of one event at a time."""
     for number, path, file, tracks, group, begin, end in events:
         dom_id, time, tot, triggered = (file[name][begin:end] for name in HITS)
         dom = np.array([detector.dom_at.get(name, NOWHERE) for name in dom_id.tolist()])

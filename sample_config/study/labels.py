@@ -9,17 +9,14 @@ script = "finetune"
 base = ("sample_config/demo_finetune.py --data_dir=data/study --dtype=float32 --eval_interval=10000 "
         "--save_interval=10000 --log_interval=50 --val_events=2000 --train_start={seed}0000")
 report = "--val_split=final --val_events=0"
-best, scratch = "--pretrained=out/study/best_{seed}/ckpt.pt", "--pretrained="
-few, many = "--train_events=2000 --max_steps=300", "--train_events=8000 --max_steps=600"
 variants = {
-    "scratch, AdamW/2000": f"{scratch} {few}",
-    "scratch, Muon/2000": f"{scratch} {few} --optimizer=muon",
-    "best.py, AdamW/2000": f"{best} {few}",
-    "best.py, Muon/2000": f"{best} {few} --optimizer=muon",
-    "scratch, AdamW/8000": f"{scratch} {many}",
-    "scratch, Muon/8000": f"{scratch} {many} --optimizer=muon",
-    "best.py, AdamW/8000": f"{best} {many}",
-}
+    f"{name}/{labels}": f"{options} --train_events={labels} --max_steps={steps}"
+    for labels, steps in ((2000, 300), (8000, 600))
+    for name, options in {
+        "scratch, AdamW": "--pretrained=",
+        "scratch, Muon": "--pretrained= --optimizer=muon",
+        "best.py, AdamW": "--pretrained=out/study/best_{seed}/ckpt.pt",
+        "best.py, Muon": "--pretrained=out/study/best_{seed}/ckpt.pt --optimizer=muon"}.items()}
 rates = "0.0005,0.001,0.002,0.004"
 tuning_seeds = "0"
 seeds = "1,2,3"
