@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import signal
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -16,11 +15,9 @@ import data
 import evaluate
 import finetune
 import utils
-from conftest import (TINY_MODEL, TINY_RUN, random_events, random_geometry, run, run_ok, start,
-                      torchrun, user_error, wait_until, write_folder)
-from test_train import assert_same_run, assert_same_weights, column, step_of, weights
-
-WITHOUT_MODEL = [option for option in TINY_RUN if option not in TINY_MODEL]
+from conftest import TINY_RUN, random_events, run, run_ok, torchrun, user_error, write_folder
+from test_train import (LONG_RUN, WITHOUT_MODEL, assert_same_run, assert_same_weights, column,
+                        start_until, step_of, weights)
 
 def tune(data_dir, out_dir, pretrained, *args, do=run_ok, **kwargs):
     """Run finetune.py as the fixture `finetuned` did; pretrained: folder, or None for scratch."""
@@ -94,14 +91,13 @@ def test_label_sets_are_nested_and_labelled(demo_data, pretrained, tmp_path):
     tune(folder, tmp_path / "d", pretrained, "--train_events=50", "--train_start=50")
 
 def test_stopped_and_resumed_equals_never_stopped(demo_data, pretrained, tmp_path):
-    args = ["--max_steps=40", "--eval_interval=7", "--time_offset_std=500"]
-    process = tune(demo_data, tmp_path / "a", pretrained, *args, do=start)
-    wait_until(lambda: step_of(tmp_path / "a") >= 8, process)
+    args = [pretrained, "--time_offset_std=500"]
+    process = start_until(8, demo_data, tmp_path / "a", *args, begin=tune)
     os.killpg(process.pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and 8 <= step_of(tmp_path / "a") < 40, output
     for name in "ab":
-        tune(demo_data, tmp_path / name, pretrained, *args)
+        tune(demo_data, tmp_path / name, *args, *LONG_RUN)
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 def test_ranks_train_like_one(demo_data, finetuned, pretrained, tmp_path):
@@ -113,7 +109,7 @@ def test_ranks_train_like_one(demo_data, finetuned, pretrained, tmp_path):
     assert rows_of(tmp_path)["all"]["mean"] == pytest.approx(mean, rel=2e-4)
 
 def test_time_offsets_are_normal_and_each_event_has_one():
-    config, n = SimpleNamespace(seed=0, time_offset_std=500.0), 4000
+    config, n = finetune.FinetuneConfig(time_offset_std=500.0), 4000
     events, pulses = random_events(np.random.default_rng(0), np.full(n, 3))
     shifted, again, later = (
         finetune.shift_times(events, pulses, np.arange(n), np.full(n, epoch), config)["time"]
@@ -275,23 +271,18 @@ def test_what_knows_doms_by_position_works_in_another_detector(tmp_path):
         assert "another detector (5,160 DOMs, now 300); only" in begin(*case, user_error)
 
 def test_user_errors(demo_data, pretrained, finetuned, tmp_path):
-    for args, words in (
-            ([pretrained, "--num_layers=3"], f"num_layers = 3, but {pretrained}/ckpt.pt has 2"),
-            ([None, "--freeze_backbone=True"], "needs a pretrained checkpoint"),
-            ([pretrained, "--direction_loss=vfm"], "direction_loss = 'vfm'")):
-        assert words in tune(demo_data, tmp_path / "run", *args, do=user_error), args
-    for folder, option, words in (
+    for folder, start_from, option, words in (
+            (tmp_path, pretrained, "--num_layers=3", f"but {pretrained}/ckpt.pt has 2"),
+            (tmp_path, None, "--freeze_backbone=True", "needs a pretrained checkpoint"),
+            (tmp_path, pretrained, "--direction_loss=vfm", "direction_loss = 'vfm'"),
+            (finetuned, pretrained, "--task=energy", "task = 'energy'")):
+        assert words in tune(demo_data, folder, start_from, option, do=user_error), option
+    for folder, options, words in (
             (finetuned, f"--predictions={finetuned}/best.pt/x.csv", "Not a directory"),
-            (finetuned, ["--predictions=x.csv", "--embeddings=x.csv"], "are both 'x.csv'"),
+            (finetuned, "--predictions=x.csv --embeddings=x.csv", "are both 'x.csv'"),
             (finetuned, "--data_dir=data/nowhere", "data/nowhere/meta.json: no such file"),
             (pretrained, "--n_events=1", "a pretrained model can only write --embeddings")):
-        options = [option] if isinstance(option, str) else option
-        assert words in score(folder, *options, do=user_error), option
-
-def test_a_run_resumes_with_its_own_task_only(demo_data, pretrained, finetuned, tmp_path):
-    shutil.copytree(finetuned, tmp_path / "run")
-    line = tune(demo_data, tmp_path / "run", pretrained, "--task=energy", do=user_error)
-    assert "task = 'energy'" in line
+        assert words in score(folder, *options.split(), do=user_error), options
 
 def test_a_finished_run_is_evaluated_again_where_its_data_are_now(demo_data, pretrained, tmp_path):
     shutil.copytree(demo_data, tmp_path / "data")

@@ -71,7 +71,6 @@ def test_pulses_are_those_of_the_databases(nubench, tmp_path):
         assert row["energy"] == energy and row["event_class"] == 1
     line = user_error(TOOL, *options, options[0] + options[0][options[0].index("+"):])
     assert f"event_no {LARGE + 20} must be in table mc_truth once, not 2 times" in line
-    assert "Is a directory" in user_error(TOOL, *options, f"--database={tmp_path}")
 
 def test_selections_become_splits(nubench, tmp_path):
     """NuBench has events to train on in one pulsemap, to test on in another; val is drawn."""
@@ -149,11 +148,9 @@ def test_another_detector_counts_depth_from_elsewhere(tmp_path, name):
     ("UPDATE merged_photons SET t = NULL", "event 7: 200 of 200 pulses without a time"),
     ("UPDATE mc_truth SET initial_state_zenith = 91", "1 of 1 events without angles in radians"),
     ("UPDATE mc_truth SET interaction = 2", "of 0 tracks does not say whether it is right; set"),
-    ("", "a.db: file is not a database"), (None, "No such file or directory: ")])
+    ("", "No such file or directory: ")])
 def test_a_wrong_database_is_one_line(nubench, tmp_path, sql, words):
     if sql:
         write_database(tmp_path / "a.db", {7: nubench[0][LARGE]}, sql=[sql])
-    elif sql is not None:
-        (tmp_path / "a.db").write_bytes(b"PAR1" * 999)
     line = user_error(TOOL, *nubench[1], f"--database={tmp_path}/a.db", f"--out_dir={tmp_path}/raw")
     assert words in line and not (tmp_path / "raw").exists()

@@ -10,7 +10,6 @@ import sys
 from contextlib import nullcontext
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,6 +21,8 @@ import utils
 from conftest import (TINY_MODEL, TINY_RUN, random_events, run, run_ok, start, torchrun, user_error,
                       wait_until, write_folder)
 from model import PolarBERT
+
+WITHOUT_MODEL = [option for option in TINY_RUN if option not in TINY_MODEL]
 
 def pretrain(data_dir, out_dir, *args, do=run_ok, **kwargs):
     """Run train.py on a tiny model, or what `do` says."""
@@ -96,29 +97,21 @@ def test_it_learns(demo_data, tmp_path):
 
 def test_labels_do_not_leak_into_pretraining(demo_data, tmp_path):
     """The same events with the labels of others: the same run, bit for bit."""
-    shutil.copytree(demo_data.parent / "raw", tmp_path / "raw")
-    meta = pq.read_table(tmp_path / "raw/train_meta.parquet")
-    order = np.random.default_rng(0).permutation(len(meta))
+    shutil.copytree(demo_data, tmp_path / "permuted")
+    events = np.fromfile(tmp_path / "permuted/pretrain_events.bin", data.EVENT)
+    order = np.random.default_rng(0).permutation(len(events))
     for name in ("azimuth", "zenith", "energy", "event_class"):
-        meta = meta.set_column(meta.column_names.index(name), name, meta[name].take(order))
-    pq.write_table(meta, tmp_path / "raw/train_meta.parquet")
-    run_ok("prepare.py", f"--input_dir={tmp_path}/raw", f"--data_dir={tmp_path}/permuted",
-           "--splits={'pretrain': (1, 2), 'val': (4, 4)}", "--workers=1")
-    azimuths = []
+        events[name] = events[name][order]
+    events.tofile(tmp_path / "permuted/pretrain_events.bin")
     for name, folder in (("a", demo_data), ("b", tmp_path / "permuted")):
         pretrain(folder, tmp_path / name, "--dom_head=position",
                  "--cls_target=charge+center+line_fit")
-        azimuths.append(data.open_split(folder, "pretrain").events["azimuth"])
-    assert not np.array_equal(*azimuths)
-    assert_same_weights(tmp_path / "a", tmp_path / "b")
+    assert_same_run(tmp_path / "a", tmp_path / "b")
 
-def test_how_a_step_is_cut_does_not_change_it(pretrained, demo_data, tmp_path):
-    pretrain(demo_data, tmp_path, "--micro_batch_size=3")
-    assert_trained_alike(tmp_path, pretrained)
-
-def test_ranks_train_like_one(pretrained, demo_data, tmp_path):
+@pytest.mark.parametrize("size, kwargs", [(3, {}), (5, {"how": run, "launcher": torchrun(2)})])
+def test_how_a_step_is_cut_does_not_change_it(pretrained, demo_data, tmp_path, size, kwargs):
     """Pieces of 5 events cut neither the 8 of a rank in a step nor its 25 of 50 evenly."""
-    pretrain(demo_data, tmp_path, "--micro_batch_size=5", how=run, launcher=torchrun(2))
+    pretrain(demo_data, tmp_path, f"--micro_batch_size={size}", **kwargs)
     assert_trained_alike(tmp_path, pretrained)
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -165,34 +158,26 @@ def straight(demo_data, tmp_path_factory):
     pretrain(demo_data, out_dir, *LONG_RUN, "--keep_every=20")
     return out_dir
 
-def start_until(step, data_dir, out_dir, *args, **kwargs):
+def start_until(step, data_dir, out_dir, *args, begin=pretrain, **kwargs):
     """Start a long run in a process of its own, return the process when `step` is saved."""
-    process = pretrain(data_dir, out_dir, *LONG_RUN, *args, do=start, **kwargs)
+    process = begin(data_dir, out_dir, *args, *LONG_RUN, do=start, **kwargs)
     wait_until(lambda: step_of(out_dir) >= step, process)
     return process
 
-def test_killed_and_resumed_equals_never_stopped(straight, demo_data, tmp_path):
-    for step in (6, 18):  # often killed while it writes
-        process = start_until(step, demo_data, tmp_path, "--save_interval=1")
-        process.kill()
-        output, _ = process.communicate()
-        assert f"step {step - 1}/40 | " in output  # a redirected log has it at once
-    assert 18 <= step_of(tmp_path) < 40
-    pretrain(demo_data, tmp_path, *LONG_RUN)
-    assert_same_run(straight, tmp_path)
-    again = pretrain(demo_data, tmp_path, *LONG_RUN).stdout  # finished
-    assert "is complete; use another out_dir" in again and "step " not in again
-    assert_same_run(straight, tmp_path)
-
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_asked_to_stop_it_saves_and_resumes(straight, demo_data, tmp_path, number, status):
+@pytest.mark.parametrize("number, status", [
+    (signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_stopped_or_killed_it_resumes(straight, demo_data, tmp_path, number, status):
     process = start_until(8, demo_data, tmp_path)
     os.killpg(process.pid, number)  # Ctrl-C reaches the whole group
     output, _ = process.communicate(timeout=60)
     step = step_of(tmp_path)
     assert process.returncode == status and "Traceback" not in output, output
-    assert f"stopped at step {step}; the same command resumes" in output and 8 <= step < 40
+    assert "step 7/40 | " in output and 8 <= step < 40  # a redirected log has it at once
+    is_saved = f"stopped at step {step}; the same command resumes" in output
+    assert is_saved == (number != signal.SIGKILL)
     pretrain(demo_data, tmp_path, *LONG_RUN)
+    again = pretrain(demo_data, tmp_path, *LONG_RUN).stdout
+    assert "is complete; use another out_dir" in again and "step " not in again
     assert_same_run(straight, tmp_path)
 
 @pytest.mark.parametrize("option", ["--optimizer=muon", "--dtype=float16", "--dom_head=position"])
@@ -205,25 +190,17 @@ def test_other_runs_resume_to_the_same_bits(demo_data, tmp_path, option):
     before, *_, after = column(tmp_path / "a", "val_loss")
     assert after < before - 1.5
 
-def ranks_of(process):
-    """Return the process ids of torchrun's ranks."""
-    pids = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True)
-    return [int(pid) for pid in pids.stdout.split()]
-
-def test_one_rank_asked_to_stop_stops_all(straight, demo_data, tmp_path):
-    process = start_until(6, demo_data, tmp_path, launcher=torchrun(2))
-    os.kill(ranks_of(process)[1], signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and output.count("stopped at step") == 1, output
-    pretrain(demo_data, tmp_path, *LONG_RUN)  # and now alone
-    assert_trained_alike(tmp_path, straight)
-
-def test_a_rank_that_dies_ends_all_and_torchrun_resumes(straight, demo_data, tmp_path):
+@pytest.mark.parametrize("number, counts", [(signal.SIGTERM, [1, 1, 1]),
+                                            (signal.SIGKILL, [2, 1, 0])])
+def test_a_signal_to_one_rank_reaches_all(straight, demo_data, tmp_path, number, counts):
+    """Asked to stop, all stop; after a rank has died torchrun starts all again."""
     process = start_until(6, demo_data, tmp_path, launcher=torchrun(2, "--max_restarts=1"))
-    os.kill(ranks_of(process)[1], signal.SIGKILL)
+    ranks = subprocess.check_output(["ps", "-o", "pid=", "--ppid", str(process.pid)]).split()
+    os.kill(int(ranks[1]), number)
     output, _ = process.communicate(timeout=100)
-    assert process.returncode == 0, output
-    assert output.count("2 x cpu") == 2 and output.count("step 0/40 | ") == 1, output
+    words = "2 x cpu", "step 0/40 | ", "stopped at step"
+    assert process.returncode == 0 and [output.count(x) for x in words] == counts, output
+    pretrain(demo_data, tmp_path, *LONG_RUN)  # alone
     assert_trained_alike(tmp_path, straight)
 
 def test_ranks_that_share_no_disk_are_refused(straight, demo_data, tmp_path):
@@ -241,7 +218,6 @@ def test_two_runs_do_not_share_a_folder(demo_data, tmp_path):
     with utils.lock_folder(tmp_path):
         line = pretrain(demo_data, tmp_path, "--max_steps=1", do=user_error)
         assert f"{tmp_path}: another run uses it" in line
-    pretrain(demo_data, tmp_path, "--max_steps=1")
 
 def test_a_run_whose_folder_was_removed_leaves_the_new_one_alone(demo_data, tmp_path):
     process = start_until(6, demo_data, tmp_path / "run", "--save_interval=1")
@@ -251,29 +227,24 @@ def test_a_run_whose_folder_was_removed_leaves_the_new_one_alone(demo_data, tmp_
     assert process.returncode == 1 and "run/.lock: removed while this run used it" in output
     assert step_of(tmp_path / "run") == 1
 
-def test_one_split_cannot_train_and_validate(demo_data, tmp_path):
-    line = pretrain(demo_data, tmp_path, "--train_split=val", do=user_error)
-    event_id = data.open_split(demo_data, "val").events["event_id"][0]
-    assert f"are both 'val'; event {event_id} would be in both" in line
-
 def test_options_that_differ_are_printed_and_used(pretrained, demo_data, tmp_path):
-    args = ["--max_steps=8", "--schedule=constant", "--warmup_steps=1", "--learning_rate=5e-4"]
-    norms = [weights(pretrained)["dom_head.weight"].norm().item()]
-    for name, weight_decay in (("a", 0.1), ("b", 1000.0)):
-        shutil.copytree(pretrained, tmp_path / name)
-        text = pretrain(demo_data, tmp_path / name, *args, f"--weight_decay={weight_decay}").stdout
-        assert "resume: learning_rate was 0.001, now it is 0.0005" in text
-        assert column(tmp_path / name, "lr")[-2:] == [5e-4, 5e-4]
-        norms.append(weights(tmp_path / name)["dom_head.weight"].norm().item())
+    shutil.copytree(pretrained, tmp_path / "run")
+    text = pretrain(demo_data, tmp_path / "run", "--max_steps=8", "--schedule=constant",
+                    "--warmup_steps=1", "--learning_rate=5e-4", "--weight_decay=1000").stdout
+    assert "resume: learning_rate was 0.001, now it is 0.0005" in text
     assert "resume: weight_decay was 0.1, now it is 1000.0" in text
-    assert norms[1] == pytest.approx(norms[0], rel=0.05)
-    assert norms[2] == pytest.approx(norms[0] / 4, rel=0.05)  # two steps of 1 - 1000 * 5e-4
+    assert column(tmp_path / "run", "lr")[-2:] == [5e-4, 5e-4]
+    before, after = (weights(folder)["dom_head.weight"].norm().item()
+                     for folder in (pretrained, tmp_path / "run"))
+    assert after == pytest.approx(before / 4, rel=0.05)  # two steps of 1 - 1000 * 5e-4
 
 def test_other_models_and_other_data_are_refused(pretrained, demo_data, tmp_path):
     before = (pretrained / "ckpt.pt").read_bytes()
     run_ok("prepare.py", f"--input_dir={demo_data.parent}/raw", f"--data_dir={tmp_path}/short",
            "--max_pulses=20", "--splits={'pretrain': (1, 2), 'val': (4, 4)}", "--workers=1")
+    event_id = data.open_split(demo_data, "val").events["event_id"][0]
     for folder, option, words in (
+            (demo_data, "--train_split=val", f"both 'val'; event {event_id} would be in both"),
             (demo_data, "--num_layers=1", f"num_layers = 1, but {pretrained}/ckpt.pt has 2"),
             (demo_data, "--train_events=200", f"{pretrained}/ckpt.pt: trained on other data"),
             (tmp_path / "short", "--max_steps=8", f"{pretrained}/ckpt.pt: trained on other data")):
@@ -293,8 +264,7 @@ def test_a_cooldown_branched_off_equals_a_run_that_ends_there(straight, demo_dat
 
 def test_a_run_may_begin_with_the_weights_of_another(pretrained, demo_data, tmp_path):
     """No option has to repeat the model, which the checkpoint knows."""
-    args = [option for option in TINY_RUN if option not in TINY_MODEL]
-    run_ok("train.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}", *args,
+    run_ok("train.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}", *WITHOUT_MODEL,
            f"--init_from={pretrained}/ckpt.pt")
     assert column(tmp_path, "val_loss")[0] == pytest.approx(column(pretrained, "val_loss")[-1])
 
