@@ -39,11 +39,11 @@ DOM_AREA = 1.2e-3  # [m^2] x efficiency, rough [PMT]
 EFFICIENCY_SPREAD, DEAD_SHARE = 0.1, 0.02  # of DOMs [D]
 UPWARD = 0.5  # tubes look down [toy]
 # neutrinos [GeV, m]
-ENERGY_MIN, ENERGY_MAX = 1e2, 5e6  # [toy]
+ENERGY_MIN, ENERGY_MAX = 1e2, 5e6
 SPECTRUM = 1 - 1.68  # E^-1.68, flatter than nature's [toy]
-TRACK_SHARE, THROUGH_SHARE = 0.5, 0.5  # of these: from outside [toy]
+TRACK_SHARE, THROUGH_SHARE = 0.5, 0.5  # with a muon; of these from outside [toy]
 VOLUME = 600.0, 600.0  # radius, half height [toy]
-INELASTICITY = 1.5  # cascade of a track: u^1.5 [toy]
+INELASTICITY = 1.5  # cascade: u^1.5 [toy]
 IONISATION, RADIATION = 0.24, 3.3e-4  # per m [PDG]
 COINCIDENT_SHARE = 0.04  # x TRACK_SHARE: second muons [toy]
 # light [m, ns]: dirt is dust relative to the ice above the dust layer
@@ -64,17 +64,17 @@ SATURATION = 3000.0  # after K's largest [toy]
 TIME_JITTER = 3.0  # of tube and clock [PMT]
 MERGE_TIME = 70  # of photons in one pulse [toy]
 CHARGE_WIDTH = 0.3  # of a Gauss around 1 [SPE]
-LOW_SHARE, LOW_MEAN = 0.25, 0.3  # exponential instead [SPE]
+LOW_SHARE, LOW_MEAN = 0.25, 0.3  # exponential [SPE]
 CHARGE_MIN, CHARGE_STEP = 0.025, 0.05  # [K]
 LATE_SHARE, LATE_TIME = 0.04, 60.0  # pulses [PMT]
 AFTERPULSE_SHARE, AFTERPULSE_TIME = 0.06, 3000.0  # [PMT]
 NOISE_RATE = 3.7e-7  # of a DOM [toy, 5e-7 in D]
-COINCIDENCE_TIME = 1000  # to a neighbour [D]
+COINCIDENCE_TIME = 1000  # [D]
 TRIGGER_PULSES, TRIGGER_TIME = 6, 5000  # [toy, 8 in D], [D]
 BEFORE, AFTER = 4000, 9500  # [D], [toy, 6000 in D]
 TRIGGER_AT, TRIGGER_SHAKE = 10_000, 300  # +- [K]
 ID_STEP = 16  # of event_id, on average [K]
-CHUNK, BLOCK, MAX_PHOTONS = 128, 6, 300  # drawn, for speed
+CHUNK, BLOCK, MAX_PHOTONS = 128, 6, 300  # at once, for speed
 
 # records in memory, columns of the files; Kaggle's have no energy and class
 PULSE = [("sensor_id", "int16"), ("time", "int64"), ("charge", "float64"),
@@ -125,7 +125,7 @@ def number_along_strings(position, string):
     return np.lexsort((-position[:, 2], string)).argsort() + 2 * string
 
 def describe_detector(position, string):
-    """Return doms (3, V), volume (2,) [m], efficiency, rung (V,)."""
+    """Return doms (3, V), volume (2,), efficiency, rung (V,)."""
     sizes = [(np.hypot(x, y).max(), np.abs(z).max())
              for x, y, z in (position.T, build_geometry().T)]
     volume = VOLUME * np.divide(*sizes)
@@ -159,7 +159,7 @@ def draw_neutrinos(n, volume, rng):
     return events, vertex - flight * back, flight, muon
 
 def dirt_profile():
-    """Return heights [m], dirt summed up to them (2, L)."""
+    """Return heights, dirt summed up to them (2, L)."""
     z = LAYER * np.arange(-500, 501)
     x = (z - DUST_Z) / DUST_WIDTH
     root = np.hypot(1, x)  # x / root: step, 1 / root^3: bell
@@ -175,7 +175,7 @@ def mean_dirt(a, b):
     return (np.interp(b, *DIRT) - np.interp(a, *DIRT)) / (b - a)
 
 def light(r, dirt, is_line):
-    """Return photons/m^2 per photon of a point, or photon/m of a line."""
+    """Return photons/m^2 per photon of a point, photon/m of a line."""
     if is_line:
         length = (DIFFUSION / np.sin(CONE)) ** 2 * 2 / (np.pi * DECAY)
         x, area = np.sqrt(r * dirt / length), 2 * np.pi * np.sin(CONE) * r
@@ -188,15 +188,15 @@ def pairs_in_reach(vertex, flight, is_line, strength, doms):
     grid = np.geomspace(1, 2000, 400)
     most = np.log(DOM_AREA * light(grid, DEEP_DIRT, is_line))
     reach = np.interp(np.log(strength / MIN_EXPECTED), -most, grid)
-    # slow form: np.nonzero(distance of event to DOM < reach[:, None]), no pairs too far apart
+    # slow form: np.nonzero(distance of event to DOM < reach[:, None]); blocks add some pairs
     size = np.gcd(BLOCK, doms.shape[1])
     blocks = doms.reshape(3, -1, size)
     center = blocks.mean(2)
     radius = ((blocks - center[..., None]) ** 2).sum(0).max(1) ** 0.5
     way = center[:, None] - vertex[..., None]  # (3, n, n_blocks)
-    along = (way * flight[..., None]).sum(0) if is_line else 0
-    near = (way ** 2).sum(0) - along ** 2 < (reach[:, None] + radius) ** 2
-    event, block = np.nonzero(near)
+    along = np.einsum("ijk,ij->jk", way, flight) if is_line else 0
+    r2 = np.einsum("ijk,ijk->jk", way, way) - along ** 2
+    event, block = np.nonzero(r2 < (reach[:, None] + radius) ** 2)
     event = event.repeat(size)
     dom = (size * block[:, None] + np.arange(size)).ravel()
     way = doms.take(dom, 1) - vertex.take(event, 1)
@@ -241,7 +241,7 @@ def track_light(vertex, flight, energy, doms):
     return event, dom, photons, time, path, dirt
 
 def draw_photons(event, dom, mean, time, path, dirt, efficiency, rng):
-    """Draw photons and noise -> event, dom, time [ns], weight."""
+    """Draw photons, noise -> event, dom, time, weight (how many)."""
     mean = mean * efficiency[dom]
     n = rng.poisson(mean / (1 + mean / SATURATION))
     pair = np.repeat(np.arange(len(n)), np.minimum(n, MAX_PHOTONS))
@@ -254,8 +254,9 @@ def draw_photons(event, dom, mean, time, path, dirt, efficiency, rng):
     again = np.flatnonzero(draw < AFTERPULSE_SHARE)
     after = time[again] + rng.gamma(2, AFTERPULSE_TIME, len(again))
     pair, time = np.append(pair, pair[again]), np.append(time, after)
-    event, weight = event[pair], np.maximum(n[pair] / MAX_PHOTONS, 1)
-    # noise around the photons; events of fewer photons hardly trigger
+    event = event[pair]
+    weight = np.maximum(n[pair] / MAX_PHOTONS, 1)
+    # noise around the photons of an event; fewer than TRIGGER_PULSES hardly trigger
     first = np.full(CHUNK, np.inf)
     last = -first
     np.minimum.at(first, event, time)
@@ -351,13 +352,13 @@ def write_parquet(path, rows, schema, **options):
     write_atomic(path, lambda part: pq.write_table(table, part, **options))
 
 def simulate_batch(path, seed, batch, first_event, n):
-    """Write a batch file, and last its rows of the meta table."""
+    """Write a batch file, last its rows of the meta table."""
     out_dir = path.parents[1]
     part = out_dir / ".parts" / path.name
-    if part.exists():  # from a run that was stopped
+    if part.exists():  # of a stopped run
         return n
     detector = describe_detector(*read_geometry_csv(out_dir / "sensor_geometry.csv"))
-    np.empty(3_900_000)  # 31 MB: glibc keeps what is freed
+    np.empty(3_900_000)  # 31 MB freed: glibc then keeps memory, faster
     rng = np.random.default_rng([seed, batch])
     pulses, meta = [], []
     while (n_found := sum(map(len, meta))) < n:
@@ -382,13 +383,13 @@ def simulate_batch(path, seed, batch, first_event, n):
     return n
 
 def print_statistics(path):
-    """Print numbers beside Kaggle's, of 1,000 events in notebooks."""
+    """Print numbers beside Kaggle's (notebooks on 1,000 events)."""
     _, time, charge, aux, event_id = map(np.asarray, pq.read_table(path).columns)
     begin = np.flatnonzero(np.diff(event_id, prepend=-1))
     unmasked = 0.75 ** np.add.reduceat(~aux, begin, dtype=int)
     toy = [f(x) for x in (charge, time) for f in (np.mean, np.median, np.std)]
     toy += len(time) / len(begin), 100 * unmasked.mean()
-    print("""toy (Kaggle)      mean            median     deviation
+    print("""toy (Kaggle)      mean            median          std
 charge [p.e.]  {:7.5g} (2.28)  {:7.5g} (1.02)  {:7.5g} (8.8)
 time [ns]      {:7.5g} (12460) {:7.5g} (11904) {:7.5g} (3291)
 pulses per event {:.5g} (139)
