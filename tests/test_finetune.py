@@ -44,21 +44,14 @@ def unit(azimuth, zenith):
 
 # ---- training -----------------------------------------------------------------------------------
 
-def test_the_encoder_comes_from_the_checkpoint(demo_data, pretrained, tmp_path):
-    """At a learning rate of about nothing it is the pretrained one; from scratch it is another."""
-    tune(demo_data, tmp_path / "a", pretrained, "--learning_rate=1e-12")
+def test_a_frozen_encoder_is_the_checkpoints_and_the_head_moves(demo_data, pretrained, tmp_path):
+    tune(demo_data, tmp_path / "a", pretrained, "--freeze_backbone=True", "--max_steps=4")
     tune(demo_data, tmp_path / "b", None, "--learning_rate=1e-12")
-    before, loaded, scratch = map(weights, (pretrained, tmp_path / "a", tmp_path / "b"))
-    encoder = [name for name in before if name.startswith("encoder.")]
-    assert all(torch.allclose(before[name], loaded[name], atol=1e-6) for name in encoder)
-    matrices = [name for name in encoder if name.endswith(("qkv.weight", "up.weight"))]
+    before, frozen, scratch = map(weights, (pretrained, tmp_path / "a", tmp_path / "b"))
+    assert all(torch.equal(before[x], frozen[x]) for x in frozen if x.startswith("encoder."))
+    matrices = [name for name in scratch if name.endswith(("qkv.weight", "up.weight"))]
     assert not any(torch.allclose(before[name], scratch[name], atol=1e-3) for name in matrices)
-
-def test_a_frozen_encoder_stays_and_the_head_moves(demo_data, pretrained, tmp_path):
-    tune(demo_data, tmp_path, pretrained, "--freeze_backbone=True", "--max_steps=4")
-    before, after = weights(pretrained), weights(tmp_path)
-    assert all(torch.equal(before[x], after[x]) for x in after if x.startswith("encoder."))
-    moments = utils.load_checkpoint(tmp_path / "ckpt.pt")["optimizer"][0]["state"]
+    moments = utils.load_checkpoint(tmp_path / "a/ckpt.pt")["optimizer"][0]["state"]
     assert len(moments) == 4 and all(x["exp_avg_sq"].any() for x in moments.values())
 
 BY_HEART = ["--batch_size=50", "--micro_batch_size=50", "--val_split=tuned_copy", "--val_events=0",
@@ -75,19 +68,14 @@ def test_it_learns_direction(demo_data, tmp_path):
 def test_label_sets_are_nested_and_labelled(demo_data, pretrained, tmp_path):
     """The first 50 labels are used; those after them may even be unknown."""
     shutil.copytree(demo_data, tmp_path / "data")
-    events = np.fromfile(tmp_path / "data/finetune_events.bin", data.EVENT)
+    events = np.memmap(tmp_path / "data/finetune_events.bin", data.EVENT)
     events["azimuth"][50:] = np.nan
-    events.tofile(tmp_path / "data/finetune_events.bin")
     for name, folder in (("a", demo_data), ("b", tmp_path / "data")):
         tune(folder, tmp_path / name, pretrained, "--train_events=50")
     assert_same_run(tmp_path / "a", tmp_path / "b")
     line = tune(folder, tmp_path / "c", pretrained, "--train_events=60", do=user_error)
     assert f"10 of 60 events have no direction, first event_id {events['event_id'][50]}" in line
-    line = tune(folder, tmp_path / "b", pretrained, "--train_events=49", "--train_start=1",
-                do=user_error)
-    assert "trained on other data" in line
     events["azimuth"] = np.where(np.arange(150) // 50 == 1, 1.0, np.nan)
-    events.tofile(tmp_path / "data/finetune_events.bin")
     tune(folder, tmp_path / "d", pretrained, "--train_events=50", "--train_start=50")
 
 def test_stopped_and_resumed_equals_never_stopped(demo_data, pretrained, tmp_path):
@@ -111,10 +99,10 @@ def test_ranks_train_like_one(demo_data, finetuned, pretrained, tmp_path):
 def test_time_offsets_are_normal_and_each_event_has_one():
     config, n = finetune.FinetuneConfig(time_offset_std=500.0), 4000
     events, pulses = random_events(np.random.default_rng(0), np.full(n, 3))
-    shifted, again, later = (
+    shifted, later = (
         finetune.shift_times(events, pulses, np.arange(n), np.full(n, epoch), config)["time"]
-        for epoch in (0, 0, 1))
-    assert np.array_equal(shifted, again) and not np.allclose(shifted, later)
+        for epoch in (0, 1))
+    assert not np.allclose(shifted, later)
     offset = (shifted - pulses["time"]).reshape(n, 3)
     assert np.allclose(offset, offset[:, :1], atol=0.01)
     assert abs(offset.mean()) < 30 and offset.std() == pytest.approx(500, rel=0.05)
@@ -123,7 +111,7 @@ def test_a_run_that_diverges_has_an_exit_status_of_its_own(demo_data, tmp_path):
     line = tune(demo_data, tmp_path, None, "--learning_rate=1e30", do=user_error, status=3)
     assert "try a smaller learning_rate" in line
 
-# ---- tasks --------------------------------------------------------------------------------------
+# ---- tasks, scores, predictions -----------------------------------------------------------------
 
 def test_energy(demo_data, pretrained, tmp_path):
     tune(demo_data, tmp_path, pretrained, "--task=energy", *BY_HEART)
@@ -141,27 +129,21 @@ def test_class(demo_data, pretrained, tmp_path):
     score(tmp_path, f"--predictions={tmp_path}/p.csv")
     p_track, rows = read_csv(tmp_path / "p.csv")["p_track"], rows_of(tmp_path, "tuned_copy")
     is_track = data.open_split(demo_data, "finetune").events["event_class"] == 1
-    accuracy, area = np.mean((p_track > 0.5) == is_track), area_of_pairs(p_track, is_track)
+    accuracy = np.mean((p_track > 0.5) == is_track)
     assert rows["all"]["accuracy"] == pytest.approx(accuracy) and accuracy > 0.65
+    area = evaluate.roc_area(p_track, is_track)
     assert rows["all"]["roc_area"] == pytest.approx(area, abs=1e-4) and area > 0.75
-    sigma = (accuracy * (1 - accuracy) / 150) ** 0.5
-    assert rows["all"]["accuracy_error"] == pytest.approx(sigma, rel=0.35)
     assert rows["all"]["guess_accuracy"] == max(is_track.mean(), 1 - is_track.mean())
     assert np.isnan(rows["track"]["roc_area"])  # no cascade to compare with
 
-def area_of_pairs(number, is_positive):
-    """Return the ROC area by its definition: pairs in the right order, equal ones as half."""
-    difference = number[is_positive][:, None] - number[~is_positive]
-    return ((difference > 0) + 0.5 * (difference == 0)).mean()
-
 def test_the_roc_area_counts_pairs():
+    """By its definition: pairs in the right order, equal ones as half."""
     rng = np.random.default_rng(0)
     for n_values in (2, 7, 10**9):  # many ties, some, none
         number, is_positive = rng.integers(n_values, size=201), rng.random(201) < 0.3
-        area = area_of_pairs(number, is_positive)
+        difference = number[is_positive][:, None] - number[~is_positive]
+        area = ((difference > 0) + 0.5 * (difference == 0)).mean()
         assert evaluate.roc_area(number, is_positive) == pytest.approx(area, abs=1e-12)
-
-# ---- scores and predictions ---------------------------------------------------------------------
 
 def test_scores_are_those_of_the_predictions(demo_data, finetuned, tmp_path):
     """Every number again by a plain formula, from the file of predictions."""
@@ -272,9 +254,9 @@ def test_what_knows_doms_by_position_works_in_another_detector(tmp_path):
 
 def test_user_errors(demo_data, pretrained, finetuned, tmp_path):
     for folder, start_from, option, words in (
-            (tmp_path, pretrained, "--num_layers=3", f"but {pretrained}/ckpt.pt has 2"),
             (tmp_path, None, "--freeze_backbone=True", "needs a pretrained checkpoint"),
             (tmp_path, pretrained, "--direction_loss=vfm", "direction_loss = 'vfm'"),
+            (finetuned, pretrained, "--train_start=1", "trained on other data"),
             (finetuned, pretrained, "--task=energy", "task = 'energy'")):
         assert words in tune(demo_data, folder, start_from, option, do=user_error), option
     for folder, options, words in (

@@ -1,5 +1,4 @@
 """tools/km3net.py: pulses, labels and positions of files as KM3NeT's, input that is wrong."""
-import shlex
 import sys
 
 import numpy as np
@@ -58,8 +57,7 @@ def test_events_are_those_of_the_files(files, tmp_path):
         assert np.allclose(sorted(pulses), sorted(wanted), rtol=1e-12)
         truth = row["azimuth"], row["zenith"], row["energy"], row["event_class"]
         assert np.allclose(truth, (azimuth, zenith, energy / 4 + 2000, 1))
-    command = shlex.split(done.stdout.splitlines()[-1].removeprefix("next: python "))
-    assert "val: n_events 20" in run_ok(*command, "--workers=1").stdout
+    assert "--splits=\"{'finetune': (1, 1), 'val': (2, 2)}\"" in done.stdout
 
 @pytest.mark.parametrize("edit, words", [
     (lambda path: h5py.File(path / "2.h5", "a").pop("mc_tracks"), "2.h5: is no HDF5 file of km3"),

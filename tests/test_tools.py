@@ -55,8 +55,11 @@ def write_results(path, variants):
         for variant, rates in variants.items() for rate, losses in rates.items()
         for seed, loss in enumerate(losses)])
 
-def test_a_sweep_is_drawn_against_numbers_rates_or_names(plot, tmp_path):
+def test_a_sweep_is_drawn_against_names_numbers_or_rates(plot, tmp_path):
     config = plot.PlotConfig(results=f"{tmp_path}/results.csv")
+    write_results(config.results, {"relu": {0.1: [4, 4]}, "gelu": {0.1: [3, 3]}})
+    labels = plot.draw_sweep(config, []).axes[0].get_xticklabels()
+    assert [label.get_text() for label in labels] == ["relu", "gelu"]
     write_results(config.results, {"a/500": {0.1: [4, 5, 5.2], 0.2: [6]}, "b/500": {0.1: [7, 7]},
                                    "a/2000": {0.1: [3, 3], 0.2: ["inf"]}})
     axis = plot.draw_sweep(config, []).axes[0]
@@ -69,12 +72,8 @@ def test_a_sweep_is_drawn_against_numbers_rates_or_names(plot, tmp_path):
     axis = plot.draw_sweep(config, []).axes[0]
     assert legend_of(axis) == ["a/500", "b/500", "a/2000"]
     assert axis.containers[0][0].get_ydata().tolist() == [4, 6]
-    config.x = "number"
-    write_results(config.results, {"relu": {0.1: [4, 4]}, "gelu": {0.1: [3, 3]}})
-    labels = plot.draw_sweep(config, []).axes[0].get_xticklabels()
-    assert [label.get_text() for label in labels] == ["relu", "gelu"]
 
-# ---- sweep --------------------------------------------------------------------------------------
+# ---- sweep, bench -------------------------------------------------------------------------------
 
 def test_a_sweep_tunes_on_one_seed_and_reports_on_others(demo_data, tmp_path, monkeypatch):
     commands = []
@@ -139,8 +138,6 @@ def test_a_run_that_fails_ends_the_sweep_in_one_line(demo_data, tmp_path):
 def test_the_sample_sweep_lists_its_runs():
     listed = run_ok("tools/sweep.py", "sample_config/sweep_labels.py", "--dry_run=True").stdout
     assert listed.count("python finetune.py") == 4 * (3 + 2)
-
-# ---- bench --------------------------------------------------------------------------------------
 
 def test_bench_compares_with_named_baselines(demo_data):
     done = run_ok("tools/bench.py", f"--data_dir={demo_data}", "--rounds=1", "--batch_size=4",
