@@ -5,12 +5,10 @@
                 <split>_pulses.bin  PULSE records of all events, one event after another
                 <split>_events.bin  EVENT records
 
-The events and masks of step k follow from the seed and k alone. So a resumed run, or one with
-another number of ranks, sees the same ones.
+The events and masks of step k follow from the seed and k alone, for any number of ranks.
 """
 import json
 import zlib
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import islice
@@ -63,19 +61,25 @@ class Split(NamedTuple):
     pulses: np.ndarray  # (n_pulses,) PULSE
     n_doms: int  # of the detector
 
+def fingerprint(meta):
+    meta = {**meta, "input_dir": "", "fingerprint": ""}  # that folder may move
+    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
+
 def read_folder(data_dir):
-    """Read meta.json -> dict, with a "fingerprint"; GEOMETRY records (V,)."""
+    """Read a finished data folder's meta.json -> dict, GEOMETRY records (V,)."""
     path = Path(data_dir) / "meta.json"
     if not path.is_file():
         fail(f"{path}: no such file; prepare.py writes it last: run it, or run it again")
-    meta = json.loads(path.read_text())
+    try:
+        meta = json.loads(path.read_bytes())
+    except ValueError:
+        meta = {}
+    if meta.get("fingerprint") != fingerprint(meta) or meta["dtypes"] != DTYPES:
+        fail(f"{path}: damaged, or of another version; prepare into another data_dir")
     geometry = np.fromfile(path.parent / "geometry.bin", GEOMETRY)
-    if meta.get("format") != FORMAT_VERSION or meta["dtypes"] != DTYPES:
-        fail(f"{path}: of another version; prepare into another data_dir")
     if zlib.crc32(geometry.tobytes()) != meta["geometry_crc"]:
         fail(f"{path.parent}/geometry.bin: it has changed; prepare into another data_dir")
-    text = json.dumps({**meta, "input_dir": ""}, sort_keys=True)  # it may move
-    return {**meta, "fingerprint": zlib.crc32(text.encode())}, geometry
+    return meta, geometry
 
 def open_split(data_dir, name, n_events=0):
     """Map the first n_events of a split (0 = all) into memory -> Split."""
@@ -106,16 +110,16 @@ def open_split(data_dir, name, n_events=0):
 def read_geometry_csv(path, origin="0,0,0"):
     """Read sensor_geometry.csv (sensor_id, x, y, z [m], perhaps string) -> position, string."""
     import pyarrow.csv
-    table = pyarrow.csv.read_csv(path).to_pydict()
-    if not {"sensor_id", "x", "y", "z"} <= table.keys():
-        fail(f"{path}: needs the columns sensor_id, x, y, z [m], it has {', '.join(table)}")
-    order = np.argsort(table["sensor_id"])
-    if [table["sensor_id"][i] for i in order] != list(range(len(order))) or len(order) > MAX_DOMS:
-        fail(f"{path}: sensor_id must be 0, 1, 2, ... without gaps, up to {MAX_DOMS - 1}")
-    position = np.array([table[axis] for axis in "xyz"], np.float64).T[order]
-    position -= np.array(origin.split(","), float)
-    if not np.isfinite(position).all():
-        fail(f"{path}: a position is not a finite number")
+    try:
+        table = pyarrow.csv.read_csv(path).to_pydict()
+        order = np.argsort(table["sensor_id"])
+        position = np.array([table[axis] for axis in "xyz"], np.float64).T[order]
+        position -= np.array(origin.split(","), float)
+    except (ValueError, TypeError, KeyError) as error:
+        fail(f"{path}: needs numbers in columns sensor_id, x, y, z [m] ({str(error)[:80]!r})")
+    is_counted = np.array_equal(np.sort(table["sensor_id"]), np.arange(len(order)))
+    if not is_counted or len(order) > MAX_DOMS or not np.isfinite(position).all():
+        fail(f"{path}: needs sensor_id 0, 1, 2, ... up to {MAX_DOMS - 1}, and finite positions")
     key = np.array(table["string"])[order] if "string" in table else position[:, :2]
     if "string" not in table and len(order) == 5160:  # IceCube-86
         key = np.arange(5160) // 60
@@ -124,10 +128,7 @@ def read_geometry_csv(path, origin="0,0,0"):
 # ---- which events make up a step ----------------------------------------------------------------
 
 def step_events(step, batch_size, n_events, seed):
-    """Return the events of a step -> index, epoch (batch_size,) int64.
-
-    Epochs follow one another; each has every event once, in shuffled groups of GROUP_SIZE.
-    """
+    """Return the events of a step -> index, epoch (B,). An epoch has every event once."""
     place = step * batch_size + np.arange(batch_size)
     epoch, in_epoch = np.divmod(place, n_events)
     index = np.empty(batch_size, np.int64)
@@ -262,8 +263,8 @@ def prefetch(load, steps, device, depth=2):
                  for name, x in batch.items()} for batch in load(step)]
     steps = iter(steps)
     with ThreadPoolExecutor(1) as pool:
-        queue = deque(pool.submit(load_pinned, step) for step in islice(steps, depth))
+        queue = [pool.submit(load_pinned, step) for step in islice(steps, depth)]
         while queue:
             queue.extend(pool.submit(load_pinned, step) for step in islice(steps, 1))
             yield [{name: x.to(device, non_blocking=True) if torch.is_tensor(x) else x
-                    for name, x in batch.items()} for batch in queue.popleft().result()]
+                    for name, x in batch.items()} for batch in queue.pop(0).result()]

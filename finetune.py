@@ -236,6 +236,8 @@ def main():
             if row["val_loss"] < best_val_loss:
                 best_val_loss = row["val_loss"]
                 save("best.pt", step)
+        if last_step:
+            log({"step": step, "events": step * config.batch_size, **row})
         if last_step or step % config.save_interval == 0 or stop_requested:
             save("ckpt.pt", step)
         if last_step or stop_requested:
@@ -283,7 +285,6 @@ def main():
         utils.print0(f"stopped at step {step}; the same command resumes")
         return 130 if signal.SIGINT in caught_signals else 0
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    log({"step": step, "events": step * config.batch_size, **row})
     utils.all_reduce_sum([0])  # wait: rank 0 may still be writing best.pt
     evaluate_checkpoint(best, device, autocast)
 

@@ -65,8 +65,8 @@ def read_columns(path, names, optional=()):
     """Yield (row, {name: array}) of a parquet file, CHUNK rows from `row` on."""
     row, name = 0, "file"
     try:
-        # by default pyarrow keeps what was read, 9 GB of train_meta.parquet
-        file = pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)
+        file = pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False,  # else 9 GB in memory
+                              page_checksum_verification=True)
         names = names + [x for x in optional if x in file.schema_arrow.names]
         for batch in file.iter_batches(CHUNK, columns=names, use_threads=False):
             table = {}
@@ -75,7 +75,7 @@ def read_columns(path, names, optional=()):
                 table[name] = values.astype(kind, casting="same_kind", copy=False)
             yield row, table
             row += len(batch)
-    except (pa.ArrowException, OSError, KeyError, TypeError) as error:
+    except (pa.ArrowException, OSError, LookupError, TypeError, ValueError) as error:
         fail(f"{path}: {name} cannot be read after row {row}: {str(error).splitlines()[0]}")
 
 def table_to_events(path, row, table, before):
@@ -121,8 +121,7 @@ def read_pulses(path, events, n_doms, config):
             trigger = np.minimum.reduceat(np.where(aux, np.inf, time), begin)
             trigger = np.where(trigger < np.inf, trigger, first)
             time = time + np.repeat(np.maximum(10_000 - trigger, -first), n)  # none before 0
-        # float32 holds whole numbers exactly up to 2^24 [ns]
-        for name, values, high in (("time", time, 2**24), ("charge", charge, 1e6),
+        for name, values, high in (("time", time, 2**24), ("charge", charge, 1e6),  # exact float32
                                    ("sensor_id", dom, n_doms - 1)):
             bad = np.flatnonzero(~((values >= 0) & (values <= high)))  # NaN too
             if len(bad):
@@ -165,7 +164,7 @@ def pack(events, time, charge, dom, aux, detector, config):
     draw = data.uniform_hash(config.seed, events["event_id"], place, n)
     draw += aux
     if config.keep == "brightest":
-        draw[first] = 1e-3 * draw[first] - dom_charge  # the draw decides if charges are equal
+        draw[first] = 1e-3 * draw[first] - 1e-3 - dom_charge  # the draw decides between equals
     # slow form, per event: keep = draw <= np.sort(draw)[max_pulses - 1]
     last, limit = config.max_pulses - 1, np.full(len(n), np.inf)
     for i in np.flatnonzero(n > config.max_pulses).tolist():
@@ -191,9 +190,8 @@ def first_of(key):
 def fit_lines(events, event, time, dom, charge, position, string):
     """Fill in line_fit from the first HLC pulse of each DOM, with the DOM's charge.
 
-    It goes against v of the line r + v time, fitted twice: then pulses far from the line weigh
-    less (astro-ph/0407044, 3.1.3, arXiv:1308.5501). Those later than light from the first one
-    of their string are left out.
+    It goes against v of the line r + v time, fitted without pulses later than light from their
+    string's first, then again with less weight far from it (astro-ph/0407044, 1308.5501).
     """
     x, y, z = position.T[:, dom]
     first = first_of(event * (string.max() + 1) + string[dom])  # of the string
@@ -230,7 +228,6 @@ def plan(config):
                 if key not in split_of or not os.path.exists(path):
                     continue
                 split, part = split_of[key], events[table["batch_id"] == number]
-                # DIFF(upstream): a batch of 153,924 events, the last one, fails
                 batch = batches.setdefault((key, number), {
                     "split": split, "number": number, "n_events": 0, "path": path,
                     "place": place[split].tolist()})
@@ -247,15 +244,13 @@ def plan(config):
              "no rows in the meta table; --skip_missing=True leaves them out")
     ids = np.sort(np.concatenate(ids))
     if (ids[1:] == ids[:-1]).any():
-        twice = ids[np.argmax(ids[1:] == ids[:-1])]
-        fail(f"{config.input_dir}: event_id {twice} is there twice")
+        fail(f"{config.input_dir}: event_id {ids[1:][ids[1:] == ids[:-1]][0]} is there twice")
     for split, (_, n_pulses) in place.items():
         with open(f"{config.data_dir}/{split}_pulses.bin", "wb") as file:
             file.truncate(n_pulses * PULSE.itemsize)
     return list(batches.values())
 
 def stamp(*paths):
-    """Return sizes and times of change of files."""
     return [[os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in paths]
 
 def write_batch(config, batch):
@@ -273,9 +268,10 @@ def write_batch(config, batch):
         file.seek(place * PULSE.itemsize)
         for part, *columns in read_pulses(path, np.asarray(events), len(detector[1]), config):
             pulses = pack(part, *columns, detector, config)
-            if not part["total_charge"].all():
-                fail(f"{path}: event {part['event_id'][part['total_charge'] == 0][0]} lacks charge")
             part["start"] = end + np.cumsum(part["length"], dtype="i8") - part["length"]
+            kept_charge = np.add.reduceat(pulses["charge"], part["start"] - end)
+            if not kept_charge.all():
+                fail(f"{path}: event {part['event_id'][kept_charge == 0][0]} lacks charge")
             end += len(pulses)
             file.write(pulses.tobytes())
         file.flush()
@@ -307,12 +303,17 @@ def main():
             "split_ranges": json.loads(json.dumps(config.splits)),
             "origin": config.origin, "shift_times": config.shift_times}
     lock = None if meta_path.exists() else utils.lock_folder(unfinished)
-    path = meta_path if meta_path.exists() else unfinished / "settings.json"
-    settings = json.loads(path.read_text()) if path.exists() else meta
+    path, settings = unfinished / "settings.json", meta
+    if meta_path.exists():
+        path, (settings, _) = meta_path, data.read_folder(data_dir)
+    elif path.exists():
+        settings = json.loads(path.read_text())
     for name, value in meta.items():
         if settings.get(name) != value:
             fail(f"{path}: made with {name} = {settings.get(name)}, now {value}; "
                  "choose another data_dir")
+    if not 0 < config.max_pulses < 2**16:
+        fail(f"max_pulses = {config.max_pulses}: must be 1 to 65535")
     if path != meta_path:
         position, string = data.read_geometry_csv(input_dir / "sensor_geometry.csv", config.origin)
         geometry = np.array([*zip(position.tolist(), string)], data.GEOMETRY)
@@ -333,15 +334,14 @@ def main():
             rows = sorted(batch["row"] for batch in finished if batch["split"] == split)
             splits[split] = dict(zip(COUNTS, np.sum(rows, axis=0)[1:].tolist())) | {"batches": rows}
         settings = meta | {"geometry_crc": zlib.crc32(geometry.tobytes()), "splits": splits}
-        utils.write_json(meta_path, settings)
+        utils.write_json(meta_path, settings | {"fingerprint": data.fingerprint(settings)})
     for name, split in settings["splits"].items():
         files, rows = data.open_split(data_dir, name), np.array(split["batches"])
         for i, array in enumerate(files[1:3] if config.verify else ()):  # events, pulses
             parts = np.split(array, rows[:-1, 1 + i].cumsum())
             if [zlib.crc32(part.tobytes()) for part in parts] != rows[:, 5 + i].tolist():
                 fail(f"{files.path}_*.bin: not as in meta.json; prepare into another data_dir")
-        numbers = [f"{k} {v}" for k, v in split.items() if k != "batches"]
-        utils.print0(f"{name}: {', '.join(numbers)}")
+        utils.print0(f"{name}: {', '.join(f'{k} {split[k]}' for k in COUNTS)}")
     shutil.rmtree(unfinished, ignore_errors=True)
     if path == meta_path:
         utils.print0(f"{data_dir}: complete, nothing to do")

@@ -349,7 +349,8 @@ def simulate_chunk(doms, volume, efficiency, rung, rng):
 
 def write_parquet(path, rows, schema, **options):
     table = pa.table([rows[name] for name in schema.names], schema)
-    write_atomic(path, lambda part: pq.write_table(table, part, **options))
+    write_atomic(path, lambda part: pq.write_table(
+        table, part, write_page_checksum=True, **options))
 
 def simulate_batch(path, seed, batch, first_event, n):
     """Write a batch file, last its rows of the meta table."""

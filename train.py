@@ -253,10 +253,12 @@ def main():
             if row["val_loss"] < best_val_loss:
                 best_val_loss = row["val_loss"]
                 save("best.pt", step)
-        if last_step or step % config.save_interval == 0 or stop_requested:
-            save("ckpt.pt", step)
         if config.keep_every and step % config.keep_every == 0:
             save(f"ckpt_{step}.pt", step)
+        if last_step:
+            log({"step": step, "events": step * config.batch_size, **row})
+        if last_step or step % config.save_interval == 0 or stop_requested:
+            save("ckpt.pt", step)
         if last_step or stop_requested:
             break
         start_time += time.perf_counter() - pause_time  # this was not training
@@ -311,7 +313,6 @@ def main():
         utils.print0(f"stopped at step {step}; the same command resumes")
         return 130 if signal.SIGINT in caught_signals else 0
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    log({"step": step, "events": step * config.batch_size, **row})
     utils.print0(f"done: best val_loss {best_val_loss:.4f} in {config.out_dir}/best.pt")
 
 if __name__ == "__main__":

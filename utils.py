@@ -1,5 +1,4 @@
-"""What the stages share: config files, workers, devices and ranks, checkpoints, log.csv.
-torch is imported where it is needed: simulate.py and prepare.py run without it."""
+"""What the stages share. torch is imported where it is needed: simulate.py runs without it."""
 import ast
 import csv
 import dataclasses
@@ -14,6 +13,7 @@ import signal
 import sys
 import threading
 import weakref
+import zipfile
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Literal, get_args
@@ -38,9 +38,8 @@ def fail(message: str, status: int = 1):
     raise SystemExit(status)
 
 def print0(text: str):
-    """Print on rank 0, at once in a redirected log too."""
     if RANK == 0:
-        print(text, flush=True)
+        print(text, flush=True)  # at once in a redirected log too
 
 def run_main(main):
     """Call main(). Ctrl-C, a failed read or write and a full memory end in one line."""
@@ -222,12 +221,11 @@ def init_distributed(config):
         # gloo adds numbers on the CPU without waiting for the GPU, nccl adds the gradients
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         # restarted ranks must not find the addresses of those that died (one machine)
-        store, rank, world_size = next(torch.distributed.rendezvous("env://"))
+        store, *_ = next(torch.distributed.rendezvous("env://"))
         if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
             store = torch.distributed.PrefixStore(f"attempt_{attempt}", store)
-        torch.distributed.init_process_group(
-            backend, store=store, rank=rank, world_size=world_size)
+        torch.distributed.init_process_group(backend, None, -1, WORLD_SIZE, RANK, store)
         groups.append(torch.distributed.group.WORLD)
     if dtype == "auto":  # bfloat16 where the hardware multiplies in it
         has_bf16 = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else \
@@ -252,6 +250,8 @@ def load_checkpoint(path) -> dict:
     """Read a checkpoint onto the CPU."""
     import torch
     try:
+        if zipfile.ZipFile(path).testzip():  # torch does not look at its checksums
+            raise ValueError
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         fail(str(error))

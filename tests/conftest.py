@@ -110,11 +110,13 @@ def demo_data(tmp_path_factory):
            "--n_test_events=40", "--workers=1")
     run_ok("prepare.py", f"--input_dir={folder}/raw", f"--data_dir={folder}/demo", "--workers=1",
            "--splits={'pretrain': (1, 2), 'finetune': (3, 3), 'val': (4, 4), 'test': 'test'}")
+    import data
     meta = json.loads((folder / "demo/meta.json").read_text())
     for name, copy in (("pretrain", "copy"), ("finetune", "tuned_copy")):
         meta["splits"][copy] = meta["splits"][name]
         for kind in ("events.bin", "pulses.bin"):
             shutil.copy(folder / f"demo/{name}_{kind}", folder / f"demo/{copy}_{kind}")
+    meta["fingerprint"] = data.fingerprint(meta)
     (folder / "demo/meta.json").write_text(json.dumps(meta))
     return folder / "demo"
 
@@ -175,5 +177,6 @@ def write_folder(path, n_doms=5160, **splits):
     meta = {"format": data.FORMAT_VERSION, "dtypes": data.DTYPES,
             "geometry_crc": zlib.crc32(geometry.tobytes()),
             "rule": {"keep": "random", "max_pulses": 127}, "splits": counts}
+    meta["fingerprint"] = data.fingerprint(meta)
     (path / "meta.json").write_text(json.dumps(meta))
     return path

@@ -44,6 +44,7 @@ def test_layouts(tmp_path, monkeypatch, r):
     train = {batch: [*make_events(r)] for batch in sorted([first, *others])}
     rule = r.randint(1, 130), r.getrandbits(31), r.choice(["random", "brightest"])
     monkeypatch.setattr("prepare.CHUNK", r.randint(20, 2000))
+    shutil.rmtree(tmp_path)
     tp.write_kaggle(tmp_path / "raw", train, row_group_size=r.randint(1, 5000))
     printed = outcome("prepare.py", f"--input_dir={tmp_path}/raw", f"--data_dir={tmp_path}/out",
                       f"--splits={({'a': [(x, x) for x in others], 'b': (first, first)})}",
@@ -56,7 +57,6 @@ def test_layouts(tmp_path, monkeypatch, r):
     for name, records in expected.items() if printed else ():
         for x, y in zip(tp.data.open_split(tmp_path / "out", name)[1:], records):
             tp.assert_equal_records(x, y)
-    shutil.rmtree(tmp_path)
 
 @pytest.fixture
 def runs(demo_data, pretrained, finetuned, nubench, tmp_path, monkeypatch):

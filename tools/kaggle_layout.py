@@ -44,9 +44,10 @@ class Detector(NamedTuple):
     dom_at: dict  # {bytes of a position: DOM}
     bad: dict  # {text: (how many, of how many, the first)}
 
-def open_parquet(path):
+def open_parquet(path, whole=False):
     try:
-        return pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)
+        file = pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)
+        return file.read() if whole else file
     except (pa.ArrowException, OSError) as error:
         fail(f"{path}: {str(error).splitlines()[0]}")
 
@@ -55,7 +56,7 @@ def read_table(path):
     if path.endswith(".csv"):
         return pa.csv.read_csv(path)
     if not path.endswith(".geo"):
-        return open_parquet(path).read()
+        return open_parquet(path, whole=True)
     _, _, text = Path(path).read_text().partition("### Modules ###")
     x, y, z, string, _ = np.array(text.split(), float).reshape(-1, 5).T
     return pa.table({"dom_x": x, "dom_y": y, "dom_z": z, "string": string})
