@@ -3,7 +3,8 @@
     pip install km3net-testdata h5py    # 650 events in ARCA, MIT licence
     python -m tools.km3net              # 10 s
 
-Prints what was written and the next command. Every second event is `val`.
+Prints what was written and the next command. A random half of the events
+is `val`; split_seed draws it.
 Hits of a DOM within merge_window are one pulse; aux: none of them triggered
 KM3NeT. An event may have no HLC pulse: local coincidence is not applied.
 """
@@ -29,6 +30,7 @@ class Km3netConfig:
     events_per_batch: int = 10_000  # per file
     merge_window: float = 25.0  # [ns] one photoelectron; 0 = none
     angles: Angles = "flight"  # which way they point
+    split_seed: int = 0  # which half is val
     seed: int = 0  # of the shift, 10,000 +- 300 ns
 
 def read_detx(path):
@@ -81,8 +83,10 @@ def main():
         group, begin = np.unique(file["hits/group_id"], return_index=True)
         source = number, path, file, file["mc_tracks"][:]
         events += [(*source, *row) for row in zip(group, begin, [*begin[1:], None])]
-    convert(config, detector, {"finetune": read_events(config, detector, events[::2]),
-                               "val": read_events(config, detector, events[1::2])}, len(events))
+    order = np.random.default_rng(config.split_seed).permutation(len(events))
+    splits = {name: read_events(config, detector, [events[i] for i in part])
+              for name, part in zip(("finetune", "val"), np.array_split(order, 2))}
+    convert(config, detector, splits, len(events))
 
 if __name__ == "__main__":
     run_main(main)
