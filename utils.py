@@ -225,7 +225,7 @@ def init_distributed(config):
         if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
             store = torch.distributed.PrefixStore(f"attempt_{attempt}", store)
-        torch.distributed.init_process_group(backend, None, -1, WORLD_SIZE, RANK, store)
+        torch.distributed.init_process_group(backend, None, None, WORLD_SIZE, RANK, store)
         groups.append(torch.distributed.group.WORLD)
     if dtype == "auto":  # bfloat16 where the hardware multiplies in it
         has_bf16 = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else \

@@ -1,4 +1,5 @@
 """tools/: pictures, sweeps, ratios of speed, published checkpoints, export. Real runs, tiny."""
+import json
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -121,8 +122,9 @@ def test_sweeps_at_the_same_time_lose_no_row(tmp_path, monkeypatch):
 @pytest.mark.parametrize("base, key", [("--data_dir={}", "data_fingerprint"),
                                        ("--init_from={}/meta.json", "init_from_crc")])
 def test_files_that_change_during_a_sweep_end_it(tmp_path, monkeypatch, base, key):
-    meta = write_folder(tmp_path / "data") / "meta.json"
-    text, base = meta.read_text().replace("random", "brightest"), base.format(meta.parent)
+    meta, base = write_folder(tmp_path / "data") / "meta.json", base.format(tmp_path / "data")
+    new = json.loads(meta.read_text()) | {"seed": 1}
+    text = json.dumps(new | {"fingerprint": data.fingerprint(new)})
     monkeypatch.setattr("subprocess.run", lambda *a, **_: (
         meta.write_text(text) and sweep.subprocess.CompletedProcess(a, 3)))
     line = user_error("tools/sweep.py", f"--base={base}", f"--out_dir={tmp_path}")
