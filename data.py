@@ -114,7 +114,7 @@ def read_geometry_csv(path, origin="0,0,0"):
         table = pyarrow.csv.read_csv(path).to_pydict()
         order = np.argsort(table["sensor_id"])
         position = np.array([table[axis] for axis in "xyz"], np.float64).T[order]
-        position -= np.array(origin.split(","), float)
+        position -= np.array(origin.split(","), float).reshape(3)
     except (ValueError, TypeError, KeyError) as error:
         fail(f"{path}: needs numbers in columns sensor_id, x, y, z [m] ({str(error)[:80]!r})")
     is_counted = np.array_equal(np.sort(table["sensor_id"]), np.arange(len(order)))

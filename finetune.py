@@ -131,6 +131,7 @@ def main():
     data_id = {
         "fingerprint": meta["fingerprint"],
         "n_train": n_train,
+        "splits": [config.train_split, config.val_split],
         "start": config.train_start,
         "rule": meta["rule"],
     }

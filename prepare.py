@@ -42,8 +42,8 @@ def assign_batches(splits) -> dict:
     split_of = {}
     for name, spans in splits.items():
         for span in spans if isinstance(spans, list) else [spans]:
-            is_pair = isinstance(span, tuple) and {*map(type, span)} == {int}
-            numbers = range(span[0], span[-1] + 1) if is_pair else ["test"] * (span == "test")
+            is_pair = isinstance(span, tuple) and [*map(type, span)] == [int, int]
+            numbers = range(span[0], span[1] + 1) if is_pair else ["test"] * (span == "test")
             if not name.isidentifier() or not numbers or split_of.keys() & set(numbers):
                 fail(f"splits: {name!r}: {span!r}: write name: (first, last) batch, a list of "
                      "such pairs, or 'test'; each batch once")
@@ -82,10 +82,8 @@ def table_to_events(path, row, table, before):
     """Turn rows of a meta table into EVENT records; before: batch_id, last pulse."""
     batch_id, _, first, last = (table[name] for name in META)
     events = np.zeros(len(first), EVENT)
-    for name in (*LABELS, "energy"):
-        events[name] = np.nan  # unknown
-    for name in table.keys() & set(EVENT.names):
-        events[name] = table[name]
+    for name in ("event_id", *LABELS, *EXTRA):
+        events[name] = table.get(name, 0 if name == "event_class" else np.nan)  # unknown
     events["n_pulses"] = last - first + 1
     step = np.diff(batch_id, prepend=before[0])
     begin = np.where(step > 0, 0, np.append(before[1], last[:-1]) + 1)
@@ -119,7 +117,6 @@ def read_pulses(path, events, n_doms, config):
             n, begin = part["n_pulses"], np.flatnonzero(np.diff(owner, prepend=owner[0] - 1))
             first = np.minimum.reduceat(time, begin)
             trigger = np.minimum.reduceat(np.where(aux, np.inf, time), begin)
-            trigger = np.where(trigger < np.inf, trigger, first)
             time = time + np.repeat(np.maximum(10_000 - trigger, -first), n)  # none before 0
         for name, values, high in (("time", time, 2**24), ("charge", charge, 1e6),  # exact float32
                                    ("sensor_id", dom, n_doms - 1)):
@@ -240,8 +237,8 @@ def plan(config):
                 ids += [part["event_id"].copy()] * (kind == "train")
     missing = [*split_of.keys() - {key for key, _ in batches}]
     if missing and not (config.skip_missing and all(n_events for n_events, _ in place.values())):
-        fail(f"{config.input_dir}: {len(missing)} batches, as {missing[0]}, have no file or "
-             "no rows in the meta table; --skip_missing=True leaves them out")
+        fail(f"{config.input_dir}: {len(missing)} batches, for example {missing[0]}, have no file "
+             "or no rows in the meta table; --skip_missing=True leaves them out")
     ids = np.sort(np.concatenate(ids))
     if (ids[1:] == ids[:-1]).any():
         fail(f"{config.input_dir}: event_id {ids[1:][ids[1:] == ids[:-1]][0]} is there twice")
@@ -282,11 +279,11 @@ def write_batch(config, batch):
     lit, hlc = detector[0][np.unique(sample["dom"])], sample["time"][~sample["aux"]]
     middle, size = (lit.min(0) + lit.max(0)) / 2, np.ptp(lit, axis=0).max()  # [m]
     time = np.median(hlc) if len(hlc) else 0
-    is_right = np.abs(middle).max() <= 100 and size >= 20 and 5000 < time < 30_000
-    if len(events) >= 100 and not is_right:
-        fail(f"{path}: DOMs with pulses are around {middle.round(1).tolist()} m, not 0, or "
-             f"within {size:.3g} m, or {len(hlc)} HLC pulses are around {time:.0f} ns, not "
-             "10,000: see --origin, --shift_times, or check units and auxiliary")
+    is_right = np.abs(middle).max() <= 100 and 20 <= size <= 20_000
+    if len(events) >= 100 and not (is_right and 5000 < time < 30_000 and np.std(hlc) > 10):
+        fail(f"{path}: DOMs with pulses are around {middle.round(1).tolist()} m (expected: 0), "
+             f"within {size:.3g} m; {len(hlc)} HLC pulses are around {time:.0f} ns (10,000) +- "
+             f"{np.std(hlc):.2g}: see --origin, --shift_times, or check units and auxiliary")
     row = (batch["number"], len(events), len(pulses), (events["length"] < events["n_pulses"]).sum(),
            pulses["aux"].sum(), zlib.crc32(events.tobytes()), zlib.crc32(pulses.tobytes()))
     batch["row"] = [*map(int, row)]
@@ -306,19 +303,19 @@ def main():
     path, settings = unfinished / "settings.json", meta
     if meta_path.exists():
         path, (settings, _) = meta_path, data.read_folder(data_dir)
+        utils.print0(f"{data_dir}: complete, nothing to do")
     elif path.exists():
         settings = json.loads(path.read_text())
     for name, value in meta.items():
         if settings.get(name) != value:
-            fail(f"{path}: made with {name} = {settings.get(name)}, now {value}; "
-                 "choose another data_dir")
+            fail(f"{path}: made with {name} = {settings.get(name)}, now {value}; use another one")
     if not 0 < config.max_pulses < 2**16:
         fail(f"max_pulses = {config.max_pulses}: must be 1 to 65535")
     if path != meta_path:
         position, string = data.read_geometry_csv(input_dir / "sensor_geometry.csv", config.origin)
         geometry = np.array([*zip(position.tolist(), string)], data.GEOMETRY)
         utils.write_atomic(data_dir / "geometry.bin", geometry.tofile)
-        changed = stamp(*sorted(input_dir.glob("*_*")))  # geometry, meta tables
+        changed = stamp(*sorted(input_dir.glob("*")))  # tables; is a file new?
         if settings.get("changed") != changed:  # a new start
             settings = meta | {"changed": changed, "batches": plan(config)}
             utils.write_json(path, settings)
@@ -341,10 +338,13 @@ def main():
             parts = np.split(array, rows[:-1, 1 + i].cumsum())
             if [zlib.crc32(part.tobytes()) for part in parts] != rows[:, 5 + i].tolist():
                 fail(f"{files.path}_*.bin: not as in meta.json; prepare into another data_dir")
-        utils.print0(f"{name}: {', '.join(f'{k} {split[k]}' for k in COUNTS)}")
+        e, counts = files.events[:100_000], ", ".join(f"{key} {split[key]}" for key in COUNTS)
+        x, y, z = e["line_fit"].T
+        cosine = (x * np.cos(e["azimuth"]) + y * np.sin(e["azimuth"])) * np.sin(e["zenith"])
+        cosine = np.nan_to_num(cosine + z * np.cos(e["zenith"])).mean()  # unlabelled: 0
+        text = f"{cosine:.3f}{', are labels reversed?' if cosine < -0.1 else ''}"
+        utils.print0(f"{name}: {len(rows)} batches, {counts}, cosine of line fit and label {text}")
     shutil.rmtree(unfinished, ignore_errors=True)
-    if path == meta_path:
-        utils.print0(f"{data_dir}: complete, nothing to do")
 
 if __name__ == "__main__":
     utils.run_main(main)

@@ -158,6 +158,7 @@ def main():
     data_id = {
         "fingerprint": meta["fingerprint"],
         "n_train": n_train,
+        "splits": [config.train_split, config.val_split],
         "rule": meta["rule"],
     }
 

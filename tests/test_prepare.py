@@ -218,7 +218,12 @@ def test_the_table_and_meta_json(straight):
     folder, done = straight
     split, meta = data.open_split(folder, "val"), data.read_folder(folder)[0]
     n_cut = (split.events["n_pulses"] > 127).sum()
-    assert f"val: n_events 33, n_pulses {len(split.pulses)}, n_cut {n_cut}," in done.stdout
+    counts = f"val: 1 batches, n_events 33, n_pulses {len(split.pulses)}, n_cut {n_cut},"
+    e = split.events
+    x, y, z = np.sin(e["zenith"]), np.sin(e["zenith"]), np.cos(e["zenith"])
+    source = np.stack([x * np.cos(e["azimuth"]), y * np.sin(e["azimuth"]), z], axis=1)
+    cosine = f"{(e['line_fit'] * source).sum(axis=1).mean():.3f}"
+    assert counts in done.stdout and f"cosine of line fit and label {cosine}" in done.stdout
     crc = [zlib.crc32(array.tobytes()) for array in (split.events, split.pulses)]
     row = [3, 33, len(split.pulses), n_cut, split.pulses["aux"].sum(), *crc]
     assert meta["splits"]["val"]["batches"] == [row]
@@ -310,7 +315,7 @@ def spoil(path, column, row, value):
     (M, "batch_id", FIRST + 8, 1, f"row {FIRST + 8}: sort the table by batch_id"),
     ("", "", 0, "{'a': (1, 3), 'b': (3, 3)}", "each batch once"),
     ("", "", 0, "{'a': (3, 1)}", "(first, last)"), ("", "", 0, "{'a': 'tset'}", "(first, last)"),
-    ("", "", 0, "{'a': (2, 6)}", "2 batches, as ")])
+    ("", "", 0, "{'a': (2, 6)}", "2 batches, for example ")])
 def test_hostile_input_is_one_clear_line(raw, tmp_path, file, column, row, value, words):
     source = shutil.copytree(raw[0], tmp_path / "raw")
     splits = SPLITS if file else f"--splits={value}"
@@ -322,9 +327,9 @@ def test_hostile_input_is_one_clear_line(raw, tmp_path, file, column, row, value
 
 @pytest.mark.parametrize("z, time, aux, words, option", [
     (-1948, 0, False, ", -19", "--origin=0,0,-1948"),
-    (0, 90_000, False, "around 100", "--shift_times=True"),
+    (0, 90_000, False, "pulses are around 100", "--shift_times=True"),
     (0, 10**9, False, "not 0 to 16777216", "--shift_times=True"),
-    (0, 0, True, "or 0 HLC pulses are around", "")])
+    (0, 0, True, "; 0 HLC pulses are around 0 ns", "")])
 def test_wrong_origins_and_no_hlc_pulse_are_refused(demo_data, tmp_path, z, time, aux, words,
                                                     option):
     source = shutil.copytree(demo_data.parent / "raw", tmp_path / "raw")
@@ -357,7 +362,7 @@ def test_unknown_truth_missing_batches_and_checksums(raw, tmp_path):
     flags = [f"--input_dir={source}", f"--data_dir={target}", "--verify=True"]
     (source / B).unlink()
     flags.append("--splits={'pretrain': [(1, 2), (4, 9)], 'val': [(3, 3)]}")
-    assert "6 batches, as 2, have no file or no rows" in user_error("prepare.py", *flags)
+    assert "6 batches, for example 2, have no file" in user_error("prepare.py", *flags)
     spoil(source / M, "event_id", -1, event_id[3])
     line = user_error("prepare.py", *flags, "--skip_missing=True")
     assert f"event_id {event_id[3]} is there twice" in line

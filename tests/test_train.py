@@ -236,6 +236,7 @@ def test_other_models_and_other_data_are_refused(pretrained, demo_data, tmp_path
             (demo_data, "--train_split=val", f"both 'val'; event {event_id} would be in both"),
             (demo_data, "--num_layers=1", f"num_layers = 1, but {pretrained}/ckpt.pt has 2"),
             (demo_data, "--train_events=200", f"{pretrained}/ckpt.pt: trained on other data"),
+            (demo_data, "--val_split=copy", f"{pretrained}/ckpt.pt: trained on other data"),
             (tmp_path / "short", "--max_steps=8", f"{pretrained}/ckpt.pt: trained on other data")):
         assert words in pretrain(folder, pretrained, option, do=user_error)
     assert (pretrained / "ckpt.pt").read_bytes() == before
