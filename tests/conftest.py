@@ -102,8 +102,7 @@ def wait_until(condition, process, seconds=60):
 def demo_data(tmp_path_factory):
     """A data folder that went the whole way: simulated, written as parquet, prepared.
 
-    300 events in pretrain, 150 in finetune, 103 in val, 40 in test; copies of the first two, to
-    learn by heart.
+    300 events in pretrain and copy, 150 in finetune and tuned_copy, 103 in val, 40 in test.
     """
     folder = tmp_path_factory.mktemp("demo")
     run_ok("simulate.py", f"--out_dir={folder}/raw", "--n_events=553", "--events_per_batch=150",

@@ -38,8 +38,7 @@ def make_events(r):
                        "sensor_id": (event["sensor_id"] % r.choice([1, 2, 5000])).astype(dom)}
 
 @fuzz
-def test_layouts(tmp_path, monkeypatch, r):
-    """prepare.py writes what the slow form says; an event that keeps no charge is an error."""
+def test_layouts(tmp_path, monkeypatch, r):  # an event that keeps no charge is an error
     first, *others = r.sample(range(700), r.randint(2, 4))
     train = {batch: [*make_events(r)] for batch in sorted([first, *others])}
     rule = r.randint(1, 130), r.getrandbits(31), r.choice(["random", "brightest"])
@@ -94,7 +93,6 @@ def test_damaged_files(runs, tmp_path, folder, file, reads, r):
 @pytest.mark.parametrize("stage", range(4))
 @fuzz
 def test_killed_runs(runs, tmp_path, stage, r):
-    """A run killed at any moment, and run again, is as one never killed."""
     (gold, run), out = runs[stage], tmp_path / "out"
     if not (pid := os.fork()):
         signal.setitimer(signal.ITIMER_REAL, r.uniform(1e-6, 0.6))  # its signal kills

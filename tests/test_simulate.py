@@ -193,8 +193,8 @@ def test_statistics_are_near_kaggles(events, raw, capsys):
     unlit = np.bincount(events["dom"], minlength=5160) == 0
     assert 0.01 < unlit.mean() < 0.04  # dead
     simulate.print_statistics(raw / "train/batch_1.parquet")
-    rows = pq.read_table(raw / "train/batch_1.parquet")["charge"].to_numpy()
-    assert f"{rows.mean():7.5g} (2.28)" in capsys.readouterr().out
+    assert f"{read(raw / 'train/batch_1.parquet')['charge'].mean():7.5g} (2.28)" in \
+        capsys.readouterr().out
 
 def test_dust_layer_is_dark(events):
     z = events["position"][(events["dom"] < 78 * 60) & events["hlc"], 2]  # no DeepCore
