@@ -95,13 +95,11 @@ def evaluate(model, split, config, autocast) -> dict:
     mine = data.shard(len(split.events))
     chunks = np.array_split(mine, -(-len(split.events) // config.batch_size))
 
-    def load(index):
-        return masked_batches(split, index, np.zeros_like(index), config, VAL_SEED)
-
     rows = []
     chunks = [chunk for chunk in chunks if len(chunk)]
     if not chunks:
         utils.fail(f"{split.path}: fewer events than ranks")
+    load = lambda index: masked_batches(split, index, 0 * index, config, VAL_SEED)
     for batches in data.prefetch(load, chunks, geometry.device):
         for batch in batches:
             with autocast:

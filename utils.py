@@ -279,7 +279,8 @@ def match_options(config, checkpoint, model_class, data_id, path, resume):
 
 def start_log(config, start_step):
     """Write config.json, keep log.csv's rows before start_step -> log(row), to add one."""
-    write_json(f"{config.out_dir}/config.json", dataclasses.asdict(config))
+    text = json.dumps(dataclasses.asdict(config), indent=1)
+    write_atomic(f"{config.out_dir}/config.json", lambda part: part.write_text(text))
     path, rows, wandb_run = Path(config.out_dir) / "log.csv", [], None
     if start_step and path.exists():
         rows = [row for row in csv.DictReader(path.open()) if int(row["step"]) < start_step]
@@ -287,13 +288,12 @@ def start_log(config, start_step):
         import wandb
         wandb_run = wandb.init(project=config.wandb_project, group=config.out_dir,
                                config=dataclasses.asdict(config))
-
     def log(row):
         rows.append({name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()})
         columns = dict.fromkeys(name for row in rows for name in row)
         lines = [",".join(str(row.get(name, "")) for name in columns) for row in rows]
-        text = "\n".join([",".join(columns), *lines, ""])
-        write_atomic(path, lambda part: part.write_text(text))
+        lines = "\n".join([",".join(columns), *lines, ""])
+        write_atomic(path, lambda part: part.write_text(lines))
         if wandb_run:
             wandb_run.log(row, step=row["step"])
     return log
