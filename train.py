@@ -99,8 +99,9 @@ def evaluate(model, split, config, autocast) -> dict:
     chunks = [chunk for chunk in chunks if len(chunk)]
     if not chunks:
         utils.fail(f"{split.path}: fewer events than ranks")
-    load = lambda index: masked_batches(split, index, 0 * index, config, VAL_SEED)
-    for batches in data.prefetch(load, chunks, geometry.device):
+    for batches in data.prefetch(
+            lambda index: masked_batches(split, index, 0 * index, config, VAL_SEED),
+            chunks, geometry.device):
         for batch in batches:
             with autocast:
                 logits, cls_pred = model.predict(batch)
