@@ -1,7 +1,7 @@
 """Draw runs, one event, or a sweep. Needs: pip install matplotlib.
 
     python -m tools.plot --what=curves --runs=out/demo,out/demo+gru
-    python -m tools.plot --what=event --event=2644 --runs=out/demo,out/demo_finetune
+    python -m tools.plot --what=event --event=69 --runs=out/demo,out/demo_finetune
     python -m tools.plot --what=sweep --results=out/sweep_labels/results.csv
 
 Writes out/<what>.png. An event is drawn with masked DOMs and what a
