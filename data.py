@@ -59,7 +59,7 @@ class Split(NamedTuple):
     path: str  # data folder and name of the split, for messages
     events: np.ndarray  # (n_events,) EVENT
     pulses: np.ndarray  # (n_pulses,) PULSE
-    n_doms: int  # of the detector
+    geometry: np.ndarray  # (V,) GEOMETRY
 
 def fingerprint(meta):
     meta = {**meta, "input_dir": "", "fingerprint": ""}  # that folder may move
@@ -92,7 +92,7 @@ def open_split(data_dir, name, n_events=0):
         if path.stat().st_size != n * dtype.itemsize:
             fail(f"{path}: it has changed; prepare into another data_dir")
         arrays.append(np.asarray(np.memmap(path, dtype, "r")))  # slices faster
-    split = Split(f"{data_dir}/{name}", *arrays, len(geometry))
+    split = Split(f"{data_dir}/{name}", *arrays, geometry)
     index = np.unique(np.linspace(0, len(split.events) - 1, 1000).astype(int))  # a sample
     events, pulses = read_events(split, index)
     begin = np.cumsum(events["length"], dtype=int) - events["length"]
@@ -163,7 +163,7 @@ def read_events(split, index):
     pieces = [raw[a:b] for a, b in zip(begin.tolist(), end.tolist())]
     pulses = np.frombuffer(b"".join(pieces), PULSE)
     is_whole = events["length"].min() > 0 and len(pulses) == events["length"].sum()
-    if not is_whole or pulses["dom"].max() >= split.n_doms:
+    if not is_whole or pulses["dom"].max() >= len(split.geometry):
         fail(f"{split.path}_*.bin: damaged; prepare into another data_dir")
     return events, pulses
 
@@ -190,22 +190,45 @@ def mix_bits(z):  # in place if z is an array: a third of the time
     z ^= z >> np.uint64(31)
     return z
 
-def draw_mask(events, pulses, epoch, mask_prob, seed):
-    """Draw the pulses to mask -> bool (P,): each HLC pulse with probability mask_prob.
+def draw_mask(events, pulses, string, epoch, config):
+    """Draw the pulses to mask -> bool (P,): HLC pulses, each with probability mask_prob.
 
-    At least one in every event that has one. A hash of seed, epoch (B,) and place decides.
+    mask_unit "dom" or "string": all of a DOM or string (V,) together. Of units joined by + each
+    event takes one. At least one in every event that has one. A hash of seed, epoch (B,), unit
+    and place decides.
     # DIFF(upstream): an event may have nothing masked, and validation masks are new every time
     """
     length = events["length"].astype(np.int64)
     offset = np.cumsum(length) - length
-    place = np.arange(len(pulses)) + np.repeat(events["start"] - offset, length)
-    number = uniform_hash(seed, epoch, place, length)
+    start = np.repeat(events["start"], length)
+    place = {"pulse": start + np.arange(len(pulses)) - np.repeat(offset, length)}
+    place["dom"] = start * 2**16 + pulses["dom"]
+    place["string"] = start * 2**16 + string.take(pulses["dom"])
+    units = config.mask_unit.split("+")
+    unit = (uniform_hash(config.seed, epoch, ~events["start"]) * len(units)).astype(np.int64)
+    place = np.choose(np.repeat(unit, length), [place[name] for name in units])
+    number = uniform_hash(config.seed, epoch, place, length)
     number[pulses["aux"]] = 2.0  # never
     # slow form, per event: number < max(mask_prob, the next float above number.min())
     smallest = np.minimum.reduceat(number, offset)
-    limit = np.maximum(np.nextafter(smallest, 1.0), mask_prob)
-    limit[smallest >= 1.0] = mask_prob
+    limit = np.maximum(np.nextafter(smallest, 1.0), config.mask_prob)
+    limit[smallest >= 1.0] = config.mask_prob
     return number < np.repeat(limit, length)
+
+def draw_view(events, pulses, mask, epoch, config):
+    """Drop pulses that are not masked -> events, pulses, mask; a share is kept.
+
+    Each event keeps a random share of them, from view_min to 1.
+    """
+    length = events["length"].astype(np.int64)
+    offset = np.cumsum(length) - length
+    share = config.view_min + (1 - config.view_min) * uniform_hash(config.seed, ~epoch, ~events["start"])
+    place = np.repeat(events["start"] - offset, length) + np.arange(len(pulses))
+    keep = mask | (uniform_hash(config.seed, ~epoch, place, length) < np.repeat(share, length))
+    keep[offset] |= ~np.logical_or.reduceat(keep, offset)  # at least one
+    events = events.copy()
+    events["length"] = np.add.reduceat(keep, offset, dtype=np.uint16)
+    return events, pulses[keep], mask[keep]
 
 # ---- packed micro-batches -----------------------------------------------------------------------
 

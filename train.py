@@ -18,7 +18,7 @@ import math
 import os
 import signal
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -40,6 +40,8 @@ class TrainConfig(ModelConfig):
     train_events: int = 0  # use the first N; 0 = all
     val_events: int = 100_000  # use the first N; 0 = all
     mask_prob: float = 0.25  # share of the HLC pulses whose DOM is masked
+    mask_unit: str = "pulse"  # masked together: pulse, dom or string; some joined by +
+    view_min: float = 1.0  # least share of the other pulses that the encoder sees
     # weights of the losses of [CLS]; that of the DOM loss is 1
     lambda_charge: float = 1.0  # squared error of log10(charge)
     lambda_center: float = 1.0  # squared error in 500 m
@@ -74,12 +76,16 @@ class TrainConfig(ModelConfig):
 
 # ---- data, loss, evaluation ---------------------------------------------------------------------
 
-VAL_SEED = 0  # of the masks at evaluation: the same in every run
+# masks at evaluation, the same in every run and whatever its own masks
+VAL_MASK = {"mask_prob": 0.25, "view_min": 1.0, "seed": 0}
 
-def masked_batches(split, index, epoch, config, seed):
+def masked_batches(split, index, epoch, config):
     """Read the events `index` (B,) of a split -> micro-batches with masked pulses."""
     events, pulses = data.read_events(split, index)
-    mask = data.draw_mask(events, pulses, epoch, config.mask_prob, seed)
+    string = split.geometry["string"]
+    mask = data.draw_mask(events, pulses, string, epoch, config)
+    if config.view_min < 1:
+        events, pulses, mask = data.draw_view(events, pulses, mask, epoch, config)
     targets = [CLS_TARGETS[name][0] for name in config.cls_target.split("+")]
     return data.micro_batches(events, pulses, config.micro_batch_size, targets, mask)
 
@@ -90,54 +96,61 @@ def total_loss(losses, config):
 
 @torch.no_grad()
 def evaluate(model, split, config, autocast) -> dict:
-    """Return the mean losses and metrics over a split, with the same masks each time."""
+    """Return the mean losses and metrics over a split, with the same masks each time.
+
+    Once with pulses masked, once with strings (val_string_...); val_loss has the mean of both.
+    """
     geometry = model.encoder.embedding.geometry
     mine = data.shard(len(split.events))
     chunks = np.array_split(mine, -(-len(split.events) // config.batch_size))
-
-    rows = []
     chunks = [chunk for chunk in chunks if len(chunk)]
     if not chunks:
         utils.fail(f"{split.path}: fewer events than ranks")
-    for batches in data.prefetch(
-            lambda index: masked_batches(split, index, 0 * index, config, VAL_SEED),
-            chunks, geometry.device):
-        for batch in batches:
-            with autocast:
-                logits, cls_pred = model.predict(batch)
-            dom, guess = batch["dom"][batch["masked"]], logits.argmax(-1)  # (M,)
-            distance = (geometry[guess] - geometry[dom]).norm(dim=-1)  # [m]
-            sums = {
-                "dom_loss": model.dom_loss(logits, batch).sum(),
-                "n_events": batch["n_masked_events"],
-                "ce": F.cross_entropy(logits, dom, reduction="sum"),
-                "top1": (guess == dom).sum(),
-                "distance": distance.sum(),
-                "n_pulses": batch["n_masked"],
-            }
-            for name, pred in cls_pred.items():
-                loss, known = cls_loss(name, pred, batch)
-                sums |= {f"{name}_loss": loss.sum(), f"known_{name}": known.sum()}
-                if name == "line_fit":
-                    direction = F.normalize(pred, dim=-1)
-                    angle = angular_error(direction, batch["line_fit"])  # [rad]
-                    sums["line_fit_angle"] = (angle * known).sum()
-            sums = {name: torch.as_tensor(x, device=dom.device).float()
-                    for name, x in sums.items()}
-            rows.append(torch.stack(list(sums.values())))
-    totals = utils.all_reduce_sum(torch.stack(rows).cpu().double().sum(0))
-    # what was not measured is 0 / 0 = NaN
-    totals = dict(zip(sums, torch.tensor(totals, dtype=torch.float64)))
-    losses = {"dom": totals["dom_loss"] / totals["n_events"]}
-    for name in cls_pred:
-        losses[name] = totals[f"{name}_loss"] / totals[f"known_{name}"]
-    val = {"loss": total_loss(losses, config)}
-    val |= {f"{name}_loss": loss for name, loss in losses.items()}
-    for name in ("ce", "top1", "distance"):
-        val[name] = totals[name] / totals["n_pulses"]
-    if "line_fit" in cls_pred:
-        val["line_fit_angle"] = totals["line_fit_angle"] / totals["known_line_fit"]
-    return {f"val_{name}": value.item() for name, value in val.items()}
+    val = {}
+    for unit in ("pulse", "string"):
+        same = replace(config, mask_unit=unit, **VAL_MASK)
+        rows = []
+        for batches in data.prefetch(
+                lambda index: masked_batches(split, index, 0 * index, same),
+                chunks, geometry.device):
+            for batch in batches:
+                with autocast:
+                    logits, cls_pred = model.predict(batch)
+                dom, guess = batch["dom"][batch["masked"]], logits.argmax(-1)  # (M,)
+                distance = (geometry[guess] - geometry[dom]).norm(dim=-1)  # [m]
+                sums = {
+                    "dom_loss": model.dom_loss(logits, batch).sum(),
+                    "n_events": batch["n_masked_events"],
+                    "ce": F.cross_entropy(logits, dom, reduction="sum"),
+                    "top1": (guess == dom).sum(),
+                    "distance": distance.sum(),
+                    "n_pulses": batch["n_masked"],
+                }
+                for name, pred in cls_pred.items():
+                    loss, known = cls_loss(name, pred, batch)
+                    sums |= {f"{name}_loss": loss.sum(), f"known_{name}": known.sum()}
+                    if name == "line_fit":
+                        direction = F.normalize(pred, dim=-1)
+                        angle = angular_error(direction, batch["line_fit"])  # [rad]
+                        sums["line_fit_angle"] = (angle * known).sum()
+                sums = {name: torch.as_tensor(x, device=dom.device).float()
+                        for name, x in sums.items()}
+                rows.append(torch.stack(list(sums.values())))
+        totals = utils.all_reduce_sum(torch.stack(rows).cpu().double().sum(0))
+        # what was not measured is 0 / 0 = NaN
+        totals = dict(zip(sums, torch.tensor(totals, dtype=torch.float64)))
+        losses = {"dom": totals["dom_loss"] / totals["n_events"]}
+        for name in cls_pred:
+            losses[name] = totals[f"{name}_loss"] / totals[f"known_{name}"]
+        results = {"loss": total_loss(losses, config)}
+        results |= {f"{name}_loss": loss for name, loss in losses.items()}
+        for name in ("ce", "top1", "distance"):
+            results[name] = totals[name] / totals["n_pulses"]
+        if "line_fit" in cls_pred:
+            results["line_fit_angle"] = totals["line_fit_angle"] / totals["known_line_fit"]
+        prefix = "val_" if unit == "pulse" else f"val_{unit}_"
+        val |= {f"{prefix}{name}": value.item() for name, value in results.items()}
+    return val
 
 # ---- training -----------------------------------------------------------------------------------
 
@@ -165,7 +178,7 @@ def main():
         """Load this rank's share of a step."""
         index, epoch = data.step_events(step, config.batch_size, n_train, config.seed)
         mine = data.shard(config.batch_size)
-        return masked_batches(train_data, index[mine], epoch[mine], config, config.seed)
+        return masked_batches(train_data, index[mine], epoch[mine], config)
 
     # checkpoint: of this run, or of another one to begin with
     resume = os.path.exists(f"{config.out_dir}/ckpt.pt")
