@@ -190,42 +190,43 @@ def mix_bits(z):  # in place if z is an array: a third of the time
     z ^= z >> np.uint64(31)
     return z
 
-def draw_mask(events, pulses, string, epoch, config):
-    """Draw the pulses to mask -> bool (P,): HLC pulses, each with probability mask_prob.
+def draw_mask(events, pulses, epoch, mask_prob, seed, mask_unit="pulse", string=None):
+    """Draw the pulses to mask -> bool (P,): each HLC pulse with probability mask_prob.
 
-    mask_unit "dom" or "string": all of a DOM or string (V,) together. Of units joined by + each
-    event takes one. At least one in every event that has one. A hash of seed, epoch (B,), unit
-    and place decides.
+    mask_unit "dom" or "string": those of a DOM or string (V,) together; of units joined by +
+    each event takes one. At least one in every event that has one. A hash of seed, epoch (B,),
+    event and unit decides.
     # DIFF(upstream): an event may have nothing masked, and validation masks are new every time
     """
     length = events["length"].astype(np.int64)
     offset = np.cumsum(length) - length
     start = np.repeat(events["start"], length)
     place = {"pulse": start + np.arange(len(pulses)) - np.repeat(offset, length)}
-    place["dom"] = start * 2**16 + pulses["dom"]
-    place["string"] = start * 2**16 + string.take(pulses["dom"])
-    units = config.mask_unit.split("+")
-    unit = (uniform_hash(config.seed, epoch, ~events["start"]) * len(units)).astype(np.int64)
-    place = np.choose(np.repeat(unit, length), [place[name] for name in units])
-    number = uniform_hash(config.seed, epoch, place, length)
+    if mask_unit != "pulse":
+        place |= {"dom": start * 2**16 + pulses["dom"],
+                  "string": start * 2**16 + string[pulses["dom"]]}
+    units = [place[name] for name in mask_unit.split("+")]
+    unit = uniform_hash(seed, epoch, ~events["start"]) * len(units)
+    place = np.choose(np.repeat(unit.astype(np.int64), length), units)
+    number = uniform_hash(seed, epoch, place, length)
     number[pulses["aux"]] = 2.0  # never
     # slow form, per event: number < max(mask_prob, the next float above number.min())
     smallest = np.minimum.reduceat(number, offset)
-    limit = np.maximum(np.nextafter(smallest, 1.0), config.mask_prob)
-    limit[smallest >= 1.0] = config.mask_prob
+    limit = np.maximum(np.nextafter(smallest, 1.0), mask_prob)
+    limit[smallest >= 1.0] = mask_prob
     return number < np.repeat(limit, length)
 
-def draw_view(events, pulses, mask, epoch, config):
-    """Drop pulses that are not masked -> events, pulses, mask; a share is kept.
+def draw_view(events, pulses, mask, epoch, view_min, seed):
+    """Drop pulses that are not masked -> events, pulses, mask.
 
-    Each event keeps a random share of them, from view_min to 1.
+    Each event keeps a random share of them, from view_min to 1, and at least one pulse.
     """
     length = events["length"].astype(np.int64)
     offset = np.cumsum(length) - length
-    share = config.view_min + (1 - config.view_min) * uniform_hash(config.seed, ~epoch, ~events["start"])
-    place = np.repeat(events["start"] - offset, length) + np.arange(len(pulses))
-    keep = mask | (uniform_hash(config.seed, ~epoch, place, length) < np.repeat(share, length))
-    keep[offset] |= ~np.logical_or.reduceat(keep, offset)  # at least one
+    place = np.arange(len(pulses)) + np.repeat(events["start"] - offset, length)
+    share = view_min + (1 - view_min) * uniform_hash(seed, ~epoch, ~events["start"])
+    keep = mask | (uniform_hash(seed, ~epoch, place, length) < np.repeat(share, length))
+    keep[offset] |= ~np.logical_or.reduceat(keep, offset)
     events = events.copy()
     events["length"] = np.add.reduceat(keep, offset, dtype=np.uint16)
     return events, pulses[keep], mask[keep]
@@ -243,6 +244,7 @@ def micro_batches(events, pulses, size, labels=(), mask=None):
     length = events["length"].astype(np.int64)
     offset = np.cumsum(length) - length
     columns = {name: np.ascontiguousarray(pulses[name]) for name in PULSE.names}
+    columns |= {} if mask is None else {"masked": mask}
     batches = []
     for rows in np.array_split(np.argsort(length, kind="stable"), -(-len(events) // size)):
         n_tokens = length[rows] + 1
@@ -258,9 +260,7 @@ def micro_batches(events, pulses, size, labels=(), mask=None):
         batch["cu_seqlens"] = cu_seqlens.astype(np.int32)
         extra = {"max_seqlen": int(n_tokens.max()), "row": rows}
         if mask is not None:
-            is_masked = mask.take(pulse, mode="clip")
-            is_masked[cls] = False
-            batch["masked"] = np.flatnonzero(is_masked)
+            batch["masked"] = np.flatnonzero(batch["masked"])
             batch["masked_event"] = np.repeat(np.arange(len(rows)), n_tokens)[batch["masked"]]
             extra["n_masked_events"] = len(np.unique(batch["masked_event"]))
             extra["n_masked"] = len(batch["masked"])

@@ -44,6 +44,7 @@ class FinetuneConfig(ModelConfig):
     task: Literal["direction", "energy", "class"] = "direction"  # class: track or cascade
     direction_loss: str = "angular"  # or cosine, vmf; joined by +
     freeze_backbone: bool = False  # train the head alone
+    line_fit_head: bool = True  # begin with the pretrained line fit, if it was a target
     head_hidden_size: int = 1024  # Linear(D, this), ReLU, Linear(this, n)
     # optimizer
     batch_size: int = 1024  # events a step, over all ranks
@@ -112,6 +113,18 @@ def evaluate(model, split, config, autocast) -> dict:
     val |= {prefix + name: x for name, x in results.items()}
     return {name: float(x) for name, x in val.items()}
 
+def head_of_line_fit(head, weights):
+    """Return the head's weights, changed so that it predicts what pretraining's line fit does.
+
+    Before the first label it points at a first guess. Six hidden units are enough, because
+    relu(x) - relu(-x) = x; the others begin without a say.
+    """
+    weight, bias = weights["cls_heads.line_fit.weight"], weights["cls_heads.line_fit.bias"]
+    head = {name: x.clone() for name, x in head.state_dict().items()}
+    head["0.weight"][:6], head["0.bias"][:6] = torch.cat([weight, -weight]), torch.cat([bias, -bias])
+    head["2.weight"].zero_()[:, :6] = torch.cat([torch.eye(3), -torch.eye(3)], dim=1)
+    return head
+
 # ---- training -----------------------------------------------------------------------------------
 
 def main():
@@ -166,8 +179,12 @@ def main():
     if checkpoint:
         weights = checkpoint["model"]
         if not resume:  # the encoder of the checkpoint, a new head
+            head = raw_model.head.state_dict()
+            if "cls_heads.line_fit.weight" in weights and config.task == "direction" \
+                    and config.line_fit_head:
+                head = head_of_line_fit(raw_model.head, weights)
             weights = {name: x for name, x in weights.items() if name.startswith("encoder.")}
-            weights |= {f"head.{name}": x for name, x in raw_model.head.state_dict().items()}
+            weights |= {f"head.{name}": x for name, x in head.items()}
         # DIFF(upstream): strict=False, what is missing stays random without a message
         raw_model.load_state_dict(weights_for_detector(weights, geometry, path))
     raw_model.encoder.requires_grad_(not config.freeze_backbone)

@@ -265,7 +265,7 @@ class PositionHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(len(geometry)))
 
     def forward(self, x):
-        return self.query(x) @ self.key(self.features).T / 8 + self.bias
+        return torch.addmm(self.bias, self.query(x) / 8, self.key(self.features).T)
 
 class PolarBERT(nn.Module):
     def __init__(self, config, geometry):

@@ -19,6 +19,7 @@ import os
 import signal
 import time
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ class TrainConfig(ModelConfig):
     mask_prob: float = 0.25  # share of the HLC pulses whose DOM is masked
     mask_unit: str = "pulse"  # masked together: pulse, dom or string; some joined by +
     view_min: float = 1.0  # least share of the other pulses that the encoder sees
-    # weights of the losses of [CLS]; that of the DOM loss is 1
+    lambda_dom: float = 1.0  # weights of the losses: cross-entropy of the DOM
     lambda_charge: float = 1.0  # squared error of log10(charge)
     lambda_center: float = 1.0  # squared error in 500 m
     lambda_line_fit: float = 1.0  # von Mises-Fisher
@@ -76,29 +77,27 @@ class TrainConfig(ModelConfig):
 
 # ---- data, loss, evaluation ---------------------------------------------------------------------
 
-# masks at evaluation, the same in every run and whatever its own masks
-VAL_MASK = {"mask_prob": 0.25, "view_min": 1.0, "seed": 0}
+VAL_SEED = 0  # of the masks at evaluation: the same in every run, whatever its own masks
 
-def masked_batches(split, index, epoch, config):
+def masked_batches(split, index, epoch, config, seed):
     """Read the events `index` (B,) of a split -> micro-batches with masked pulses."""
     events, pulses = data.read_events(split, index)
-    string = split.geometry["string"]
-    mask = data.draw_mask(events, pulses, string, epoch, config)
+    mask = data.draw_mask(events, pulses, epoch, config.mask_prob, seed,
+                          config.mask_unit, split.geometry["string"])
     if config.view_min < 1:
-        events, pulses, mask = data.draw_view(events, pulses, mask, epoch, config)
+        events, pulses, mask = data.draw_view(events, pulses, mask, epoch, config.view_min, seed)
     targets = [CLS_TARGETS[name][0] for name in config.cls_target.split("+")]
     return data.micro_batches(events, pulses, config.micro_batch_size, targets, mask)
 
 def total_loss(losses, config):
-    """Return the DOM loss plus lambda_<name> times each other loss."""
-    return sum(loss if name == "dom" else getattr(config, f"lambda_{name}", 1) * loss
-               for name, loss in losses.items())
+    """Return the sum of the losses, each times its lambda_<name>."""
+    return sum(getattr(config, f"lambda_{name}") * loss for name, loss in losses.items())
 
 @torch.no_grad()
 def evaluate(model, split, config, autocast) -> dict:
     """Return the mean losses and metrics over a split, with the same masks each time.
 
-    Once with pulses masked, once with strings (val_string_...); val_loss has the mean of both.
+    Pulses are masked, and for val_string_dom_loss strings. val_loss has the run's own of the two.
     """
     geometry = model.encoder.embedding.geometry
     mine = data.shard(len(split.events))
@@ -106,51 +105,48 @@ def evaluate(model, split, config, autocast) -> dict:
     chunks = [chunk for chunk in chunks if len(chunk)]
     if not chunks:
         utils.fail(f"{split.path}: fewer events than ranks")
-    val = {}
-    for unit in ("pulse", "string"):
-        same = replace(config, mask_unit=unit, **VAL_MASK)
-        rows = []
-        for batches in data.prefetch(
-                lambda index: masked_batches(split, index, 0 * index, same),
-                chunks, geometry.device):
-            for batch in batches:
-                with autocast:
-                    logits, cls_pred = model.predict(batch)
-                dom, guess = batch["dom"][batch["masked"]], logits.argmax(-1)  # (M,)
-                distance = (geometry[guess] - geometry[dom]).norm(dim=-1)  # [m]
-                sums = {
-                    "dom_loss": model.dom_loss(logits, batch).sum(),
-                    "n_events": batch["n_masked_events"],
-                    "ce": F.cross_entropy(logits, dom, reduction="sum"),
-                    "top1": (guess == dom).sum(),
-                    "distance": distance.sum(),
-                    "n_pulses": batch["n_masked"],
-                }
-                for name, pred in cls_pred.items():
-                    loss, known = cls_loss(name, pred, batch)
-                    sums |= {f"{name}_loss": loss.sum(), f"known_{name}": known.sum()}
-                    if name == "line_fit":
-                        direction = F.normalize(pred, dim=-1)
-                        angle = angular_error(direction, batch["line_fit"])  # [rad]
-                        sums["line_fit_angle"] = (angle * known).sum()
-                sums = {name: torch.as_tensor(x, device=dom.device).float()
-                        for name, x in sums.items()}
-                rows.append(torch.stack(list(sums.values())))
+    dom_loss = {}
+    for unit in ("string", "pulse"):  # the other numbers are those of "pulse"
+        masks, rows = replace(config, mask_prob=0.25, mask_unit=unit, view_min=1.0), []
+        for batch in chain.from_iterable(data.prefetch(
+                lambda index: masked_batches(split, index, 0 * index, masks, VAL_SEED),
+                chunks, geometry.device)):
+            with autocast:
+                logits, cls_pred = model.predict(batch)
+            dom, guess = batch["dom"][batch["masked"]], logits.argmax(-1)  # (M,)
+            sums = {
+                "dom_loss": model.dom_loss(logits, batch).sum(),
+                "n_events": batch["n_masked_events"],
+                "ce": F.cross_entropy(logits, dom, reduction="sum"),
+                "top1": (guess == dom).sum(),
+                "distance": (geometry[guess] - geometry[dom]).norm(dim=-1).sum(),  # [m]
+                "n_pulses": batch["n_masked"],
+            }
+            for name, pred in cls_pred.items():
+                loss, known = cls_loss(name, pred, batch)
+                sums |= {f"{name}_loss": loss.sum(), f"known_{name}": known.sum()}
+                if name == "line_fit":
+                    angle = angular_error(F.normalize(pred, dim=-1), batch["line_fit"])  # [rad]
+                    sums["line_fit_angle"] = (angle * known).sum()
+            sums = {name: torch.as_tensor(x, device=dom.device).float()
+                    for name, x in sums.items()}
+            rows.append(torch.stack(list(sums.values())))
         totals = utils.all_reduce_sum(torch.stack(rows).cpu().double().sum(0))
         # what was not measured is 0 / 0 = NaN
         totals = dict(zip(sums, torch.tensor(totals, dtype=torch.float64)))
-        losses = {"dom": totals["dom_loss"] / totals["n_events"]}
-        for name in cls_pred:
-            losses[name] = totals[f"{name}_loss"] / totals[f"known_{name}"]
-        results = {"loss": total_loss(losses, config)}
-        results |= {f"{name}_loss": loss for name, loss in losses.items()}
-        for name in ("ce", "top1", "distance"):
-            results[name] = totals[name] / totals["n_pulses"]
-        if "line_fit" in cls_pred:
-            results["line_fit_angle"] = totals["line_fit_angle"] / totals["known_line_fit"]
-        prefix = "val_" if unit == "pulse" else f"val_{unit}_"
-        val |= {f"{prefix}{name}": value.item() for name, value in results.items()}
-    return val
+        dom_loss[unit] = totals["dom_loss"] / totals["n_events"]
+    own = [x for unit, x in dom_loss.items() if unit in config.mask_unit.replace("dom", "pulse")]
+    losses = {"dom": sum(own) / len(own)}
+    for name in cls_pred:
+        losses[name] = totals[f"{name}_loss"] / totals[f"known_{name}"]
+    val = {"loss": total_loss(losses, config)}
+    losses |= {"dom": dom_loss["pulse"], "string_dom": dom_loss["string"]}
+    val |= {f"{name}_loss": loss for name, loss in losses.items()}
+    for name in ("ce", "top1", "distance"):
+        val[name] = totals[name] / totals["n_pulses"]
+    if "line_fit" in cls_pred:
+        val["line_fit_angle"] = totals["line_fit_angle"] / totals["known_line_fit"]
+    return {f"val_{name}": value.item() for name, value in val.items()}
 
 # ---- training -----------------------------------------------------------------------------------
 
@@ -167,6 +163,8 @@ def main():
     if config.train_split == config.val_split:
         utils.fail(f"train_split and val_split are both {config.val_split!r}; "
                    f"event {val_data.events['event_id'][0]} would be in both")
+    if not set(config.mask_unit.split("+")) <= {"pulse", "dom", "string"}:
+        utils.fail(f"mask_unit = {config.mask_unit!r}: join some of pulse, dom, string by +")
     data_id = {
         "fingerprint": meta["fingerprint"],
         "n_train": n_train,
@@ -178,7 +176,7 @@ def main():
         """Load this rank's share of a step."""
         index, epoch = data.step_events(step, config.batch_size, n_train, config.seed)
         mine = data.shard(config.batch_size)
-        return masked_batches(train_data, index[mine], epoch[mine], config)
+        return masked_batches(train_data, index[mine], epoch[mine], config, config.seed)
 
     # checkpoint: of this run, or of another one to begin with
     resume = os.path.exists(f"{config.out_dir}/ckpt.pt")

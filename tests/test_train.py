@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -117,23 +119,31 @@ def test_low_precision_runs_stay_close(pretrained, demo_data, tmp_path, dtype):
 @pytest.mark.parametrize("n_events", [103, 17, 1])
 def test_evaluation_is_the_mean_over_exactly_these_events(demo_data, pretrained, n_events):
     """evaluate() sorts, cuts and packs; here each event is alone."""
-    net, config, _ = load_model(pretrained / "ckpt.pt")
+    net, run, _ = load_model(pretrained / "ckpt.pt")
     split = data.open_split(demo_data, "val", n_events)
-    val = train.evaluate(net, split, config, nullcontext())
+    config = train.TrainConfig(**vars(run))
+    val = train.evaluate(net, split, replace(config, mask_prob=0.5), nullcontext())
     position, columns = net.encoder.embedding.geometry, {name: [] for name in val}
-    for i in range(n_events):
-        index = np.array([i])
-        batch, = train.masked_batches(split, index, 0 * index, config, train.VAL_SEED)
+    for i, unit in product(range(n_events), ("pulse", "string")):
+        index, masks = np.array([i]), replace(config, mask_prob=0.25, mask_unit=unit)
+        batch, = train.masked_batches(split, index, 0 * index, masks, train.VAL_SEED)
         with torch.no_grad():
             losses, (logits, _) = net(batch), net.predict(batch)
-        columns["val_charge_loss"].append(losses["charge"].item())
         if batch["n_masked"]:
-            columns["val_dom_loss"].append(losses["dom"].item())
+            name = "val_dom_loss" if unit == "pulse" else "val_string_dom_loss"
+            columns[name].append(losses["dom"].item())
+        if unit == "string":
+            continue
+        columns["val_charge_loss"].append(losses["charge"].item())
         for dom, row in zip(batch["dom"][batch["masked"]], logits):
             columns["val_ce"].append(F.cross_entropy(row, dom))
             columns["val_top1"].append(float(row.argmax() == dom))
             columns["val_distance"].append((position[row.argmax()] - position[dom]).norm())
-    assert val.pop("val_loss") == pytest.approx(val["val_dom_loss"] + val["val_charge_loss"])
+    both = [np.mean(columns[name]) for name in ("val_dom_loss", "val_string_dom_loss")]
+    for units, dom_loss in (("pulse", both[0]), ("string", both[1]), ("pulse+string", sum(both) / 2)):
+        total = train.evaluate(net, split, replace(config, mask_unit=units), nullcontext())
+        assert total["val_loss"] == pytest.approx(dom_loss + val["val_charge_loss"], rel=1e-4)
+    del val["val_loss"]
     for name in val:
         assert val[name] == pytest.approx(np.mean(columns[name]), rel=1e-4), name
 

@@ -1,19 +1,21 @@
-# Do labels go further after pretraining, against scratch with the optimizer it likes? Seed 0 tunes
-# on val, seeds 1 to 3 report on final, and each has labels of its own. For python -m tools.sweep;
-# docs/studies.md has the commands before it.
+# The direction from few labels, after each pretraining of targets.py and from scratch with the
+# optimizer that it likes. Seed 0 tunes on val; the others report on final, each with labels and a
+# pretraining of its own. For python -m tools.sweep.
 script = "finetune"
 base = ("sample_config/demo_finetune.py --data_dir=data/study --dtype=float32 --log_interval=50 "
         "--eval_interval=10000 --save_interval=10000 --val_events=2000 --train_start={seed}0000")
-report = "--val_split=final --val_events=0"
+report = "--val_split=final --val_events=5000"
 variants = {
-    f"{name}/{labels}": f"{options} --train_events={labels} --max_steps={steps}"
-    for labels, steps in ((2000, 300), (8000, 600))
-    for name, options in {
-        "scratch, AdamW": "--pretrained=",
-        "scratch, Muon": "--pretrained= --optimizer=muon",
-        "best.py, AdamW": "--pretrained=out/study/best_{seed}/ckpt.pt",
-        "best.py, Muon": "--pretrained=out/study/best_{seed}/ckpt.pt --optimizer=muon"}.items()}
-rates = "0.0005,0.001,0.002,0.004"
+    f"{name}/{labels}": f"--pretrained=out/study/targets/{name}/lr0.01_seed{{seed}}/ckpt.pt "
+                        f"--train_events={labels} --max_steps={steps}"
+    for labels, steps in ((500, 100), (2000, 300), (8000, 600))
+    for name in ("published", "dom_pulses", "dom_strings", "line_fit", "line_fit+dom_pulses",
+                 "line_fit+dom_strings")
+} | {
+    f"scratch/{labels}": f"--pretrained= --optimizer=muon --train_events={labels} --max_steps={steps}"
+    for labels, steps in ((500, 500), (2000, 1000), (8000, 2000))
+}
+rates = "0.0005,0.001,0.002"
 tuning_seeds = "0"
 seeds = "1,2,3"
 metric = "val_angle_mean"
