@@ -114,15 +114,14 @@ def evaluate(model, split, config, autocast) -> dict:
     return {name: float(x) for name, x in val.items()}
 
 def head_of_line_fit(head, weights):
-    """Return the head's weights, changed so that it predicts what pretraining's line fit does.
+    """Return new weights of the head: what pretraining's head of the line fit says, and noise.
 
-    Before the first label it points at a first guess. Six hidden units are enough, because
-    relu(x) - relu(-x) = x; the others begin without a say.
+    So it begins near a first guess. Six hidden units can say it: relu(x) - relu(-x) = x.
     """
     weight, bias = weights["cls_heads.line_fit.weight"], weights["cls_heads.line_fit.bias"]
     head = {name: x.clone() for name, x in head.state_dict().items()}
     head["0.weight"][:6], head["0.bias"][:6] = torch.cat([weight, -weight]), torch.cat([bias, -bias])
-    head["2.weight"].zero_()[:, :6] = torch.cat([torch.eye(3), -torch.eye(3)], dim=1)
+    head["2.weight"][:, :6] = torch.cat([torch.eye(3), -torch.eye(3)], dim=1)
     return head
 
 # ---- training -----------------------------------------------------------------------------------
