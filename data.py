@@ -1,11 +1,9 @@
 """The .bin format, which events make up step k, masks, packed batches.
 
-    data/<name>/meta.json           version, seed, rule (which pulses prepare.py kept), splits
+    data/<name>/meta.json           version, seed, rule (pulses that stay), splits
                 geometry.bin        GEOMETRY records, row = sensor_id
                 <split>_pulses.bin  PULSE records of all events, one event after another
                 <split>_events.bin  EVENT records
-
-The events and masks of step k follow from the seed and k alone, for any number of ranks.
 """
 import json
 import zlib
@@ -128,7 +126,7 @@ def read_geometry_csv(path, origin="0,0,0"):
 # ---- which events make up a step ----------------------------------------------------------------
 
 def step_events(step, batch_size, n_events, seed):
-    """Return the events of a step -> index, epoch (B,). An epoch has every event once."""
+    """Return the events of a step, by its number and the seed -> index, epoch (B,)."""
     place = step * batch_size + np.arange(batch_size)
     epoch, in_epoch = np.divmod(place, n_events)
     index = np.empty(batch_size, np.int64)
@@ -175,7 +173,7 @@ def uniform_hash(seed, key, place, counts=1):
     """Return numbers in [0, 1) that depend on (seed, key, place) alone, float64.
 
     key and place are integer arrays; key i belongs to the next counts[i] places. A hash
-    (splitmix64, Steele et al. 2014): a pulse has the same number in any batch, on any rank.
+    (splitmix64, Steele et al. 2014): the same in any batch, on any rank.
     """
     with np.errstate(over="ignore"):  # modulo 2^64
         key = mix_bits(key.astype(np.uint64) * GOLDEN + mix_bits(np.uint64(seed) + GOLDEN))
@@ -183,62 +181,41 @@ def uniform_hash(seed, key, place, counts=1):
     return (bits >> np.uint64(11)).view(np.int64) * 2.0 ** -53  # int64: 8 times faster
 
 def mix_bits(z):  # in place if z is an array: a third of the time
-    z ^= z >> np.uint64(30)
-    z *= np.uint64(0xBF58476D1CE4E5B9)
-    z ^= z >> np.uint64(27)
-    z *= np.uint64(0x94D049BB133111EB)
+    for shift, factor in (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB):
+        z ^= z >> np.uint64(shift)
+        z *= np.uint64(factor)
     z ^= z >> np.uint64(31)
     return z
 
-def draw_mask(events, pulses, epoch, mask_prob, seed, mask_unit="pulse", string=None):
+def draw_mask(events, pulses, string, epoch, mask_prob, mask_unit, seed):
     """Draw the pulses to mask -> bool (P,): each HLC pulse with probability mask_prob.
 
-    mask_unit "dom" or "string": those of a DOM or string (V,) together; of units joined by +
-    each event takes one. At least one in every event that has one. A hash of seed, epoch (B,),
-    event and unit decides.
+    mask_unit "dom" or "string" (V,): its pulses together; units joined by +: an
+    event takes one of them. At least one pulse per event that has one. A hash of
+    seed, epoch (B,), event and unit decides.
     # DIFF(upstream): an event may have nothing masked, and validation masks are new every time
     """
     length = events["length"].astype(np.int64)
     offset = np.cumsum(length) - length
-    start = np.repeat(events["start"], length)
-    place = {"pulse": start + np.arange(len(pulses)) - np.repeat(offset, length)}
-    if mask_unit != "pulse":
-        place |= {"dom": start * 2**16 + pulses["dom"],
-                  "string": start * 2**16 + string[pulses["dom"]]}
-    units = [place[name] for name in mask_unit.split("+")]
-    unit = uniform_hash(seed, epoch, ~events["start"]) * len(units)
-    place = np.choose(np.repeat(unit.astype(np.int64), length), units)
+    start, dom = np.repeat(events["start"], length), pulses["dom"]
+    place = {"pulse": start + np.arange(len(dom)) - np.repeat(offset, length),
+             "dom": start * 2**16 + dom, "string": start * 2**16 + string[dom]}
+    units = [place[unit] for unit in mask_unit.split("+")]
+    choice = uniform_hash(seed, epoch, ~events["start"]) * len(units)
+    place = np.choose(np.repeat(choice.astype(int), length), units)
     number = uniform_hash(seed, epoch, place, length)
     number[pulses["aux"]] = 2.0  # never
-    # slow form, per event: number < max(mask_prob, the next float above number.min())
-    smallest = np.minimum.reduceat(number, offset)
-    limit = np.maximum(np.nextafter(smallest, 1.0), mask_prob)
-    limit[smallest >= 1.0] = mask_prob
-    return number < np.repeat(limit, length)
-
-def draw_view(events, pulses, mask, epoch, view_min, seed):
-    """Drop pulses that are not masked -> events, pulses, mask.
-
-    Each event keeps a random share of them, from view_min to 1, and at least one pulse.
-    """
-    length = events["length"].astype(np.int64)
-    offset = np.cumsum(length) - length
-    place = np.arange(len(pulses)) + np.repeat(events["start"] - offset, length)
-    share = view_min + (1 - view_min) * uniform_hash(seed, ~epoch, ~events["start"])
-    keep = mask | (uniform_hash(seed, ~epoch, place, length) < np.repeat(share, length))
-    keep[offset] |= ~np.logical_or.reduceat(keep, offset)
-    events = events.copy()
-    events["length"] = np.add.reduceat(keep, offset, dtype=np.uint16)
-    return events, pulses[keep], mask[keep]
+    limit = np.maximum(np.minimum.reduceat(number, offset), mask_prob)
+    return (number <= np.repeat(limit, length)) & ~pulses["aux"]
 
 # ---- packed micro-batches -----------------------------------------------------------------------
 
 def micro_batches(events, pulses, size, labels=(), mask=None):
-    """Sort events by length, cut them into micro-batches of `size`, pack each -> list of dicts.
+    """Sort events by length, pack micro-batches of `size` -> list of dicts.
 
     A dict is a batch as model.py describes it, with the fields of EVENT in `labels`; row (B,),
     the event's place; with a mask (bool per pulse) n_masked_events, n_masked.
-    # DIFF(upstream): every event is padded to 127 pulses
+    # DIFF(upstream): every event is padded to 127
     """
     import torch  # here, because prepare.py and its workers need no torch
     length = events["length"].astype(np.int64)
@@ -257,13 +234,13 @@ def micro_batches(events, pulses, size, labels=(), mask=None):
             column[cls] = 0
         batch["dom"] = batch["dom"].astype(np.int64)
         batch |= {name: np.ascontiguousarray(events[name][rows]) for name in labels}
-        batch["cu_seqlens"] = cu_seqlens.astype(np.int32)
         extra = {"max_seqlen": int(n_tokens.max()), "row": rows}
+        batch["cu_seqlens"] = cu_seqlens.astype(np.int32)
         if mask is not None:
             batch["masked"] = np.flatnonzero(batch["masked"])
             batch["masked_event"] = np.repeat(np.arange(len(rows)), n_tokens)[batch["masked"]]
-            extra["n_masked_events"] = len(np.unique(batch["masked_event"]))
-            extra["n_masked"] = len(batch["masked"])
+            extra |= {"n_masked": len(batch["masked"]),
+                      "n_masked_events": len(np.unique(batch["masked_event"]))}
         batches.append({name: torch.from_numpy(x) for name, x in batch.items()} | extra)
     return batches
 

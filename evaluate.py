@@ -1,6 +1,6 @@
 """Stage 4: score a fine-tuned model next to a line fit; write predictions.
 
-    python evaluate.py --checkpoint=out/demo_finetune/best.pt             # validation events
+    python evaluate.py --checkpoint=out/demo_finetune/best.pt  # validation events
     python evaluate.py --checkpoint=out/demo_finetune/best.pt --split=test --predictions=test.csv
     python evaluate.py --checkpoint=out/demo/ckpt.pt --embeddings=cls.parquet
 

@@ -1,6 +1,6 @@
 """Stage 3: fine-tuning. A head on [CLS] learns direction, energy or class from labels.
 
-    python finetune.py sample_config/demo_finetune.py    # begins with the demo's encoder
+    python finetune.py sample_config/demo_finetune.py    # after the demo
     python finetune.py sample_config/demo_finetune.py sample_config/ablation/frozen.py
     python finetune.py sample_config/demo_finetune.py sample_config/ablation/scratch.py
 
@@ -44,7 +44,7 @@ class FinetuneConfig(ModelConfig):
     task: Literal["direction", "energy", "class"] = "direction"  # class: track or cascade
     direction_loss: str = "angular"  # or cosine, vmf; joined by +
     freeze_backbone: bool = False  # train the head alone
-    line_fit_head: bool = True  # begin with the pretrained line fit, if it was a target
+    line_fit_head: bool = True  # begin near the line fit that was learned
     head_hidden_size: int = 1024  # Linear(D, this), ReLU, Linear(this, n)
     # optimizer
     batch_size: int = 1024  # events a step, over all ranks
@@ -93,7 +93,7 @@ def open_labelled(config, name, n_events, start=0):
     return split
 
 def shift_times(events, pulses, index, epoch, config):
-    """Return a copy of the pulses, each event shifted by a normal number of its own [ns]."""
+    """Return the pulses, each event shifted by a normal number of its own [ns]."""
     u, v = (data.uniform_hash(config.seed, epoch, 2 * index + i) for i in (0, 1))
     normal = np.sqrt(-2 * np.log1p(-u)) * np.cos(2 * np.pi * v)  # Box & Muller
     pulses = pulses.copy()
@@ -114,14 +114,15 @@ def evaluate(model, split, config, autocast) -> dict:
     return {name: float(x) for name, x in val.items()}
 
 def head_of_line_fit(head, weights):
-    """Return new weights of the head: what pretraining's head of the line fit says, and noise.
+    """Return the head's weights, which begin near pretraining's line fit.
 
-    So it begins near a first guess. Six hidden units can say it: relu(x) - relu(-x) = x.
+    It takes six hidden units, as x = relu(x) - relu(-x).
     """
-    weight, bias = weights["cls_heads.line_fit.weight"], weights["cls_heads.line_fit.bias"]
-    head = {name: x.clone() for name, x in head.state_dict().items()}
-    head["0.weight"][:6], head["0.bias"][:6] = torch.cat([weight, -weight]), torch.cat([bias, -bias])
-    head["2.weight"][:, :6] = torch.cat([torch.eye(3), -torch.eye(3)], dim=1)
+    w, b = (weights[f"cls_heads.line_fit.{x}"] for x in ("weight", "bias"))
+    head, one = head.state_dict(), torch.eye(3)
+    head["0.weight"][:6] = torch.cat([w, -w])
+    head["0.bias"][:6] = torch.cat([b, -b])
+    head["2.weight"][:, :6] = torch.cat([one, -one], dim=1)
     return head
 
 # ---- training -----------------------------------------------------------------------------------
@@ -179,8 +180,8 @@ def main():
         weights = checkpoint["model"]
         if not resume:  # the encoder of the checkpoint, a new head
             head = raw_model.head.state_dict()
-            if "cls_heads.line_fit.weight" in weights and config.task == "direction" \
-                    and config.line_fit_head:
+            has_fit = "cls_heads.line_fit.weight" in weights
+            if config.line_fit_head and has_fit and config.task == "direction":
                 head = head_of_line_fit(raw_model.head, weights)
             weights = {name: x for name, x in weights.items() if name.startswith("encoder.")}
             weights |= {f"head.{name}": x for name, x in head.items()}

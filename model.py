@@ -122,7 +122,7 @@ class PulseEmbedding(nn.Module):
 # ---- blocks -------------------------------------------------------------------------------------
 
 class Packing:
-    """Where the events are among the packed tokens; pads them to a rectangle (B, L) and back."""
+    """Where the events are among the tokens; pads them to (B, L) and back."""
     def __init__(self, cu_seqlens, max_seqlen, n_tokens):
         self.cu_seqlens, self.max_seqlen = cu_seqlens, max_seqlen
         column = torch.arange(max_seqlen, device=cu_seqlens.device)
@@ -151,7 +151,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(D, D, bias=False)
         self.qk_norm = nn.RMSNorm(d) if config.qk_norm else None
         self.scale = d ** -0.5
-        if config.mup_base_width:  # trained q and k correlate: q.k grows with d (muP, table 8)
+        if config.mup_base_width:  # q.k grows with d (muP, table 8)
             self.scale = (config.mup_base_width / config.num_heads) ** 0.5 / d
         has_flash = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
         self.can_flash = has_flash and d % 8 == 0 and d <= 256
@@ -255,7 +255,7 @@ class PositionHead(nn.Module):
     def __init__(self, config, geometry):
         super().__init__()
         position = torch.from_numpy(geometry["position"].copy())
-        octaves = 2.0 ** torch.arange(8)  # wavelengths 2000 m to 16 m, the distance of two DOMs
+        octaves = 2.0 ** torch.arange(8)  # wavelengths 2000 m to 16 m
         phase = (2 * math.pi / 2000 * position[..., None] * octaves).flatten(-2)
         waves = torch.cat([phase.sin(), phase.cos()], dim=-1)
         features = torch.cat([position / POSITION_SCALE, waves], dim=-1)

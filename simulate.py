@@ -335,7 +335,7 @@ def simulate_chunk(doms, volume, efficiency, rung, rng):
     # now and then a muon of a cosmic ray, from above, in the same readout
     extra = np.flatnonzero(rng.random(CHUNK) < COINCIDENT_SHARE)
     _, vertex, flight, muon = draw_neutrinos(len(extra), volume, rng)
-    down = -np.sign(flight[2])  # the volume is as high as deep: turn both
+    down = -np.sign(flight[2])
     vertex[2], flight[2] = down * vertex[2], down * flight[2]
     row, dom, n, time, *rest = track_light(vertex, flight, muon, doms)
     time += rng.uniform(-BEFORE, AFTER, len(extra))[row]

@@ -1,8 +1,8 @@
 """Stage 2: pretraining without labels: masked DOMs, and summaries of the event.
 
-    python train.py sample_config/demo.py                  # a small model, toy events
+    python train.py sample_config/demo.py  # a small model, toy events
     python train.py sample_config/demo.py --mask_prob=0.5 --out_dir=out/mask50
-    torchrun --nproc_per_node=8 train.py config/base.py    # full size on 8 GPUs
+    torchrun --nproc_per_node=8 train.py config/base.py    # 8 GPUs
     # cool down from a kept checkpoint
     python train.py config/base.py --init_from=out/base/ckpt_20000.pt \\
         --init_optimizer=True --max_steps=21000 --out_dir=out/base_20k
@@ -41,9 +41,8 @@ class TrainConfig(ModelConfig):
     train_events: int = 0  # use the first N; 0 = all
     val_events: int = 100_000  # use the first N; 0 = all
     mask_prob: float = 0.25  # share of the HLC pulses whose DOM is masked
-    mask_unit: str = "pulse"  # masked together: pulse, dom or string; some joined by +
-    view_min: float = 1.0  # least share of the other pulses that the encoder sees
-    lambda_dom: float = 1.0  # weights of the losses: cross-entropy of the DOM
+    mask_unit: str = "pulse"  # masked as a whole: pulse, dom, string, or some by +
+    lambda_dom: float = 1.0  # weights of losses: this one of the DOM
     lambda_charge: float = 1.0  # squared error of log10(charge)
     lambda_center: float = 1.0  # squared error in 500 m
     lambda_line_fit: float = 1.0  # von Mises-Fisher
@@ -77,15 +76,14 @@ class TrainConfig(ModelConfig):
 
 # ---- data, loss, evaluation ---------------------------------------------------------------------
 
-VAL_SEED = 0  # of the masks at evaluation: the same in every run, whatever its own masks
+VAL_SEED = 0  # of the masks at evaluation: the same in every run
 
 def masked_batches(split, index, epoch, config, seed):
     """Read the events `index` (B,) of a split -> micro-batches with masked pulses."""
     events, pulses = data.read_events(split, index)
-    mask = data.draw_mask(events, pulses, epoch, config.mask_prob, seed,
-                          config.mask_unit, split.geometry["string"])
-    if config.view_min < 1:
-        events, pulses, mask = data.draw_view(events, pulses, mask, epoch, config.view_min, seed)
+    string = split.geometry["string"]
+    mask = data.draw_mask(
+        events, pulses, string, epoch, config.mask_prob, config.mask_unit, seed)
     targets = [CLS_TARGETS[name][0] for name in config.cls_target.split("+")]
     return data.micro_batches(events, pulses, config.micro_batch_size, targets, mask)
 
@@ -95,9 +93,10 @@ def total_loss(losses, config):
 
 @torch.no_grad()
 def evaluate(model, split, config, autocast) -> dict:
-    """Return the mean losses and metrics over a split, with the same masks each time.
+    """Return mean losses and metrics over a split, always with the same masks.
 
-    Pulses are masked, and for val_string_dom_loss strings. val_loss has the run's own of the two.
+    Pulses are masked, and for val_string_dom_loss strings. val_loss has that
+    of strings if the run masks strings.
     """
     geometry = model.encoder.embedding.geometry
     mine = data.shard(len(split.events))
@@ -107,7 +106,7 @@ def evaluate(model, split, config, autocast) -> dict:
         utils.fail(f"{split.path}: fewer events than ranks")
     dom_loss = {}
     for unit in ("string", "pulse"):  # the other numbers are those of "pulse"
-        masks, rows = replace(config, mask_prob=0.25, mask_unit=unit, view_min=1.0), []
+        masks, rows = replace(config, mask_prob=0.25, mask_unit=unit), []
         for batch in chain.from_iterable(data.prefetch(
                 lambda index: masked_batches(split, index, 0 * index, masks, VAL_SEED),
                 chunks, geometry.device)):
@@ -135,8 +134,8 @@ def evaluate(model, split, config, autocast) -> dict:
         # what was not measured is 0 / 0 = NaN
         totals = dict(zip(sums, torch.tensor(totals, dtype=torch.float64)))
         dom_loss[unit] = totals["dom_loss"] / totals["n_events"]
-    own = [x for unit, x in dom_loss.items() if unit in config.mask_unit.replace("dom", "pulse")]
-    losses = {"dom": sum(own) / len(own)}
+    unit = "string" if "string" in config.mask_unit else "pulse"
+    losses = {"dom": dom_loss[unit]}
     for name in cls_pred:
         losses[name] = totals[f"{name}_loss"] / totals[f"known_{name}"]
     val = {"loss": total_loss(losses, config)}

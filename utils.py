@@ -1,4 +1,4 @@
-"""What the stages share. torch is imported where it is needed: simulate.py runs without it."""
+"""What the stages share. torch is imported late: simulate.py runs without it."""
 import ast
 import csv
 import dataclasses
@@ -30,7 +30,7 @@ Device = Literal["auto", "cuda", "mps", "cpu"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 tqdm.set_lock(threading.RLock())  # the default leaks a semaphore if a worker fails
 locks = weakref.WeakSet()  # files that lock_folder holds
-groups = []  # holds a reference: if DDP frees the group last, teardown deadlocks on the GIL
+groups = []  # if DDP frees the group last, teardown deadlocks on the GIL
 
 def fail(message: str, status: int = 1):
     """Print one line to stderr and end the program."""
@@ -203,7 +203,7 @@ def start_worker():
 # ---- devices and ranks --------------------------------------------------------------------------
 
 def init_distributed(config):
-    """Choose device and precision and join torchrun's ranks -> device, dtype, autocast context."""
+    """Choose device and precision, join the ranks -> device, dtype, autocast."""
     import torch
     name, dtype = config.device, config.dtype
     if name == "auto":

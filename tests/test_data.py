@@ -86,10 +86,15 @@ def test_damaged_folders_are_refused(tmp_path, capsys, name, harm, words):
 
 # ---- masks --------------------------------------------------------------------------------------
 
-def masked_events(mask_prob=0.25, epoch=0, seed=0, n=4000):
+STRING = np.repeat([0, 1, 2, 700], 3)  # of 12 DOMs
+
+def masked_events(mask_prob=0.25, unit="pulse", epoch=0, seed=0, n=4000, begin=0):
+    """Return events and pulses from event `begin` on, and their mask."""
     lengths = np.random.default_rng(1).integers(1, 60, n)
-    events, pulses = random_events(np.random.default_rng(0), lengths)
-    return events, pulses, data.draw_mask(events, pulses, np.full(n, epoch), mask_prob, seed)
+    events, pulses = random_events(np.random.default_rng(0), lengths, n_doms=12)
+    events, pulses = events[begin:], pulses[events["start"][begin]:]
+    epoch = np.full(len(events), epoch)
+    return events, pulses, data.draw_mask(events, pulses, STRING, epoch, mask_prob, unit, seed)
 
 @pytest.mark.parametrize("mask_prob", [0.01, 0.25, 0.9])
 def test_only_hlc_pulses_are_masked_and_one_in_each_event_that_has_one(mask_prob):
@@ -109,58 +114,35 @@ def test_the_mask_is_its_slow_form():
         slow = number < max(0.1, np.nextafter(number.min(), 1))
         assert equal(mask[places], slow & (number < 1))
 
-def test_masks_depend_on_seed_and_epoch_and_not_on_the_company():
-    events, pulses, mask = masked_events()
-    assert not equal(mask, masked_events(epoch=1)[2])
-    assert not equal(mask, masked_events(seed=1)[2])
-    half = slice(events["start"][2000], None)
-    alone = data.draw_mask(events[2000:], pulses[half], np.zeros(2000, int), 0.25, 0)
-    assert equal(alone, mask[half])
+@pytest.mark.parametrize("unit", ["pulse", "dom", "string"])
+def test_masks_depend_on_seed_and_epoch_and_not_on_the_company(unit):
+    _, pulses, mask = masked_events(unit=unit)
+    assert not equal(mask, masked_events(unit=unit, epoch=1)[2])
+    assert not equal(mask, masked_events(unit=unit, seed=1)[2])
+    _, half, alone = masked_events(unit=unit, begin=2000)
+    assert equal(alone, mask[-len(half):])
 
 @pytest.mark.parametrize("unit", ["dom", "string"])
 def test_a_dom_or_a_string_is_masked_as_a_whole_or_not_at_all(unit):
-    rng, string = np.random.default_rng(0), np.repeat([0, 1, 2, 700], 3)
-    events, pulses = random_events(rng, rng.integers(1, 60, 3000), n_doms=12)
-    epoch = np.zeros(3000, int)
-    mask = data.draw_mask(events, pulses, epoch, 0.25, 0, unit, string)
-    key = np.repeat(np.arange(3000), events["length"]) * 2**16
-    key = (key + (pulses["dom"] if unit == "dom" else string[pulses["dom"]]))[~pulses["aux"]]
+    events, pulses, mask = masked_events(unit=unit)
+    key = np.repeat(np.arange(4000), events["length"]) * 2**16
+    key = (key + (pulses["dom"] if unit == "dom" else STRING[pulses["dom"]]))[~pulses["aux"]]
     key, place, n_hlc = np.unique(key, return_inverse=True, return_counts=True)
     event, masked = key // 2**16, np.bincount(place, mask[~pulses["aux"]]) / n_hlc
     assert np.isin(masked, [0, 1]).all() and not mask[pulses["aux"]].any()
     n_units, n_masked = np.bincount(event), np.bincount(event, masked)
     assert equal(n_masked > 0, n_units > 0)
-    most = n_units.max()  # that one is masked at least changes the mean of k by (3/4)^k
+    most = n_units.max()  # of k units at least one: adds (3/4)^k / k to their share
     share = n_masked[n_units == most].mean() / most
     assert share == pytest.approx(0.25 + 0.75 ** most / most, abs=0.02)
-    half = slice(events["start"][1000], None)  # in other company: the same
-    alone = data.draw_mask(events[1000:], pulses[half], epoch[1000:], 0.25, 0, unit, string)
-    assert equal(alone, mask[half])
-    assert not equal(mask, data.draw_mask(events, pulses, epoch + 1, 0.25, 0, unit, string))
 
 def test_of_two_units_each_event_takes_one():
-    rng, string = np.random.default_rng(0), np.repeat(np.arange(4), 3)
-    events, pulses = random_events(rng, rng.integers(30, 60, 3000), n_doms=12)
-    masks = {unit: data.draw_mask(events, pulses, np.zeros(3000, int), 0.25, 0, unit, string)
-             for unit in ("pulse", "string", "pulse+string")}
-    same = {unit: np.logical_and.reduceat(masks[unit] == masks["pulse+string"], events["start"])
+    begin = masked_events()[0]["start"]
+    masks = {unit: masked_events(unit=unit)[2] for unit in ("pulse", "string", "pulse+string")}
+    same = {unit: np.logical_and.reduceat(masks[unit] == masks["pulse+string"], begin)
             for unit in ("pulse", "string")}
-    assert (same["pulse"] ^ same["string"]).all() and 0.45 < same["string"].mean() < 0.55
-
-def test_a_view_keeps_masked_pulses_and_a_share_of_the_others():
-    events, pulses, mask = masked_events()
-    pulses["time"] = np.arange(len(pulses))
-    seen, kept, masked = data.draw_view(events, pulses, mask, np.zeros(4000, int), 0.3, 0)
-    assert equal(kept[masked], pulses[mask]) and seen["length"].min() == 1
-    event = np.repeat(np.arange(4000), events["length"])
-    assert equal(seen["length"], np.bincount(event[kept["time"].astype(int)]))
-    n = np.bincount(event, ~mask)
-    share = 1 - (events["length"] - seen["length"])[n > 30] / n[n > 30]
-    assert 0.05 < share.min() < 0.4 and share.max() > 0.9
-    assert share.mean() == pytest.approx(0.65, abs=0.02)
-    half = slice(events["start"][2000], None)
-    _, alone, _ = data.draw_view(events[2000:], pulses[half], mask[half], np.zeros(2000, int), 0.3, 0)
-    assert equal(alone, kept[seen["length"][:2000].sum():])
+    assert (same["pulse"] | same["string"]).all()
+    assert 0.4 < same["pulse"].mean() < 0.7 and 0.4 < same["string"].mean() < 0.7
 
 # ---- micro-batches ------------------------------------------------------------------------------
 

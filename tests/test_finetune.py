@@ -54,6 +54,19 @@ def test_a_frozen_encoder_is_the_checkpoints_and_the_head_moves(demo_data, pretr
     moments = utils.load_checkpoint(tmp_path / "a/ckpt.pt")["optimizer"][0]["state"]
     assert len(moments) == 4 and all(x["exp_avg_sq"].any() for x in moments.values())
 
+def test_a_head_begins_near_the_line_fit_that_was_learned(demo_data, tmp_path):
+    run_ok("train.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}", *TINY_RUN,
+           "--cls_target=charge+line_fit")
+    events, pulses = data.read_events(data.open_split(demo_data, "val"), np.arange(20))
+    batch, = data.micro_batches(events, pulses, 20, mask=pulses["aux"])
+    _, pred = evaluate.load_model(tmp_path / "ckpt.pt")[0].predict(batch)
+    for name in True, False:
+        tune(demo_data, tmp_path / f"{name}", tmp_path, "--max_steps=0", f"--line_fit_head={name}")
+        net, *_ = evaluate.load_model(tmp_path / f"{name}/best.pt")
+        assert not torch.allclose(net(batch), pred["line_fit"], atol=1e-4)
+        net.head[2].weight.data[:, 6:] = 0  # the other hidden units, which begin at random
+        assert torch.allclose(net(batch), pred["line_fit"], atol=1e-4) == name
+
 BY_HEART = ["--batch_size=50", "--micro_batch_size=50", "--val_split=tuned_copy", "--val_events=0",
             "--eval_interval=30", "--log_interval=30", "--save_interval=60", "--max_steps=60",
             "--learning_rate=1e-2"]

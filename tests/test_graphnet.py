@@ -141,16 +141,13 @@ def test_another_detector_counts_depth_from_elsewhere(tmp_path, name):
     assert "needs positions in m" in user_error(TOOL, f"--geometry={tmp_path}/km.parquet")
 
 @pytest.mark.parametrize("sql, words", [
-    ("DROP TABLE merged_photons", "merged_photons: no column event_no, only none"),
     ("ALTER TABLE mc_truth RENAME COLUMN initial_state_zenith TO u",
      "mc_truth: no column initial_state_zenith or injection_zenith or zenith, only event_no"),
     ("UPDATE merged_photons SET sensor_pos_x = sensor_pos_x + 30", "the nearest DOM is 30.0 m"),
     ("UPDATE merged_photons SET t = NULL", "event 7: 200 of 200 pulses without a time"),
     ("UPDATE mc_truth SET initial_state_zenith = 91", "1 of 1 events without angles in radians"),
-    ("UPDATE mc_truth SET interaction = 2", "of 0 tracks does not say whether it is right; set"),
-    ("", "No such file or directory: ")])
+    ("UPDATE mc_truth SET interaction = 2", "of 0 tracks does not say whether it is right; set")])
 def test_a_wrong_database_is_one_line(nubench, tmp_path, sql, words):
-    if sql:
-        write_database(tmp_path / "a.db", {7: nubench[0][LARGE]}, sql=[sql])
+    write_database(tmp_path / "a.db", {7: nubench[0][LARGE]}, sql=[sql])
     line = user_error(TOOL, *nubench[1], f"--database={tmp_path}/a.db", f"--out_dir={tmp_path}/raw")
     assert words in line and not (tmp_path / "raw").exists()

@@ -123,16 +123,6 @@ def test_pulses_are_those_of_the_slow_form(photons, tmp_path, window):
     position, string = read_geometry_csv(tmp_path / "raw/sensor_geometry.csv")
     assert np.array_equal(position, POSITION) and np.array_equal(string, STRING)
 
-def test_no_pulse_gets_a_time_before_0(photons, tmp_path):
-    """The first coincidence is 20,000 ns after the first pulse; the energy is unknown."""
-    dom, time = np.array([700, 31, 32]), np.array([5.0, 20_005.0, 20_105.6])
-    write_photons(tmp_path / "files/a.parquet", [(1.0, 1.0, -1.0, dom, time)])
-    done = run_ok(TOOL, *photons[1], f"--input_dir={tmp_path}/files", f"--out_dir={tmp_path}/raw")
-    assert "the light of 0 tracks does not say whether it is right; set" in done.stdout
-    (row, pulses), = read_events(tmp_path / "raw").values()
-    assert np.isnan(row["energy"])
-    assert [pulse[1::2] for pulse in pulses] == [(0, True), (20_000, False), (20_101, False)]
-
 @pytest.mark.parametrize("right", READINGS)
 def test_the_light_says_which_option_is_right(photons, tmp_path, right):
     events = make_tracks(9, [300] * 40)
@@ -171,7 +161,6 @@ def test_a_stopped_run_starts_over_and_a_complete_folder_is_left_alone(photons, 
 
 @pytest.mark.parametrize("name, value, words", [
     ("t", np.nan, "event 10000003: 1 of 87 pulses without a time within 1e+06 ns"),
-    ("t", [], "t is longer or shorter than sensor_pos_x"),
     ("sensor_pos_z", -90, "-90. ]: the nearest DOM is 7.5 m away"),
     ("initial_state_zenith", 91.0, "event 10000003: 1 of 6 events without angles in radians")])
 def test_wrong_photons_are_one_line(photons, tmp_path, name, value, words):
@@ -184,17 +173,3 @@ def test_wrong_photons_are_one_line(photons, tmp_path, name, value, words):
     line = user_error(TOOL, *photons[1], f"--input_dir={tmp_path}/files",
                       f"--out_dir={tmp_path}/raw")
     assert "a.parquet: " in line and words in line and not (tmp_path / "raw").exists()
-
-def test_files_of_another_kind_are_one_line(photons, tmp_path):
-    path, options = tmp_path / "files/a.parquet", [*photons[1], f"--out_dir={tmp_path}/raw"]
-    write_photons(path, make_tracks(1, [0, 0]))
-    options.append(f"--input_dir={tmp_path}/files")
-    assert "none of 2 events has light" in user_error(TOOL, *options)
-    write_photons(path, make_tracks(1, [5000] * 40), depth=[7, 7, 7])  # is not read to the end
-    assert ": 160,000 of 160,000 pulses at no" in user_error(TOOL, *options, "--merge_window=0")
-    path.write_bytes(path.read_bytes()[:-1000])
-    assert "a.parquet: Parquet magic bytes not found" in user_error(TOOL, *options)
-    pq.write_table(pa.table({"time": [1]}), path)
-    assert "no column mc_truth.initial_state_azimuth" in user_error(TOOL, *options)
-    (tmp_path / "files/0.parquet").mkdir()
-    assert "is a directory" in user_error(TOOL, *options)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
@@ -120,30 +121,26 @@ def test_low_precision_runs_stay_close(pretrained, demo_data, tmp_path, dtype):
 def test_evaluation_is_the_mean_over_exactly_these_events(demo_data, pretrained, n_events):
     """evaluate() sorts, cuts and packs; here each event is alone."""
     net, run, _ = load_model(pretrained / "ckpt.pt")
-    split = data.open_split(demo_data, "val", n_events)
-    config = train.TrainConfig(**vars(run))
-    val = train.evaluate(net, split, replace(config, mask_prob=0.5), nullcontext())
-    position, columns = net.encoder.embedding.geometry, {name: [] for name in val}
-    for i, unit in product(range(n_events), ("pulse", "string")):
-        index, masks = np.array([i]), replace(config, mask_prob=0.25, mask_unit=unit)
+    split, config = data.open_split(demo_data, "val", n_events), train.TrainConfig(**vars(run))
+    position, columns = net.encoder.embedding.geometry, defaultdict(list)
+    for i, unit in product(range(n_events), ("string", "pulse")):
+        index, masks = np.array([i]), replace(config, mask_unit=unit)
         batch, = train.masked_batches(split, index, 0 * index, masks, train.VAL_SEED)
         with torch.no_grad():
             losses, (logits, _) = net(batch), net.predict(batch)
         if batch["n_masked"]:
             name = "val_dom_loss" if unit == "pulse" else "val_string_dom_loss"
             columns[name].append(losses["dom"].item())
-        if unit == "string":
-            continue
-        columns["val_charge_loss"].append(losses["charge"].item())
-        for dom, row in zip(batch["dom"][batch["masked"]], logits):
-            columns["val_ce"].append(F.cross_entropy(row, dom))
-            columns["val_top1"].append(float(row.argmax() == dom))
-            columns["val_distance"].append((position[row.argmax()] - position[dom]).norm())
-    both = [np.mean(columns[name]) for name in ("val_dom_loss", "val_string_dom_loss")]
-    for units, dom_loss in (("pulse", both[0]), ("string", both[1]), ("pulse+string", sum(both) / 2)):
-        total = train.evaluate(net, split, replace(config, mask_unit=units), nullcontext())
-        assert total["val_loss"] == pytest.approx(dom_loss + val["val_charge_loss"], rel=1e-4)
-    del val["val_loss"]
+        if unit == "pulse":
+            columns["val_charge_loss"].append(losses["charge"].item())
+            for dom, row in zip(batch["dom"][batch["masked"]], logits):
+                columns["val_ce"].append(F.cross_entropy(row, dom))
+                columns["val_top1"].append(float(row.argmax() == dom))
+                columns["val_distance"].append((position[row.argmax()] - position[dom]).norm())
+    for unit, name in (("dom", "val_dom_loss"), ("pulse+string", "val_string_dom_loss")):
+        other = replace(config, mask_unit=unit, mask_prob=0.5)
+        val = train.evaluate(net, split, other, nullcontext())
+        assert val.pop("val_loss") == pytest.approx(val[name] + val["val_charge_loss"])
     for name in val:
         assert val[name] == pytest.approx(np.mean(columns[name]), rel=1e-4), name
 
@@ -321,7 +318,6 @@ def test_a_bad_gradient_changes_nothing(demo_data, harm, place, dtype, name):
     assert not torch.allclose(third, second, atol=5e-3)
 
 def test_muon_is_torchs():
-    # torch's works in bfloat16: a few of 100 apart
     generator = torch.Generator().manual_seed(0)
     shapes = [(48, 16), (16, 64), (32, 32)]
     ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))

@@ -1,6 +1,6 @@
 """Measure speed against a plain baseline that runs in turns with ours.
 
-    python -m tools.bench                                all, minutes on 2 CPU cores
+    python -m tools.bench  all, minutes on 2 CPU cores
     python -m tools.bench --what=base --compile=True     base.py's size, on a GPU
 
 base, demo: a training step of that size; the baseline pads events and

@@ -123,7 +123,7 @@ def draw_event(config, runs):
     place = position[pulses["dom"]]  # (P, 3) [m]
     center = place[aux == aux.min()].mean(0)  # of the HLC pulses, if any
     reach = 1.05 * np.abs(position).max()  # [m]
-    mask = data.draw_mask(events, pulses, np.zeros(1, int), mask_prob=0.25, seed=0)
+    mask = data.draw_mask(events, pulses, geometry["string"], np.zeros(1, int), 0.25, "pulse", 0)
     figure = plt.figure(figsize=(8.5, 7.5))
     axis = figure.add_subplot(projection="3d")
     for string in np.unique(geometry["string"]):  # from its highest DOM to its lowest

@@ -12,7 +12,8 @@ variants = {
     for name in ("published", "dom_pulses", "dom_strings", "line_fit", "line_fit+dom_pulses",
                  "line_fit+dom_strings")
 } | {
-    f"scratch/{labels}": f"--pretrained= --optimizer=muon --train_events={labels} --max_steps={steps}"
+    f"scratch/{labels}": f"--pretrained= --optimizer=muon --train_events={labels} "
+                         f"--max_steps={steps}"
     for labels, steps in ((500, 500), (2000, 1000), (8000, 2000))
 }
 rates = "0.0005,0.001,0.002"

@@ -1,5 +1,5 @@
-# What must pretraining predict? 100,000 events each, one epoch. For python -m tools.sweep; labels.py
-# begins with these runs.
+# What must pretraining predict? 100,000 events, one epoch. For python -m tools.sweep; labels.py begins
+# with these runs.
 base = "sample_config/demo.py sample_config/study/pretrain.py --dtype=float32"
 variants = {
     "published": "--cls_target=charge --dom_head=linear --mask_unit=pulse",
