@@ -11,6 +11,7 @@ num_layers = 3
 
 cls_target = "charge+line_fit"  # as best.py
 dom_head = "position"  # as best.py
+mask_unit = "string"  # as best.py
 
 batch_size = 128
 max_steps = 350

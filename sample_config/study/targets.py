@@ -11,5 +11,5 @@ variants = {
 }
 rates = "0.01"
 tuning_seeds = ""
-seeds = "0,1,2,3"
+seeds = "0,1,2"
 out_dir = "out/study/targets"
