@@ -126,7 +126,7 @@ def read_geometry_csv(path, origin="0,0,0"):
 # ---- which events make up a step ----------------------------------------------------------------
 
 def step_events(step, batch_size, n_events, seed):
-    """Return the events of a step, by its number and the seed -> index, epoch (B,)."""
+    """Return the events of a step, by number and seed -> index, epoch (B,)."""
     place = step * batch_size + np.arange(batch_size)
     epoch, in_epoch = np.divmod(place, n_events)
     index = np.empty(batch_size, np.int64)

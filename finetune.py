@@ -44,7 +44,7 @@ class FinetuneConfig(ModelConfig):
     task: Literal["direction", "energy", "class"] = "direction"  # class: track or cascade
     direction_loss: str = "angular"  # or cosine, vmf; joined by +
     freeze_backbone: bool = False  # train the head alone
-    line_fit_head: bool = True  # begin near the line fit that was learned
+    line_fit_head: bool = True  # begin near the learned line fit
     head_hidden_size: int = 1024  # Linear(D, this), ReLU, Linear(this, n)
     # optimizer
     batch_size: int = 1024  # events a step, over all ranks

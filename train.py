@@ -93,7 +93,7 @@ def total_loss(losses, config):
 
 @torch.no_grad()
 def evaluate(model, split, config, autocast) -> dict:
-    """Return mean losses and metrics over a split, always with the same masks.
+    """Return mean losses and metrics over a split, by fixed masks.
 
     Pulses are masked, and for val_string_dom_loss strings. val_loss has that
     of strings if the run masks strings.

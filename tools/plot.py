@@ -38,6 +38,8 @@ class PlotConfig:
     results: str = ""  # sweep: results.csv
     x: Literal["number", "learning_rate"] = "number"  # sweep: number in variant/number
     y: str = ""  # column to draw; "" = the loss, or the metric
+    lines: str = ""  # sweep: only these
+    level: float = 0.0  # sweep: a dashed line
     out: str = ""  # .png to write; "" = out/<what>.png
 
 def read_log(run):
@@ -90,12 +92,13 @@ def sweep_lines(rows, x, y):
     return lines, names
 
 def draw_sweep(config, runs):
-    """Draw mean and standard deviation over seeds; not if one of them diverged."""
+    """Draw mean and standard deviation over seeds; not if one diverged."""
     rows = read_csv(config.results)
     if not rows:
         utils.fail(f"{config.results}: no rows; is it of tools.sweep?")
     y = config.y or rows[-1]["metric"]
     lines, names = sweep_lines(rows, config.x, y)
+    lines = {name: lines[name] for name in config.lines.split(",") if name} or lines
     figure, axis = plt.subplots(figsize=(7, 4.5))
     for color, (line, points) in zip(cycle(COLORS), lines.items()):
         x = sorted(points)
@@ -107,6 +110,7 @@ def draw_sweep(config, runs):
     if not names:
         axis.set_xscale("log")
         axis.legend()
+    axis.axhline(config.level or np.nan, color="0.55", linestyle="--")
     x = sorted(set().union(*lines.values()))
     axis.set_xticks(x, labels=[names.get(at, f"{at:,g}") for at in x])
     axis.minorticks_off()
@@ -117,21 +121,19 @@ def draw_sweep(config, runs):
 def draw_event(config, runs):
     """Draw the detector in 3-D, an event's pulses, what models make of it."""
     split = data.open_split(config.data_dir, config.split)
-    _, geometry = data.read_folder(config.data_dir)
     events, pulses = data.read_events(split, np.array([config.event]))
-    event, aux, position = events[0], pulses["aux"], geometry["position"]
+    event, aux, position = events[0], pulses["aux"], split.geometry["position"]
     place = position[pulses["dom"]]  # (P, 3) [m]
     center = place[aux == aux.min()].mean(0)  # of the HLC pulses, if any
     reach = 1.05 * np.abs(position).max()  # [m]
-    mask = data.draw_mask(events, pulses, geometry["string"], np.zeros(1, int), 0.25, "pulse", 0)
-    figure = plt.figure(figsize=(8.5, 7.5))
-    axis = figure.add_subplot(projection="3d")
-    for string in np.unique(geometry["string"]):  # from its highest DOM to its lowest
-        doms = position[geometry["string"] == string]
+    strings = split.geometry["string"]
+    mask = data.draw_mask(events, pulses, strings, np.zeros(1, int), 0.25, "pulse", 0)
+    figure, axis = plt.subplots(figsize=(8.5, 7.5), subplot_kw={"projection": "3d"})
+    for string in np.unique(strings):  # from its highest DOM to its lowest
+        doms = position[strings == string]
         ends = doms[[doms[:, 2].argmax(), doms[:, 2].argmin()]]
         axis.plot(*ends.T, color="0.9", linewidth=0.6, zorder=0)
-    dots = draw_pulses(axis, pulses, place)
-    figure.colorbar(dots, ax=axis, shrink=0.6, pad=0.04, label="time [ns]")
+    figure.colorbar(draw_pulses(axis, pulses, place), ax=axis, shrink=0.6, label="time [ns]")
     azimuth, zenith = event["azimuth"], event["zenith"]
     truth = unit_vector(torch.tensor(azimuth), torch.tensor(zenith))
     has_truth = np.isfinite(azimuth)

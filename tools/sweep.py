@@ -3,9 +3,8 @@
     python -m tools.sweep sample_config/sweep_labels.py      --dry_run=True only lists
     python -m tools.plot --what=sweep --results=out/sweep_labels/results.csv
 
-Each variant runs with all rates on tuning_seeds, then with the best one on
-seeds, which alone are reported. Prints a table. The same command runs what
-is missing. Sweeps of other variants may share out_dir.
+Each variant runs with all rates on tuning_seeds, then with the best on seeds,
+which are reported. Run again, it runs what is missing.
 """
 import utils  # first: it sets how torch's threads wait
 
