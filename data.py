@@ -137,7 +137,7 @@ def step_events(step, batch_size, n_events, seed):
         index[epoch == e] = (place + shift) % n_events
     return index, epoch
 
-@lru_cache(maxsize=2)  # this epoch and the last: 65 MB each for 130 M events
+@lru_cache(maxsize=2)  # this epoch and the last: 65 MB for 130 M events
 def epoch_order(n_events, seed, epoch):
     """Return the order of the groups, and a shift of where they begin."""
     rng = np.random.default_rng([seed, epoch])
@@ -190,19 +190,19 @@ def mix_bits(z):  # in place if z is an array: a third of the time
 def draw_mask(events, pulses, string, epoch, mask_prob, mask_unit, seed):
     """Draw the pulses to mask -> bool (P,): each HLC pulse with probability mask_prob.
 
-    mask_unit "dom" or "string" (V,): its pulses together; units joined by +: an
-    event takes one of them. At least one pulse per event that has one. A hash of
-    seed, epoch (B,), event and unit decides.
+    mask_unit: masked together are single pulses, or those of a DOM or a string
+    (V,); "a+b": each event takes one of them. At least one if there are any. A
+    hash of seed, epoch (B,), event and unit decides.
     # DIFF(upstream): an event may have nothing masked, and validation masks are new every time
     """
     length = events["length"].astype(np.int64)
     offset = np.cumsum(length) - length
     start, dom = np.repeat(events["start"], length), pulses["dom"]
-    place = {"pulse": start + np.arange(len(dom)) - np.repeat(offset, length),
-             "dom": start * 2**16 + dom, "string": start * 2**16 + string[dom]}
-    units = [place[unit] for unit in mask_unit.split("+")]
-    choice = uniform_hash(seed, epoch, ~events["start"]) * len(units)
-    place = np.choose(np.repeat(choice.astype(int), length), units)
+    places = {"pulse": start + np.arange(len(dom)) - np.repeat(offset, length),
+              "dom": start * 2**16 + dom, "string": start * 2**16 + string[dom]}
+    places = [places[unit] for unit in mask_unit.split("+")]
+    choice = uniform_hash(seed, epoch, ~events["start"]) * len(places)
+    place = np.choose(np.repeat(choice.astype(int), length), places)
     number = uniform_hash(seed, epoch, place, length)
     number[pulses["aux"]] = 2.0  # never
     limit = np.maximum(np.minimum.reduceat(number, offset), mask_prob)

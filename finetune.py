@@ -44,7 +44,7 @@ class FinetuneConfig(ModelConfig):
     task: Literal["direction", "energy", "class"] = "direction"  # class: track or cascade
     direction_loss: str = "angular"  # or cosine, vmf; joined by +
     freeze_backbone: bool = False  # train the head alone
-    line_fit_head: bool = True  # begin near the learned line fit
+    line_fit_head: bool = True  # begin the head with the learned line fit
     head_hidden_size: int = 1024  # Linear(D, this), ReLU, Linear(this, n)
     # optimizer
     batch_size: int = 1024  # events a step, over all ranks
@@ -114,9 +114,9 @@ def evaluate(model, split, config, autocast) -> dict:
     return {name: float(x) for name, x in val.items()}
 
 def head_of_line_fit(head, weights):
-    """Return the head's weights, which begin near pretraining's line fit.
+    """Copy pretraining's line fit into six hidden units of the head -> its weights.
 
-    It takes six hidden units, as x = relu(x) - relu(-x).
+    The others stay random. x = relu(x) - relu(-x).
     """
     w, b = (weights[f"cls_heads.line_fit.{x}"] for x in ("weight", "bias"))
     head, one = head.state_dict(), torch.eye(3)
@@ -180,7 +180,7 @@ def main():
         weights = checkpoint["model"]
         if not resume:  # the encoder of the checkpoint, a new head
             head = raw_model.head.state_dict()
-            has_fit = "cls_heads.line_fit.weight" in weights
+            has_fit = "cls_heads.line_fit.weight" in weights and config.head_hidden_size > 5
             if config.line_fit_head and has_fit and config.task == "direction":
                 head = head_of_line_fit(raw_model.head, weights)
             weights = {name: x for name, x in weights.items() if name.startswith("encoder.")}

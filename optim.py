@@ -35,7 +35,7 @@ def parameter_groups(model, weight_decay):
 def make_optimizers(model, config):
     """Return [AdamW], or with optimizer = "muon" also Muon for the blocks' matrices."""
     groups, optimizers = parameter_groups(model, config.weight_decay), []
-    if config.optimizer == "muon":  # updates as large as AdamW's: one learning rate serves both
+    if config.optimizer == "muon":  # updates as large as AdamW's
         matrices = [parameter for parameter in groups[0]["params"] if parameter.ndim == 2]
         groups[0]["params"] = [p for p in groups[0]["params"] if p.ndim != 2]
         if config.mup_base_width:

@@ -41,8 +41,8 @@ class TrainConfig(ModelConfig):
     train_events: int = 0  # use the first N; 0 = all
     val_events: int = 100_000  # use the first N; 0 = all
     mask_prob: float = 0.25  # share of the HLC pulses whose DOM is masked
-    mask_unit: str = "pulse"  # masked as a whole: pulse, dom, string, or some by +
-    lambda_dom: float = 1.0  # weights of losses: this one of the DOM
+    mask_unit: str = "pulse"  # masked together: pulse, dom, string; a+b: one of them
+    lambda_dom: float = 1.0  # weights of losses: DOM
     lambda_charge: float = 1.0  # squared error of log10(charge)
     lambda_center: float = 1.0  # squared error in 500 m
     lambda_line_fit: float = 1.0  # von Mises-Fisher
@@ -76,7 +76,7 @@ class TrainConfig(ModelConfig):
 
 # ---- data, loss, evaluation ---------------------------------------------------------------------
 
-VAL_SEED = 0  # of the masks at evaluation: the same in every run
+VAL_SEED = 0  # of the masks at evaluation
 
 def masked_batches(split, index, epoch, config, seed):
     """Read the events `index` (B,) of a split -> micro-batches with masked pulses."""
@@ -95,8 +95,8 @@ def total_loss(losses, config):
 def evaluate(model, split, config, autocast) -> dict:
     """Return mean losses and metrics over a split, by fixed masks.
 
-    Pulses are masked, and for val_string_dom_loss strings. val_loss has that
-    of strings if the run masks strings.
+    val_string_dom_loss masks strings, all else single pulses. val_loss has the
+    former if the run masks strings.
     """
     geometry = model.encoder.embedding.geometry
     mine = data.shard(len(split.events))
@@ -203,7 +203,8 @@ def main():
         load_optimizers(optimizers, scaler, checkpoint)
         start_step = checkpoint["step"]
     if resume:
-        best_val_loss = checkpoint["best_val_loss"]
+        if checkpoint["config"].get("mask_unit", "pulse") == config.mask_unit:
+            best_val_loss = checkpoint["best_val_loss"]
         n_bad_steps += checkpoint["bad_steps"]
     state = [start_step, data_id["fingerprint"]]
     if utils.all_reduce_sum(state) != [utils.WORLD_SIZE * x for x in state]:

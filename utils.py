@@ -30,7 +30,7 @@ Device = Literal["auto", "cuda", "mps", "cpu"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 tqdm.set_lock(threading.RLock())  # the default leaks a semaphore if a worker fails
 locks = weakref.WeakSet()  # files that lock_folder holds
-groups = []  # if DDP frees the group last, teardown deadlocks on the GIL
+groups = []  # if DDP frees the group last, teardown deadlocks
 
 def fail(message: str, status: int = 1):
     """Print one line to stderr and end the program."""
@@ -142,7 +142,7 @@ def write_atomic(path, write):
         with open(part, "r+b") as file:
             os.fsync(file.fileno())  # first the bytes, then the name, in case the power fails
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch.save: RuntimeError if the disk is full
+    except (OSError, RuntimeError) as error:  # RuntimeError: a full disk
         part.unlink(missing_ok=True)
         fail(f"{path}: cannot be written ({error}); the file that was there is untouched")
 
@@ -177,7 +177,7 @@ def run_in_workers(function, jobs, workers, done):
     """
     if hasattr(os, "sched_getaffinity"):  # taskset and SLURM may allow fewer cores
         workers = workers or len(os.sched_getaffinity(0))
-    context = multiprocessing.get_context("spawn")  # fork is not safe once pyarrow has threads
+    context = multiprocessing.get_context("spawn")  # fork is not safe with pyarrow
     pool = ProcessPoolExecutor(workers or os.cpu_count(), context, start_worker)
     if hasattr(signal, "pthread_sigmask"):  # workers inherit that Ctrl-C is blocked
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -264,7 +264,7 @@ def load_checkpoint(path) -> dict:
 def match_options(config, checkpoint, model_class, data_id, path, resume):
     """Take the model's options from a checkpoint; a resumed run must find the same data."""
     model_options = {*vars(model_class()), *["task", "head_hidden_size", "optimizer"] * resume}
-    for name, value in (vars(model_class()) | checkpoint["config"]).items():
+    for name, value in (vars(type(config)()) | checkpoint["config"]).items():
         now = getattr(config, name, value)
         if now != value and name in model_options:
             if name in config.given:

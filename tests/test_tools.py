@@ -31,10 +31,10 @@ def test_curves_show_training_and_every_evaluation(plot, pretrained, finetuned, 
     path = tmp_path / "curves.png"
     run_ok("tools/plot.py", f"--runs={pretrained},{finetuned}", f"--out={path}")
     assert path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size > 10_000
-    training, evaluations, guess = plot.draw_curves(plot.PlotConfig(), [pretrained]).axes[0].lines
-    assert training.get_xdata().tolist() == [0, 1, 2, 3, 4, 5]
+    line, dots, _, guess = plot.draw_curves(plot.PlotConfig(), [pretrained]).axes[0].lines
+    assert line.get_xdata().tolist() == [0, 1, 2, 3, 4, 5]
     log = plot.read_log(pretrained)
-    assert evaluations.get_ydata().tolist() == log["val_dom_loss"][[0, 3, 6]].tolist()
+    assert dots.get_ydata().tolist() == log["val_dom_loss"][[0, 3, 6]].tolist()
     assert guess.get_ydata()[0] == pytest.approx(np.log(5160))
 
 def test_an_event_is_drawn_with_guesses_and_directions(plot, demo_data, pretrained, finetuned):

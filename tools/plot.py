@@ -55,8 +55,8 @@ def draw_curves(config, runs):
     y = config.y or ("dom_loss" if all("dom_loss" in log for log in logs) else "loss")
     figure, (above, below) = plt.subplots(2, sharex=True, height_ratios=(3, 1))
     for color, run, log in zip(cycle(COLORS), runs, logs):
-        lines = (above, y, "-"), (above, f"val_{y}", "o"), (below, "lr", "-")
-        for axis, column, style in lines:
+        for axis, column, style in ((above, y, "-"), (above, f"val_{y}", "o"),
+                                    (above, f"val_string_{y}", "s"), (below, "lr", "-")):
             if column in log:
                 there = np.isfinite(log[column])
                 axis.plot(log["step"][there], log[column][there], style, color=color,
@@ -66,7 +66,7 @@ def draw_curves(config, runs):
         n_doms = len(weights["encoder.embedding.geometry"])
         above.axhline(np.log(n_doms), color="0.55", linestyle="--",
                       label=f"a random guess, ln {n_doms}")
-    above.set(ylabel=f"{y} (line: training, dots: validation)")
+    above.set(ylabel=f"{y} (line: training, dots: validation, squares: of strings)")
     below.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
     above.legend()
     return figure
