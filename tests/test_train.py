@@ -216,7 +216,7 @@ def test_two_runs_do_not_share_a_folder(demo_data, tmp_path):
         assert "another run uses it" in pretrain(demo_data, tmp_path, do=user_error)
 
 def test_a_run_whose_folder_was_removed_leaves_the_new_one_alone(demo_data, tmp_path):
-    process = start_until(6, demo_data, tmp_path / "run", "--save_interval=1")
+    process = start_until(6, demo_data, tmp_path / "run", "--save_interval=1", "--batch_size=500")
     (tmp_path / "run").rename(tmp_path / "old")
     pretrain(demo_data, tmp_path / "run", "--max_steps=1")
     output, _ = process.communicate(timeout=60)
