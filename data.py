@@ -215,7 +215,7 @@ def micro_batches(events, pulses, size, labels=(), mask=None):
 
     A dict is a batch as model.py describes it, with the fields of EVENT in `labels`; row (B,),
     the event's place; with a mask (bool per pulse) n_masked_events, n_masked.
-    # DIFF(upstream): every event is padded to 127
+    # DIFF(upstream): every event is padded to 127 pulses
     """
     import torch  # here, because prepare.py and its workers need no torch
     length = events["length"].astype(np.int64)

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# The whole chain on a laptop: simulate, prepare, pretrain, fine-tune twice, train twice from scratch.
-# Some 5 minutes on 2 cores, after the packages are installed. Run twice, it does little: each stage
-# resumes.
+# The whole chain on a laptop: simulate, prepare, pretrain, fine-tune twice, train from scratch. Some
+# 5 minutes on 2 cores, after the packages are installed. Run twice, it does little: each stage resumes.
 set -euo pipefail
 cd "$(dirname "$0")"
 [ -d .venv ] || python3 -m venv .venv
@@ -14,16 +13,13 @@ python train.py sample_config/demo.py
 python finetune.py sample_config/demo_finetune.py
 python finetune.py sample_config/demo_finetune.py sample_config/demo_500.py
 python finetune.py sample_config/demo_finetune.py sample_config/demo_scratch.py
-python finetune.py sample_config/demo_finetune.py sample_config/demo_scratch.py \
-    --train_events=500 --max_steps=500 --out_dir=out/demo_scratch_500
 
 python - <<'END'
 import json
 print("\nmean angular error [rad] of 4,000 validation events:")
 for run, text in (("demo_finetune", "8,000 labels after pretraining"),
                   ("demo_finetune+demo_500", "500 labels after pretraining"),
-                  ("demo_finetune+demo_scratch", "8,000 labels from scratch, 4 times the steps"),
-                  ("demo_scratch_500", "500 labels from scratch, 5 times the steps")):
+                  ("demo_finetune+demo_scratch", "8,000 labels from scratch, 4 times the steps")):
     row = json.load(open(f"out/{run}/evaluation_val.json"))["rows"][0]
     print(f"{text:<45} {row['mean']:.3f} +- {row['mean_error']:.3f}")
 print(f"{'a line fit, no learning':<45} {row['line_fit_mean']:.3f}")
