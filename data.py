@@ -91,7 +91,7 @@ def open_split(data_dir, name, n_events=0):
             fail(f"{path}: it has changed; prepare into another data_dir")
         arrays.append(np.asarray(np.memmap(path, dtype, "r")))  # slices faster
     split = Split(f"{data_dir}/{name}", *arrays, geometry)
-    index = np.unique(np.linspace(0, len(split.events) - 1, 1000).astype(int))  # a sample
+    index = np.unique(np.linspace(0, len(split.events) - 1, 1000).astype(int))
     events, pulses = read_events(split, index)
     begin = np.cumsum(events["length"], dtype=int) - events["length"]
     end = np.append(split.events["start"][index[:-1] + 1], len(split.pulses))
@@ -106,7 +106,7 @@ def open_split(data_dir, name, n_events=0):
     return split._replace(events=split.events[:n_events or None])
 
 def read_geometry_csv(path, origin="0,0,0"):
-    """Read sensor_geometry.csv (sensor_id, x, y, z [m], perhaps string) -> position, string."""
+    """Read sensor_geometry.csv -> position (V, 3) [m], string (V,)."""
     import pyarrow.csv
     try:
         table = pyarrow.csv.read_csv(path).to_pydict()
@@ -213,7 +213,7 @@ def draw_mask(events, pulses, string, epoch, mask_prob, mask_unit, seed):
 def micro_batches(events, pulses, size, labels=(), mask=None):
     """Sort events by length, pack micro-batches of `size` -> list of dicts.
 
-    A dict is a batch as model.py describes it, with the fields of EVENT in `labels`; row (B,),
+    A dict is a batch as in model.py, with the fields of EVENT in `labels`; row (B,),
     the event's place; with a mask (bool per pulse) n_masked_events, n_masked.
     # DIFF(upstream): every event is padded to 127 pulses
     """
@@ -250,7 +250,7 @@ def fitting_micro_batch_size(config, device, meta):
     if device.type != "cuda":
         return min(max(8192 // config.embedding_dim, 16), 128)
     n_bytes = 50 * config.num_layers * config.embedding_dim * (meta["rule"]["max_pulses"] + 1)
-    return int(min(max(0.6 * torch.cuda.mem_get_info(device)[1] / n_bytes, 1), 1024))
+    return int(min(max(0.6 * torch.cuda.mem_get_info(device)[1] / n_bytes, 1), 4096))
 
 def prefetch(load, steps, device, depth=2):
     """Yield load(step), a list of batches, on the device. A thread reads ahead."""

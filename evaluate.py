@@ -4,7 +4,7 @@
     python evaluate.py --checkpoint=out/demo_finetune/best.pt --split=test --predictions=test.csv
     python evaluate.py --checkpoint=out/demo/ckpt.pt --embeddings=cls.parquet
 
-Prints scores of all events and in bins, with bootstrap errors, next to those of a line
+Prints scores of all events and in bins, with errors, next to those of a line
 fit and of one guess for all. Writes evaluation_<split>.json next to the checkpoint.
 """
 import utils  # before torch, which reads OMP_WAIT_POLICY when it loads

@@ -197,7 +197,7 @@ def main():
         n_bad_steps += checkpoint["bad_steps"]
     state = [start_step, data_id["fingerprint"]]
     if utils.all_reduce_sum(state) != [utils.WORLD_SIZE * x for x in state]:
-        utils.fail("the ranks find other checkpoints or data; all machines must share a disk")
+        utils.fail("the ranks find other checkpoints or data; they must share a disk")
     if start_step > config.max_steps:
         utils.fail(f"{path} has made {start_step} steps, more than max_steps")
     if resume and start_step == config.max_steps:
@@ -290,8 +290,7 @@ def main():
             seconds = (time.perf_counter() - start_time) / n_timed
             row["events_per_s"] = config.batch_size / seconds
             start_time, n_timed = time.perf_counter(), 0
-            names = [name for name in row if not name.startswith("val_")]
-            text = " ".join(f"{name} {row[name]:.4g}" for name in names)
+            text = " ".join(f"{name} {x:.4g}" for name, x in row.items() if name[:4] != "val_")
             utils.print0(f"step {step}/{config.max_steps} | {text}")
             if not math.isfinite(row["loss"]):
                 utils.fail(f"step {step}: the loss is not finite; ckpt.pt is from before; "

@@ -62,7 +62,7 @@ class ModelConfig:
     # DIFF(upstream): none up to v0.2
     final_norm: bool = True  # before the heads
     dom_head: Literal["linear", "position"] = "linear"  # weights per DOM, or from x, y, z
-    dom_loss: Literal["ce", "emd", "chamfer"] = "ce"  # cross-entropy, or distances [100 m]
+    dom_loss: Literal["ce", "emd"] = "ce"  # cross-entropy, or a distance [100 m]
     cls_target: str = "charge"  # or center, line_fit; joined by +
     mup_base_width: int = 0  # muP: width where the learning rate was tuned; 0 = off
 
@@ -74,7 +74,7 @@ def check_model(config):
     if not set(config.cls_target.split("+")) <= CLS_TARGETS.keys():
         fail(f"cls_target = {config.cls_target!r}: join some of {', '.join(CLS_TARGETS)} by +")
     if config.backbone in ("gru", "mamba") and D % (4 * H):
-        fail(f"backbone = {config.backbone!r}: embedding_dim must be a multiple of 4 num_heads")
+        fail(f"backbone = {config.backbone!r} needs a multiple of 4 num_heads as embedding_dim")
     if config.backbone != "transformer" and (config.qk_norm or config.mup_base_width):
         fail("qk_norm and mup_base_width are for backbone = 'transformer'")
 
@@ -124,21 +124,22 @@ class PulseEmbedding(nn.Module):
 class Packing:
     """Where the events are among the tokens; pads them to (B, L) and back."""
     def __init__(self, cu_seqlens, max_seqlen, n_tokens):
-        self.cu_seqlens, self.max_seqlen = cu_seqlens, max_seqlen
+        self.cu_seqlens, self.max_seqlen, self.n_extra = cu_seqlens, max_seqlen, 0
         column = torch.arange(max_seqlen, device=cu_seqlens.device)
         self.valid = column < cu_seqlens.diff()[:, None]  # (B, L), False at padding
         token = torch.arange(n_tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
         event = torch.searchsorted(cu_seqlens, token, right=True) - 1
-        self.place = event * max_seqlen + token - cu_seqlens[event]  # (T,), in the flat rectangle
+        self.place = event * max_seqlen + token - cu_seqlens[event]  # (T,)
 
     def pad(self, x):
         """(T, C) -> (B, L, C), padding 0."""
         B, L = self.valid.shape
+        x = x[:self.place.shape[0]]
         return x.new_zeros(B * L, x.shape[1]).index_copy(0, self.place, x).view(B, L, -1)
 
     def unpad(self, x):
-        """(B, L, ...) -> (T, ...)."""
-        return x.flatten(0, 1).index_select(0, self.place)
+        """(B, L, ...) -> (T + n_extra, ...)."""
+        return x.flatten(0, 1).index_select(0, F.pad(self.place, (0, self.n_extra)))
 
 class Attention(nn.Module):
     """Every token attends to every token of its event."""
@@ -178,13 +179,11 @@ def padded_attention(qkv, packing, scale):
     rows = packing.pad(qkv.flatten(1)).unflatten(-1, qkv.shape[1:])  # (B, L, 3, H, d)
     q, k, v = rows.permute(2, 0, 3, 1, 4)  # (B, H, L, d)
     mask = packing.valid[:, None, None, :]
-    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
-        # torch's bfloat16 backward: 185 ms instead of 45 at (64, 8, 128, 32), torch 2.13
-        scores = (q @ k.transpose(-2, -1)).float() * scale
-        x = scores.masked_fill(~mask, float("-inf")).softmax(-1).to(v.dtype) @ v
-    else:
+    if q.device.type == "cpu" and q.dtype.itemsize == 2:
+        q, k, v = q.float(), k.float(), v.float()  # bfloat16: 4 times slower
+    with torch.autocast("cpu", enabled=False):
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    return packing.unpad(x.transpose(1, 2))
+    return packing.unpad(x.transpose(1, 2).to(qkv.dtype))
 
 class MLP(nn.Module):
     def __init__(self, config):
@@ -239,18 +238,18 @@ class Encoder(nn.Module):
     def forward(self, batch):
         x = self.embedding(batch)
         packing = Packing(batch["cu_seqlens"], batch["max_seqlen"], x.shape[0])
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            packing.n_extra = -x.shape[0] % 256  # oneDNN compiles for each new size: few sizes
+            x = F.pad(x, (0, 0, 0, packing.n_extra))
         for block in self.blocks:
             x = block(x, packing)
-        x = self.final_norm(x) * self.output_scale
+        x = self.final_norm(x[:packing.place.shape[0]]) * self.output_scale
         return x.index_select(0, batch["cu_seqlens"][:-1].long()), x
 
 # ---- pretraining: masked DOMs, and summaries of the event from [CLS] ----------------------------
 
 class PositionHead(nn.Module):
-    """DOM logits from positions (M, D) -> (M, V): query(x) . key(position) / 8 + bias.
-
-    Neighbours have similar keys before they are ever hit.
-    """
+    """DOM logits from positions (M, D) -> (M, V): query(x) . key(position) / 8 + bias."""
 
     def __init__(self, config, geometry):
         super().__init__()
@@ -283,7 +282,7 @@ class PolarBERT(nn.Module):
         init_weights(self, heads=[query, *self.cls_heads.values()])
 
     def forward(self, batch):
-        """Return the losses of each event: "dom" and one per name in cls_target, (B,) float32."""
+        """Return the losses of each event (B,): "dom", and those of cls_target."""
         logits, cls_pred = self.predict(batch)
         losses = {name: cls_loss(name, pred, batch)[0] for name, pred in cls_pred.items()}
         return {"dom": self.dom_loss(logits, batch), **losses}
@@ -306,13 +305,30 @@ class PolarBERT(nn.Module):
         geometry = self.encoder.embedding.geometry
         if self.config.dom_loss == "ce":
             loss = F.cross_entropy(logits, dom, reduction="none")
-        elif self.config.dom_loss == "emd":
-            loss = earth_movers_distance(logits, dom, geometry)
         else:
-            loss = chamfer_distance(logits, dom, event, geometry)
+            loss = earth_movers_distance(logits, dom, geometry)
         zeros = loss.new_zeros(len(batch["cu_seqlens"]) - 1)
         n_masked = zeros.index_add(0, event, torch.ones_like(loss))
         return zeros.index_add(0, event, loss) / n_masked.clamp(min=1)
+
+PEAK_FLOPS = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12}  # bfloat16
+
+def peak_flops(device):
+    """Return a GPU's FLOPs per second, NaN if it is not in the table."""
+    name = torch.cuda.get_device_name(device)
+    return next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), math.nan)
+
+def training_flops(model, batches):
+    """Return the FLOPs of matrix products, forward and backward."""
+    config, blocks = model.config, model.encoder.blocks
+    D, V = config.embedding_dim, len(model.encoder.embedding.geometry)
+    T, M = (sum(len(batch[name]) for batch in batches) for name in ("dom", "masked"))
+    n = T * sum(x.numel() for x in blocks.parameters() if x.ndim == 2)
+    if config.backbone == "transformer":  # q.k, and the sum of v
+        pairs = sum(batch["cu_seqlens"].diff().square().sum().item() for batch in batches)
+        n += 2 * D * config.num_layers * pairs
+    n += M * (D * V if config.dom_head == "linear" else 64 * (D + V))
+    return 6 * n
 
 def earth_movers_distance(logits, dom, geometry):
     """Return sum_j p_j |x_j - x_true| [100 m], logits (M, V), dom (M,) -> (M,)."""
@@ -321,23 +337,8 @@ def earth_movers_distance(logits, dom, geometry):
     distance = torch.cdist(geometry[dom], geometry, compute_mode=exact) / 100  # (M, V)
     return (logits.softmax(-1) * distance).sum(-1)
 
-def chamfer_distance(logits, dom, event, geometry):
-    """Return the distance [100 m] of each masked DOM to its event's nearest guess, and back.
-
-    A guess is an expected position, sum_j p_j x_j. The mean over an event is the Chamfer
-    distance of two sets of points. logits (M, V), dom and event (M,) -> (M,)
-    """
-    if len(dom) == 0:
-        return logits.sum(-1)
-    with torch.autocast(logits.device.type, enabled=False):  # bfloat16 is off by a metre
-        guess, true = logits.softmax(-1) @ geometry, geometry[dom]  # (M, 3)
-    exact = "donot_use_mm_for_euclid_dist"  # small distances are not rounded
-    distance = torch.cdist(true, guess, compute_mode=exact) / 100
-    distance = distance.masked_fill(event[:, None] != event, float("inf"))  # (M, M)
-    return distance.amin(1) + distance.amin(0)
-
 def cls_loss(name, pred, batch):
-    """Return the loss of a [CLS] target, 0 where it is unknown, and where it is known, (B,)."""
+    """Return the loss of a [CLS] target, 0 where unknown, and where it is known (B,)."""
     field, width = CLS_TARGETS[name]
     truth = batch[field].view(-1, width)
     if name == "charge":
@@ -391,8 +392,7 @@ def direction_loss(name, x, truth):
     one_minus_cosine = (direction - truth).square().sum(-1) / 2  # exact at small angles
     if name == "cosine":
         return one_minus_cosine
-    # vmf: -ln of kappa / (4 pi sinh kappa) exp(kappa cos). exp(kappa) joins the cosine, so
-    # that float32 is enough for kappa from 1e-3 to 1e6
+    # vmf: -ln of kappa / (4 pi sinh kappa) exp(kappa cos), exact in float32 for kappa 1e-3 to 1e6
     log_area = torch.log(-torch.expm1(-2 * kappa) / kappa)
     return kappa * one_minus_cosine + log_area + math.log(2 * math.pi)
 
@@ -402,7 +402,7 @@ def unit_vector(azimuth, zenith):
     return torch.stack([x, y, zenith.cos()], dim=-1)
 
 def angular_error(direction, truth):
-    """Return the angle [rad] between unit vectors (..., 3), with a gradient everywhere."""
+    """Return the angle [rad] between unit vectors (..., 3)."""
     # DIFF(upstream): arccos clipped at 1 - 1e-4, no gradient within 0.8 degrees
     sine = (torch.linalg.cross(direction, truth).square().sum(-1) + 1e-12).sqrt()
     return torch.atan2(sine, (direction * truth).sum(-1))
@@ -437,7 +437,7 @@ def init_weights(model, heads):
             head.weight *= model.encoder.output_scale ** -0.5
 
 def weights_for_detector(weights, geometry, path):
-    """Return a checkpoint's weights for this detector, maybe not that of training."""
+    """Return a checkpoint's weights for this detector, maybe another one."""
     old = weights["encoder.embedding.geometry"]
     new = torch.from_numpy(geometry["position"].copy())  # (V, 3)
     if torch.equal(old, new):

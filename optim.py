@@ -48,35 +48,37 @@ def make_optimizers(model, config):
     return [adamw, *optimizers]
 
 class Muon(torch.optim.Muon):
-    """torch's (Jordan et al. 2024), in float32 on a CPU; obeys found_inf as AdamW does."""
+    """torch's (Jordan et al. 2024), but float32 on a CPU; obeys found_inf."""
 
     @torch.no_grad()
     def step(self):
         good = 1.0 - self.found_inf  # on the device: 1, or 0 to change nothing
         for group in self.param_groups:
-            for matrix in group["params"]:
-                gradient = torch.where(good > 0, matrix.grad, 0.0)
-                state = self.state[matrix]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(matrix)
-                momentum = state["momentum_buffer"]
-                momentum.lerp_(gradient, good * (1 - group["momentum"]))
-                update = gradient.lerp(momentum, group["momentum"])
-                update = orthogonal(update).to(matrix.dtype)
-                # as large as an update of AdamW (Liu et al. 2025, arXiv:2502.16982)
-                lr = good * group["lr"]
-                matrix.mul_(1 - lr * group["weight_decay"])
-                matrix.sub_(update * (lr * 0.2 * max(matrix.shape) ** 0.5))
+            lr, beta = good * group["lr"], group["momentum"]
+            for x in group["params"]:
+                if not self.state[x]:
+                    self.state[x]["momentum_buffer"] = torch.zeros_like(x)
+            for shape in {x.shape: 0 for x in group["params"]}:  # fewer kernels
+                matrices = [x for x in group["params"] if x.shape == shape]
+                buffers = [self.state[x]["momentum_buffer"] for x in matrices]
+                grad = torch.stack([x.grad for x in matrices]).where(good > 0, 0.0)
+                momentum = torch.stack(buffers).lerp_(grad, good * (1 - beta))
+                update = orthogonal(grad.lerp(momentum, beta))
+                update *= lr * 0.2 * max(shape) ** 0.5  # as AdamW's (arXiv:2502.16982)
+                torch._foreach_copy_(buffers, momentum.unbind())
+                torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
+                torch._foreach_sub_(matrices, update.unbind())
 
-def orthogonal(matrix):
-    """Return about U V^T of U S V^T: five Newton-Schulz steps with Muon's coefficients."""
-    x = matrix.bfloat16() if matrix.is_cuda else matrix.float()
-    x = x.T if len(x) > x.shape[1] else x
-    x = x / x.norm().clamp(min=1e-7)
+def orthogonal(matrices):
+    """Return about U V^T of each U S V^T (n, rows, columns)."""
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    x = x.mT if is_tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
-        square = x @ x.T
+        square = x @ x.mT
         x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
-    return x.T if len(matrix) > matrix.shape[1] else x
+    return (x.mT if is_tall else x).to(matrices.dtype)
 
 def load_optimizers(optimizers, scaler, checkpoint):
     """Restore a checkpoint's state; options, such as weight_decay, stay the new ones."""
@@ -88,8 +90,7 @@ def load_optimizers(optimizers, scaler, checkpoint):
         scaler.load_state_dict(checkpoint["scaler"])
 
 def get_lr(step, config):
-    """Return the learning rate of update `step` (from 0): warm-up, then the schedule."""
-    # 0 means as many steps as Adam's second moment averages over
+    """Return the learning rate of update `step` (from 0)."""
     warmup = config.warmup_steps or round(1 / (1 - config.beta2))
     rise = min(1.0, (step + 1) / warmup)
     if config.schedule == "trapezoidal":
@@ -101,7 +102,7 @@ def get_lr(step, config):
     return config.learning_rate * rise
 
 def clip_and_step(model, optimizers, scaler, lr, grad_clip):
-    """Clip the gradient's norm (0 = no limit), update the weights -> the norm before clipping.
+    """Clip the gradient (0 = no limit), update the weights -> its norm before.
 
     If the norm is not finite, no weight changes on any rank. Nothing waits for the GPU.
     """

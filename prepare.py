@@ -65,7 +65,7 @@ def read_columns(path, names, optional=()):
     """Yield (row, {name: array}) of a parquet file, CHUNK rows from `row` on."""
     row, name = 0, "file"
     try:
-        file = pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False,  # else 9 GB in memory
+        file = pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False,  # else 9 GB
                               page_checksum_verification=True)
         names = names + [x for x in optional if x in file.schema_arrow.names]
         for batch in file.iter_batches(CHUNK, columns=names, use_threads=False):
@@ -161,7 +161,7 @@ def pack(events, time, charge, dom, aux, detector, config):
     draw = data.uniform_hash(config.seed, events["event_id"], place, n)
     draw += aux
     if config.keep == "brightest":
-        draw[first] = 1e-3 * draw[first] - 1e-3 - dom_charge  # the draw decides between equals
+        draw[first] = 1e-3 * draw[first] - 1e-3 - dom_charge
     # slow form, per event: keep = draw <= np.sort(draw)[max_pulses - 1]
     last, limit = config.max_pulses - 1, np.full(len(n), np.inf)
     for i in np.flatnonzero(n > config.max_pulses).tolist():

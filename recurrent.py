@@ -1,4 +1,4 @@
-"""GRU and Mamba in the place of attention: they read an event from one end to the other.
+"""GRU and Mamba in the place of attention.
 
 B events of at most L tokens, D embedding_dim, H heads of P = D / 2 / H dimensions, N = D / 4 the
 width of Mamba's state.
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 class Bidirectional(nn.Module):
-    """One mixer (B, L, D) -> (B, L, D/2) forwards and one backwards: [CLS] sees all pulses."""
+    """One mixer (B, L, D) -> (B, L, D/2) forwards and one backwards: [CLS] sees all."""
 
     def __init__(self, config):
         super().__init__()
@@ -33,7 +33,7 @@ class GRU(nn.Module):
         return self.gru(x)[0]  # padding comes after all real tokens and reaches none of them
 
 class Mamba(nn.Module):
-    """Mamba-2 (Dao & Gu 2024, arXiv:2405.21060): a convolution, a selective state space, a gate.
+    """Mamba-2 (Dao & Gu 2024, arXiv:2405.21060): convolution, selective state space, gate.
 
     Decay rates and time steps start at 0.1 to 1, spread over the heads: memories of 1 to 100
     pulses. The paper's ranges, 1 to 16 and 0.001 to 0.1, are for long texts.
@@ -47,7 +47,7 @@ class Mamba(nn.Module):
         self.conv = nn.Conv1d(D, D, 4, groups=D, padding=3)  # x, b and c see 3 pulses back
         steps = torch.logspace(-1, 0, H)
         self.log_a = nn.Parameter(torch.linspace(0.1, 1, H).log())  # of the decay rates
-        self.dt_bias = nn.Parameter(steps + torch.log(-torch.expm1(-steps)))  # softplus gives steps
+        self.dt_bias = nn.Parameter(steps + torch.log(-torch.expm1(-steps)))
         self.skip = nn.Parameter(torch.ones(H))
         self.norm = nn.RMSNorm(D // 2)
         self.out = nn.Linear(D // 2, D // 2, bias=False)

@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-from model import (CLS_TARGETS, ModelConfig, PolarBERT, angular_error, cls_loss,
-                   weights_for_detector)
+from model import (CLS_TARGETS, ModelConfig, PolarBERT, angular_error, cls_loss, peak_flops,
+                   training_flops, weights_for_detector)
 from optim import (Optimizer, Schedule, clip_and_step, get_lr, load_optimizers,
                    make_optimizers)
 
@@ -81,9 +81,8 @@ VAL_SEED = 0  # of the masks at evaluation
 def masked_batches(split, index, epoch, config, seed):
     """Read the events `index` (B,) of a split -> micro-batches with masked pulses."""
     events, pulses = data.read_events(split, index)
-    string = split.geometry["string"]
-    mask = data.draw_mask(
-        events, pulses, string, epoch, config.mask_prob, config.mask_unit, seed)
+    mask = data.draw_mask(events, pulses, split.geometry["string"], epoch, config.mask_prob,
+                          config.mask_unit, seed)
     targets = [CLS_TARGETS[name][0] for name in config.cls_target.split("+")]
     return data.micro_batches(events, pulses, config.micro_batch_size, targets, mask)
 
@@ -208,7 +207,7 @@ def main():
         n_bad_steps += checkpoint["bad_steps"]
     state = [start_step, data_id["fingerprint"]]
     if utils.all_reduce_sum(state) != [utils.WORLD_SIZE * x for x in state]:
-        utils.fail("the ranks find other checkpoints or data; all machines must share a disk")
+        utils.fail("the ranks find other checkpoints or data; they must share a disk")
     if start_step > config.max_steps:
         utils.fail(f"{path} has made {start_step} steps, more than max_steps")
     if resume and start_step == config.max_steps:
@@ -310,9 +309,10 @@ def main():
             row["bad_steps"] = int(n_bad_steps.item())
             seconds = (time.perf_counter() - start_time) / n_timed
             row["events_per_s"] = config.batch_size / seconds
+            if device.type == "cuda":  # share of its peak
+                row["mfu"] = training_flops(raw_model, batches) / seconds / peak_flops(device)
             start_time, n_timed = time.perf_counter(), 0
-            names = [name for name in row if not name.startswith("val_")]
-            text = " ".join(f"{name} {row[name]:.4g}" for name in names)
+            text = " ".join(f"{name} {x:.4g}" for name, x in row.items() if name[:4] != "val_")
             utils.print0(f"step {step}/{config.max_steps} | {text}")
             if not math.isfinite(row["loss"]):
                 utils.fail(f"step {step}: the loss is not finite; ckpt.pt is from before; "

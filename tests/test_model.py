@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import model as m
@@ -24,7 +26,7 @@ POSITION = GEOMETRY["position"].copy()  # (V, 3)
 BACKBONES = [{"backbone": name} for name in get_args(m.ModelConfig.__annotations__["backbone"])]
 VARIANTS = [*BACKBONES, {"use_dom_positions": False}, {"mup_base_width": 16}, {"mlp": "gelu"},
             {"dom_head": "position", "cls_target": "charge+center+line_fit"},
-            {"dom_loss": "emd"}, {"dom_loss": "chamfer"},
+            {"dom_loss": "emd"},
             {"mlp": "swiglu", "norm": "rmsnorm", "qk_norm": True, "final_norm": False}]
 all_backbones = pytest.mark.parametrize("options", BACKBONES, ids=str)
 all_variants = pytest.mark.parametrize("options", VARIANTS, ids=str)
@@ -152,17 +154,12 @@ def test_the_position_head_is_the_plain_formula():
             expected = (net.query(x) * key).sum(1) / 8 + net.bias[j]
             assert close(net(x)[:, j], expected, atol=1e-5)
 
-def test_chamfer_distance_by_hand():
-    geometry = tensor([[0.0, 0, 0], [300, 0, 0], [0, 400, 0], [0, 0, 700]])
-    dom, event, guess = tensor([0, 1, 3]), tensor([0, 0, 1]), tensor([1, 2, 0])
-    logits = 100 * F.one_hot(guess, 4).float()
-    # event 0: the guess nearest to DOM 0 is DOM 1, 300 m away, and to DOM 1 itself;
-    # back, from the guesses DOM 1 and DOM 2: 0 m and 400 m. Event 1: 700 m both ways
-    distance = m.chamfer_distance(logits, dom, event, geometry)
-    assert close(distance, tensor([3.0 + 0, 0 + 4.0, 14.0]))
-    with torch.autocast("cpu", torch.bfloat16):  # which has no 303, only 302 and 304
-        assert equal(distance, m.chamfer_distance(logits, dom, event, geometry + 3))
-    assert len(m.chamfer_distance(logits[:0], dom[:0], event[:0], geometry)) == 0
+@pytest.mark.parametrize("options", [{}, {"mlp": "swiglu"}, {"backbone": "gru"}], ids=str)
+def test_flops_are_those_that_torch_counts(options):
+    net, batches = make(**options), one_batch([63] * 16, n=2)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        sum(loss.sum() for batch in batches for loss in net(batch).values()).backward()
+    assert m.training_flops(net, batches) == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 def test_losses_of_the_tasks():
     (batch,), x = one_batch([5, 9, 7]), torch.randn(3, 3)

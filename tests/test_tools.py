@@ -144,13 +144,16 @@ def test_bench_compares_with_named_baselines(demo_data):
     assert len(baselines) == 4 and all(" 1.00 x" in line for line in baselines)
     assert done.stdout.count(" events/s ") == 8
 
-def test_the_baseline_of_bench_computes_the_same_losses(demo_data):
-    split = data.open_split(demo_data, "pretrain")
-    plain = bench.plain_batch(split, np.arange(20), mask_prob=0.25)
+@pytest.mark.parametrize("mask_unit", ["pulse", "string"])
+def test_the_baseline_of_bench_computes_the_same_losses(demo_data, mask_unit):
+    split, run = data.open_split(demo_data, "pretrain"), TrainConfig(num_layers=2)
+    run.mask_unit, run.cls_target = mask_unit, "charge+line_fit"
+    plain = bench.plain_batch(split, np.arange(20), run)
     events, pulses = data.read_events(split, np.arange(20))
-    mask = plain["is_masked"][:, 1:][plain["valid"][:, 1:]].numpy()  # without [CLS]
-    packed, = data.micro_batches(events, pulses, 20, ["total_charge"], mask)
-    model = PolarBERT(TrainConfig(num_layers=2), data.read_folder(demo_data)[1])
+    mask = torch.zeros(plain["valid"].numel(), dtype=bool).index_fill(0, plain["masked"], True)
+    mask = mask.view_as(plain["valid"])[:, 1:][plain["valid"][:, 1:]].numpy()  # without [CLS]
+    packed, = data.micro_batches(events, pulses, 20, ["total_charge", "line_fit"], mask)
+    model = PolarBERT(run, split.geometry)
     losses, expected = model(packed), bench.plain_losses(model, plain)
     for name, loss in losses.items():
         assert torch.allclose(loss, expected[name][packed["row"]], atol=1e-4), name

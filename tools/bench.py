@@ -3,28 +3,25 @@
     python -m tools.bench  all, minutes on 2 CPU cores
     python -m tools.bench --what=base --compile=True     base.py's size, on a GPU
 
-base, demo: a training step of that size; the baseline pads events and
-makes logits at all positions, in float32. loader, prepare: the baseline
+base, demo: a training step; the baseline pads to the longest event. Model,
+losses, optimizer and precision are the same. loader, prepare: the baseline
 takes one event at a time. Trust the ratios: events/s vary with the load.
 """
 import utils  # first: it sets how torch's threads wait
 
+import runpy
 import time
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import data
-from model import PolarBERT
+from model import PolarBERT, cls_loss
 from optim import clip_and_step, make_optimizers
 from prepare import PrepareConfig, pack
 from train import TrainConfig, masked_batches, total_loss
-
-DEMO_SIZE = {"embedding_dim": 64, "dom_embed_dim": 32, "num_heads": 2,
-             "hidden_size": 256, "num_layers": 3}
 
 @dataclass
 class BenchConfig:
@@ -32,75 +29,83 @@ class BenchConfig:
     data_dir: str = "data/demo"  # folder that prepare.py wrote
     rounds: int = 5  # measurements, after one to warm up
     batch_size: int = 0  # events in each; 0 = 4096, but 128 on a CPU
+    micro_batch_size: int = 0  # events at once; 0 = what suits the device
     device: utils.Device = "auto"  # auto: a GPU if there is one
-    dtype: utils.Dtype = "auto"  # of our step
+    dtype: utils.Dtype = "auto"  # of both steps
     compile: bool = False  # torch.compile our step
 
 def make_training(config, name, is_plain):
     """Return a function(round) that trains a step, and its number of events."""
-    device, dtype, _ = utils.init_distributed(config)
-    meta, geometry = data.read_folder(config.data_dir)
+    device, dtype, autocast = utils.init_distributed(config)
+    meta, _ = data.read_folder(config.data_dir)
     split = data.open_split(config.data_dir, "pretrain")
-    run = TrainConfig(**DEMO_SIZE if name == "demo" else {})
+    options = runpy.run_path(f"sample_config/{'demo' if name == 'demo' else 'base'}.py")
+    run = TrainConfig(**{key: value for key, value in options.items() if key[0] != "_"})
     run.batch_size = config.batch_size or (4096 if device.type == "cuda" else 128)
-    run.micro_batch_size = data.fitting_micro_batch_size(run, device, meta)
+    fitting = data.fitting_micro_batch_size(run, device, meta)
+    run.micro_batch_size = config.micro_batch_size or fitting
 
     def load(step):
         index, epoch = data.step_events(step, run.batch_size, len(split.events), seed=0)
         if not is_plain:
             return masked_batches(split, index, epoch, run, seed=0)
         parts = np.array_split(index, -(-len(index) // run.micro_batch_size))
-        return [plain_batch(split, part, run.mask_prob) for part in parts]
+        return [plain_batch(split, part, run) for part in parts]
     if name == "loader":
         return load, run.batch_size
-    model = PolarBERT(run, geometry).to(device)
+    model = PolarBERT(run, split.geometry).to(device)
     optimizers = make_optimizers(model, run)
     forward = torch.compile(model, dynamic=True) if config.compile else model
-    dtype = torch.float32 if is_plain else dtype
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     loader = data.prefetch(load, range(config.rounds + 1), device)  # new shapes
 
     def train(i):
         for batch in next(loader):
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            with autocast:
                 losses = plain_losses(model, batch) if is_plain else forward(batch)
             scaler.scale(total_loss(losses, run).sum() / run.batch_size).backward()
+        start = time.perf_counter()
         clip_and_step(model, optimizers, scaler, run.learning_rate, run.grad_clip)
         model.dom_head.bias[0].item()  # waits for the GPU
+        return time.perf_counter() - start
     return train, run.batch_size
 
-def plain_batch(split, index, mask_prob):
+def plain_batch(split, index, run):
     """Load, mask and pad one event after another -> a batch of B * L tokens."""
-    shape = len(index), int(split.events["length"].max()) + 1
+    events = split.events[index]
+    shape = len(index), int(events["length"].max()) + 1
     pulses, rng = np.zeros(shape, data.PULSE), np.random.default_rng(index[0])
     valid, is_masked = np.zeros((2, *shape), bool)
-    for i, event in enumerate(split.events[index]):
+    for i, event in enumerate(events):
         n = event["length"]
         row = pulses[i, 1:n + 1]  # after [CLS]
         row[:] = split.pulses[event["start"]:event["start"] + n]
-        is_masked[i, 1:n + 1] = (rng.random(n) < mask_prob) & ~row["aux"]
+        is_string = run.mask_unit == "string"
+        unit = split.geometry["string"][row["dom"]] if is_string else np.arange(n)
+        number = np.where(row["aux"], 2, rng.random(unit.max() + 1)[unit])
+        is_masked[i, 1:n + 1] = (number <= max(run.mask_prob, number.min())) & ~row["aux"]
         valid[i, :n + 1] = True
     batch = {name: pulses[name].ravel() for name in data.PULSE.names}
-    batch |= {"valid": valid, "is_masked": is_masked, "masked": np.flatnonzero(is_masked),
-              "dom": batch["dom"].astype(np.int64),
-              "total_charge": split.events["total_charge"][index],
+    batch |= {name: events[name].copy() for name in ("total_charge", "line_fit")}
+    batch |= {"valid": valid, "masked": np.flatnonzero(is_masked),
+              "masked_event": is_masked.nonzero()[0], "dom": batch["dom"].astype(int),
               "cu_seqlens": shape[1] * np.arange(len(index) + 1, dtype=np.int32)}
     return {name: torch.from_numpy(x) for name, x in batch.items()}
 
 def plain_losses(model, batch):
     """Return what PolarBERT.forward returns, from padded events."""
-    valid, is_masked = batch["valid"], batch["is_masked"]  # (B, L)
+    valid, dtype = batch["valid"], model.dom_head.bias.dtype  # (B, L)
     rows = SimpleNamespace(valid=valid, pad=lambda x: x.view(*valid.shape, -1),
                            unpad=lambda x: x.flatten(0, 1))  # as model.Packing
     x = model.encoder.embedding(batch)
     for block in model.encoder.blocks:
+        block.mixer.can_flash = False  # it has no mask
         x = block(x, rows)
     x = model.encoder.final_norm(x)
-    loss = F.cross_entropy(model.dom_head(x), batch["dom"], reduction="none")
-    loss = (loss.view_as(is_masked) * is_masked).sum(1)
-    charge = model.cls_heads["charge"](rows.pad(x)[:, 0])[:, 0]
-    return {"dom": loss / is_masked.sum(1).clamp(min=1),
-            "charge": (charge - batch["total_charge"].log10()).square()}
+    logits = model.dom_head(x[batch["masked"]]).to(dtype)
+    losses = {name: cls_loss(name, head(rows.pad(x)[:, 0]).to(dtype), batch)[0]
+              for name, head in model.cls_heads.items()}
+    return {"dom": model.dom_loss(logits, batch), **losses}
 
 def make_preparing(config, name, is_plain):
     """Return a function(round) that packs made-up events like Kaggle's, and B."""
@@ -130,17 +135,18 @@ def main():
         make = make_preparing if name == "prepare" else make_training
         functions = {who: make(config, name, is_plain=who == "baseline")
                      for who in ("baseline", "ours")}
-        rates = {"baseline": [], "ours": []}  # [events/s]
+        rates, waits = ({"baseline": [], "ours": []} for _ in range(2))  # [events/s], [s]
         for i in range(config.rounds + 1):
             for who, (function, n_events) in functions.items():
                 start = time.perf_counter()
-                function(i)
+                waits[who].append(function(i))
                 rates[who].append(n_events / (time.perf_counter() - start))
         for who, rate in rates.items():
             low, middle, high = np.quantile(rate[1:], (0, 0.5, 1))  # 0 is to warm up
             ratio = np.median(np.divide(rate, rates["baseline"])[1:])
+            wait = np.median(waits[who]) if name in ("base", "demo") else 0  # optimizer
             print(f"{name:<8}{who:<9}{middle:9,.0f} events/s ({low:,.0f} to {high:,.0f})"
-                  f"{ratio:7.2f} x", flush=True)
+                  f"{ratio:7.2f} x", f"  optimizer {1e3 * wait:.1f} ms" if wait else "", flush=True)
 
 if __name__ == "__main__":
     utils.run_main(main)

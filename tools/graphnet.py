@@ -3,8 +3,7 @@
     python -m tools.graphnet    # NuBench, unpacked into data/nubench_db
     python -m tools.graphnet --pulsemap=SplitInIcePulses --truth=truth --selections="{}"
 
-Prints the next command. 500,000 pulses per second. A pulse without a charge
-is 1 p.e.; aux is by the column hlc, or by local coincidence.
+A pulse without a charge is 1 p.e.; aux is by hlc, or local coincidence.
 """
 import sqlite3
 from dataclasses import dataclass, field

@@ -3,8 +3,7 @@
     python -m tools.import_published --checkpoint=weights.pth --out=out/published.pt
     python finetune.py sample_config/finetune.py --pretrained=out/published.pt
 
-Reads a state_dict (.pth) or Lightning's file (.ckpt). The logits stay the
-same. Models with muP are not supported.
+Reads a state_dict (.pth) or Lightning's file (.ckpt), without muP.
 """
 import utils  # first: it sets how torch's threads wait
 

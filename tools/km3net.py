@@ -3,10 +3,8 @@
     pip install km3net-testdata h5py    # 650 events in ARCA, MIT licence
     python -m tools.km3net              # 10 s
 
-Prints what was written and the next command. A random half of the events
-is `val`; split_seed draws it.
-Hits of a DOM within merge_window are one pulse; aux: none of them triggered
-KM3NeT. An event may have no HLC pulse: local coincidence is not applied.
+A random half of the events is `val`; split_seed draws it.
+Hits of a DOM within merge_window are one pulse; aux: none triggered KM3NeT.
 """
 from dataclasses import dataclass
 from importlib.resources import files

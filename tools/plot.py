@@ -4,8 +4,7 @@
     python -m tools.plot --what=event --event=69 --runs=out/demo,out/demo_finetune
     python -m tools.plot --what=sweep --results=out/sweep_labels/results.csv
 
-Writes out/<what>.png. An event is drawn with masked DOMs and what a
-pretraining run guesses, and with the direction that a fine-tuning run finds.
+Writes out/<what>.png.
 """
 import utils  # first: it sets how torch's threads wait
 
@@ -137,7 +136,7 @@ def draw_event(config, runs):
     azimuth, zenith = event["azimuth"], event["zenith"]
     truth = unit_vector(torch.tensor(azimuth), torch.tensor(zenith))
     has_truth = np.isfinite(azimuth)
-    axis.view_init(elev=12, azim=np.nan_to_num(np.degrees(azimuth)) + 90)  # from the side
+    axis.view_init(elev=12, azim=np.nan_to_num(np.degrees(azimuth)) + 90)
     if has_truth:
         label = "true direction (dot: source)"
         draw_direction(axis, center, 0.75 * reach * truth, label, color=COLORS[1])
