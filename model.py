@@ -239,7 +239,7 @@ class Encoder(nn.Module):
         x = self.embedding(batch)
         packing = Packing(batch["cu_seqlens"], batch["max_seqlen"], x.shape[0])
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            packing.n_extra = -x.shape[0] % 256  # oneDNN compiles for each new size: few sizes
+            packing.n_extra = -x.shape[0] % 128  # oneDNN compiles for each new size: few sizes
             x = F.pad(x, (0, 0, 0, packing.n_extra))
         for block in self.blocks:
             x = block(x, packing)
