@@ -143,7 +143,7 @@ def epoch_order(n_events, seed, epoch):
     rng = np.random.default_rng([seed, epoch])
     shift = int(rng.integers(n_events))
     groups = rng.permutation(n_events // GROUP_SIZE)
-    return np.append(groups, n_events // GROUP_SIZE).astype(np.uint32), shift  # the rest is last
+    return np.append(groups, n_events // GROUP_SIZE).astype(np.uint32), shift  # rest last
 
 def shard(n):
     """Return which of n things this rank works on: neighbours."""
@@ -170,7 +170,7 @@ def read_events(split, index):
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio
 
 def uniform_hash(seed, key, place, counts=1):
-    """Return numbers in [0, 1) that depend on (seed, key, place) alone, float64.
+    """Return numbers in [0, 1) that depend on (seed, key, place) alone.
 
     key and place are integer arrays; key i belongs to the next counts[i] places. A hash
     (splitmix64, Steele et al. 2014): the same in any batch, on any rank.

@@ -4,8 +4,7 @@
     python evaluate.py --checkpoint=out/demo_finetune/best.pt --split=test --predictions=test.csv
     python evaluate.py --checkpoint=out/demo/ckpt.pt --embeddings=cls.parquet
 
-Prints scores of all events and in bins, with errors, next to those of a line
-fit and of one guess for all. Writes evaluation_<split>.json next to the checkpoint.
+Prints scores in bins, writes evaluation_<split>.json next to the checkpoint.
 """
 import utils  # before torch, which reads OMP_WAIT_POLICY when it loads
 
@@ -29,6 +28,7 @@ class EvaluateConfig:
     split: str = ""  # "" = val_split of the checkpoint
     n_events: int = 0  # use the first N events; 0 = all
     predictions: str = ""  # .csv as Kaggle wants it, .parquet with the truth
+    suffix: str = ""  # of their columns: _pred for NuBench
     embeddings: str = ""  # .parquet file for the [CLS] vectors
     batch_size: int = 1024  # events at a time, over all ranks
     micro_batch_size: int = 0  # events at once; 0 = what suits the device
@@ -58,12 +58,10 @@ def predict(model, split, config, autocast, wants_cls=False):
     device = next(model.parameters()).device
     n_events, labels = len(split.events), TASKS[config.task][0] if hasattr(config, "task") else ()
     starts = range(0, n_events, config.batch_size)
-
     def load(start):
         mine = start + data.shard(min(config.batch_size, n_events - start))
         return [] if len(mine) == 0 else data.micro_batches(
             *data.read_events(split, mine), config.micro_batch_size, labels)
-
     for start, batches in zip(starts, data.prefetch(load, starts, device)):
         parts = []
         for batch in batches:
@@ -186,17 +184,18 @@ def prediction_table(events, x, config, run):
     if run.task == "direction":
         kappa = np.linalg.norm(x, axis=1)
         direction = x / np.maximum(kappa, 1e-12)[:, None]
-        azimuth = np.arctan2(x[:, 1], x[:, 0]) % (2 * np.pi)
-        azimuth[azimuth >= 2 * np.pi] = 0.0  # a tiny negative angle plus 2 pi rounds up
+        azimuth = np.arctan2(x[:, 1], x[:, 0]) % (2 * np.pi) % (2 * np.pi)
         columns |= {"azimuth": azimuth, "zenith": np.arccos(np.clip(direction[:, 2], -1, 1))}
-        extra = dict(zip("xyz", direction.T))
+        extra = {f"dir_{axis}": part for axis, part in zip("xyz", direction.T)}
         extra |= {"kappa": kappa} if "vmf" in run.direction_loss else {}
     elif run.task == "energy":
         columns["energy"] = 10.0 ** (x[:, 0] + 4)  # [GeV]
     else:
         columns["p_track"] = 1 / (1 + np.exp(-x[:, 0]))
     if not config.predictions.endswith(".csv"):
-        columns |= extra | {"n_pulses": events["n_pulses"].copy()}
+        columns |= extra
+        columns = {x + config.suffix * (x != "event_id"): columns[x] for x in columns}
+        columns |= {"n_pulses": events["n_pulses"].copy()}
         columns |= {f"true_{name}": events[name].copy()
                     for name in ("azimuth", "zenith", "energy", "event_class")}
     return pa.table(columns)
@@ -213,8 +212,6 @@ def evaluate_checkpoint(config, device, autocast):
     split = data.open_split(run.data_dir, run.val_split, config.n_events)
     if task is None and (config.predictions or not config.embeddings):
         utils.fail(f"{config.checkpoint}: a pretrained model can only write --embeddings")
-    if config.predictions and config.predictions == config.embeddings:
-        utils.fail(f"predictions and embeddings are both {config.predictions!r}")
     run.batch_size = config.batch_size
     run.micro_batch_size = config.micro_batch_size or data.fitting_micro_batch_size(
         run, device, checkpoint["data"])
@@ -240,15 +237,18 @@ def report(x, events, path, run, checkpoint):
     scores = task_scores(x, events, run.task)
     rows = evaluation_table(scores, events, run.task)
     print_table(rows)
-    content = {"checkpoint": path, "step": checkpoint["step"], "task": run.task,
-               "pretrained": run.pretrained, "n_train": checkpoint["data"]["n_train"],
-               "data_dir": run.data_dir, "split": run.val_split, "rows": rows}
+    content = {"checkpoint": path, "step": checkpoint["step"], "split": run.val_split,
+               "n_train": checkpoint["data"]["n_train"], "rows": rows}
     if run.task == "direction" and "vmf" in run.direction_loss:
         content["calibration"] = {level: float((scores["quantile"] < level).mean())
                                   for level in (0.1, 0.25, 0.5, 0.75, 0.9)}
         print("calibration (level: share of events inside):", content["calibration"])
-    cells = [f"{name} {x:.4f}" for name, x in rows[0].items() if isinstance(x, float)]
-    print(f"{path} | {content['n_train']:,} labels | {', '.join(cells)}")
+    text = ", ".join(f"{name} {x:.4f}" for name, x in rows[0].items() if isinstance(x, float))
+    if run.task == "direction":
+        x, y, z = (f"{rows[0][name]:.3f} rad ({np.degrees(rows[0][name]):.1f} deg)"
+                   for name in ("mean", "line_fit_mean", "guess_mean"))
+        text = f"mean error {x}; a line fit has {y}, one direction for all {z}"
+    print(f"{path}, {content['n_train']:,} labels: {text}")
     utils.write_json(Path(path).parent / f"evaluation_{run.val_split}.json", content)
 
 def main():

@@ -68,7 +68,7 @@ class FinetuneConfig(ModelConfig):
     seed: int = 0  # of the weights and the order of events
     device: utils.Device = "auto"  # auto: a GPU if there is one
     dtype: utils.Dtype = "auto"  # auto: what is fast here
-    compile: bool = False  # 1.4 times as fast on a GPU, not on a CPU
+    compile: bool = False  # faster on a GPU, not on a CPU
     wandb_project: str = ""  # log to Weights & Biases too
 
     def check(self):
@@ -289,6 +289,7 @@ def main():
             row["bad_steps"] = int(n_bad_steps.item())
             seconds = (time.perf_counter() - start_time) / n_timed
             row["events_per_s"] = config.batch_size / seconds
+            row["eta_s"] = (config.max_steps - step) * seconds
             start_time, n_timed = time.perf_counter(), 0
             text = " ".join(f"{name} {x:.4g}" for name, x in row.items() if name[:4] != "val_")
             utils.print0(f"step {step}/{config.max_steps} | {text}")

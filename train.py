@@ -1,7 +1,6 @@
 """Stage 2: pretraining without labels: masked DOMs, and summaries of the event.
 
     python train.py sample_config/demo.py  # a small model, toy events
-    python train.py sample_config/demo.py --mask_prob=0.5 --out_dir=out/mask50
     torchrun --nproc_per_node=8 train.py config/base.py    # 8 GPUs
     # cool down from a kept checkpoint
     python train.py config/base.py --init_from=out/base/ckpt_20000.pt \\
@@ -71,7 +70,7 @@ class TrainConfig(ModelConfig):
     seed: int = 0  # of the weights, the order of events and the masks
     device: utils.Device = "auto"  # auto: a GPU if there is one
     dtype: utils.Dtype = "auto"  # auto: what is fast here
-    compile: bool = False  # 1.4 times as fast on a GPU, not on a CPU
+    compile: bool = False  # faster on a GPU, not on a CPU
     wandb_project: str = ""  # log to Weights & Biases too
 
 # ---- data, loss, evaluation ---------------------------------------------------------------------
@@ -253,7 +252,8 @@ def main():
         if last_step or (step % config.eval_interval == 0 and not stop_requested):
             row |= evaluate(raw_model, val_data, config, autocast)
             text = " ".join(f"{name} {x:.4g}" for name, x in row.items())
-            utils.print0(f"eval {step}/{config.max_steps} | {text}")
+            guess = f"guessing: {math.log(len(geometry)):.4g}"
+            utils.print0(f"eval {step}/{config.max_steps} | {text} | {guess}")
             if not math.isfinite(row["val_loss"]):
                 if step == start_step:  # no step can have caused it
                     utils.fail(f"val_loss is not finite before the first step: look for NaN in "
@@ -305,10 +305,10 @@ def main():
             means = dict(zip(shares, utils.all_reduce_sum(step_losses)))
             row |= {"lr": lr, "loss": total_loss(means, config)}
             row |= {f"{name}_loss": mean for name, mean in means.items()}
-            row["grad_norm"] = grad_norm.item()
-            row["bad_steps"] = int(n_bad_steps.item())
+            row |= {"grad_norm": grad_norm.item(), "bad_steps": int(n_bad_steps.item())}
             seconds = (time.perf_counter() - start_time) / n_timed
             row["events_per_s"] = config.batch_size / seconds
+            row["eta_s"] = (config.max_steps - step) * seconds
             if device.type == "cuda":  # share of its peak
                 row["mfu"] = training_flops(raw_model, batches) / seconds / peak_flops(device)
             start_time, n_timed = time.perf_counter(), 0

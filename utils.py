@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 import threading
+import time
 import weakref
 import zipfile
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
@@ -20,7 +21,6 @@ from typing import Literal, get_args
 
 # torch reads them when it loads: else 4 times slower on a shared machine; huge pages, 1.15 times
 os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "THP_MEM_ALLOC_ENABLE": "1"} | os.environ
-
 from tqdm import tqdm
 
 RANK = int(os.environ.get("RANK", 0))
@@ -93,9 +93,8 @@ def load_config(cls, doc: str = "", args: list | None = None):
         config.out_dir = "out/" + ("+".join(files) or Path(sys.argv[0]).stem)
     if hasattr(config, "check"):
         config.check()
-    for name in defaults:
-        if getattr(config, name) != defaults[name]:
-            print0(f"option {name} = {getattr(config, name)!r}")
+    changed = [f"{name} = {x!r}" for name, x in vars(config).items() if defaults.get(name, x) != x]
+    print0(f"options: {', '.join(changed) or 'the defaults'}")
     return config
 
 def to_type(key, value, kind, where):
@@ -279,8 +278,7 @@ def match_options(config, checkpoint, model_class, data_id, path, resume):
 
 def start_log(config, start_step):
     """Write config.json, keep log.csv's rows before start_step -> log(row)."""
-    text = json.dumps(dataclasses.asdict(config), indent=1)
-    write_atomic(f"{config.out_dir}/config.json", lambda part: part.write_text(text))
+    write_json(f"{config.out_dir}/config.json", dataclasses.asdict(config))
     path, rows, wandb_run = Path(config.out_dir) / "log.csv", [], None
     if start_step and path.exists():
         rows = [row for row in csv.DictReader(path.open()) if int(row["step"]) < start_step]
@@ -288,7 +286,9 @@ def start_log(config, start_step):
         import wandb
         wandb_run = wandb.init(project=config.wandb_project, group=config.out_dir,
                                config=dataclasses.asdict(config))
+    begin = time.perf_counter() - float(rows[-1].get("seconds") or 0 if rows else 0)
     def log(row):
+        row["seconds"] = round(time.perf_counter() - begin, 1)
         rows.append({name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()})
         columns = dict.fromkeys(name for row in rows for name in row)
         lines = [",".join(str(row.get(name, "")) for name in columns) for row in rows]
