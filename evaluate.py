@@ -43,8 +43,8 @@ def load_model(path, data_dir=""):
     run = SimpleNamespace(**checkpoint["config"])
     run.data_dir = data_dir or run.data_dir
     meta, geometry = data.read_folder(run.data_dir)
-    if (old := checkpoint["data"]).get("fingerprint") != meta["fingerprint"]:
-        utils.print0(f"warning: {path}: of other data, rule {old['rule']}, here {meta['rule']}")
+    if (rule := checkpoint["data"]["rule"]) != meta["rule"]:
+        utils.print0(f"warning: {path}: of other data, rule {rule}, here {meta['rule']}")
     model = (Reconstructor if hasattr(run, "task") else PolarBERT)(run, geometry)
     model.load_state_dict(weights_for_detector(checkpoint["model"], geometry, path))
     return model, run, checkpoint

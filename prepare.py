@@ -79,7 +79,7 @@ def read_columns(path, names, optional=()):
         fail(f"{path}: {name} cannot be read after row {row}: {str(error).splitlines()[0]}")
 
 def table_to_events(path, row, table, before):
-    """Turn rows of a meta table into EVENT records; before: batch_id, last pulse."""
+    """Turn rows of a meta table into EVENT records."""
     batch_id, _, first, last = (table[name] for name in META)
     events = np.zeros(len(first), EVENT)
     for name in ("event_id", *LABELS, *EXTRA):

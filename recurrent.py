@@ -59,7 +59,7 @@ class Mamba(nn.Module):
         with torch.autocast(x.device.type, enabled=False):  # products of up to L decay factors
             x, b, c = (part.to(self.log_a.dtype) for part in xbc.split(self.sizes[1:4], dim=-1))
             x = x.unflatten(-1, (H, -1))  # (B, L, H, P)
-            dt = F.softplus(dt.to(self.log_a.dtype) + self.dt_bias) * valid[..., None]  # (B, L, H)
+            dt = F.softplus(dt.to(self.log_a.dtype) + self.dt_bias) * valid[..., None]
             y = state_space(x * dt[..., None], -self.log_a.exp() * dt, b, c)
             y = y + self.skip[:, None] * x
         return self.out(self.norm(y.flatten(2) * F.silu(gate)))

@@ -71,7 +71,7 @@ def make_training(config, name, is_plain):
     return train, run.batch_size
 
 def plain_batch(split, index, run):
-    """Load, mask and pad one event after another -> a batch of B * L tokens."""
+    """Load, mask and pad events one by one -> a batch of B * L tokens."""
     events = split.events[index]
     shape = len(index), int(events["length"].max()) + 1
     pulses, rng = np.zeros(shape, data.PULSE), np.random.default_rng(index[0])
@@ -108,7 +108,7 @@ def plain_losses(model, batch):
     return {"dom": model.dom_loss(logits, batch), **losses}
 
 def make_preparing(config, name, is_plain):
-    """Return a function(round) that packs made-up events like Kaggle's, and B."""
+    """Return a function(round) that packs made-up events, and B."""
     B, rng = config.batch_size or 4096, np.random.default_rng(0)
     n = rng.lognormal(np.log(62), 1.4, B).clip(15).astype(np.int64)
     end, P = n.cumsum(), n.sum()

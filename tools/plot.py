@@ -1,10 +1,8 @@
-"""Draw runs, one event, or a sweep. Needs: pip install matplotlib.
+"""Draw runs, one event, or a sweep to out/<what>.png. Needs: pip install matplotlib.
 
     python -m tools.plot --what=curves --runs=out/demo,out/demo+gru
     python -m tools.plot --what=event --event=69 --runs=out/demo,out/demo_finetune
     python -m tools.plot --what=sweep --results=out/sweep_labels/results.csv
-
-Writes out/<what>.png.
 """
 import utils  # first: it sets how torch's threads wait
 
@@ -38,7 +36,7 @@ class PlotConfig:
     x: Literal["number", "learning_rate"] = "number"  # sweep: number in variant/number
     y: str = ""  # column to draw; "" = the loss, or the metric
     lines: str = ""  # sweep: only these
-    level: float = 0.0  # sweep: a dashed line
+    level: float = 0.0  # sweep: a dashed line, the line fit
     out: str = ""  # .png to write; "" = out/<what>.png
 
 def read_log(run):
@@ -49,7 +47,7 @@ def read_log(run):
     return {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
 
 def draw_curves(config, runs):
-    """Draw training as a line, evaluations as dots, the learning rate below."""
+    """Draw training, evaluations, the learning rate below."""
     logs = [read_log(run) for run in runs]
     y = config.y or ("dom_loss" if all("dom_loss" in log for log in logs) else "loss")
     figure, (above, below) = plt.subplots(2, sharex=True, height_ratios=(3, 1))
@@ -91,7 +89,7 @@ def sweep_lines(rows, x, y):
     return lines, names
 
 def draw_sweep(config, runs):
-    """Draw mean and standard deviation over seeds; not if one diverged."""
+    """Draw mean and deviation over seeds; not if one diverged."""
     rows = read_csv(config.results)
     if not rows:
         utils.fail(f"{config.results}: no rows; is it of tools.sweep?")
@@ -105,20 +103,21 @@ def draw_sweep(config, runs):
         mean = [np.mean(seeds) for seeds in values]
         spread = [np.std(seeds, ddof=1) if len(seeds) > 1 else np.nan for seeds in values]
         axis.errorbar(x, mean, spread, marker="o", capsize=3, color=color,
-                      linestyle="none" if names else "-", label=line)
+                      linestyle="none" if names else "-")
+        axis.annotate(line, (x[0], mean[0]), (6, 9), textcoords="offset points", color=color)
     if not names:
         axis.set_xscale("log")
-        axis.legend()
-    axis.axhline(config.level or np.nan, color="0.55", linestyle="--")
     x = sorted(set().union(*lines.values()))
+    axis.axhline(config.level or np.nan, color="0.55", linestyle="--")
+    axis.text(x[-1], config.level or np.nan, "line fit", ha="right", va="bottom", color="0.4")
     axis.set_xticks(x, labels=[names.get(at, f"{at:,g}") for at in x])
     axis.minorticks_off()
-    axis.set(xlabel="" if names else config.x, ylabel=y)
+    axis.set(xlabel="" if names else config.x.replace("number", "labels"), ylabel=y)
     return figure
 
 @torch.no_grad()
 def draw_event(config, runs):
-    """Draw the detector in 3-D, an event's pulses, what models make of it."""
+    """Draw an event's pulses, and what models make of it."""
     split = data.open_split(config.data_dir, config.split)
     events, pulses = data.read_events(split, np.array([config.event]))
     event, aux, position = events[0], pulses["aux"], split.geometry["position"]
@@ -126,7 +125,6 @@ def draw_event(config, runs):
     center = place[aux == aux.min()].mean(0)  # of the HLC pulses, if any
     reach = 1.05 * np.abs(position).max()  # [m]
     strings = split.geometry["string"]
-    mask = data.draw_mask(events, pulses, strings, np.zeros(1, int), 0.25, "pulse", 0)
     figure, axis = plt.subplots(figsize=(8.5, 7.5), subplot_kw={"projection": "3d"})
     for string in np.unique(strings):  # from its highest DOM to its lowest
         doms = position[strings == string]
@@ -141,14 +139,17 @@ def draw_event(config, runs):
         label = "true direction (dot: source)"
         draw_direction(axis, center, 0.75 * reach * truth, label, color=COLORS[1])
     for run in runs:
-        model, options, _ = load_model(f"{run}/best.pt", config.data_dir)
+        path = run if str(run).endswith(".pt") else f"{run}/best.pt"
+        model, options, _ = load_model(path, config.data_dir)
         if not hasattr(options, "task"):
+            mask = data.draw_mask(events, pulses, strings, 0 * events["start"], 0.25,
+                                  options.mask_unit, 0)
             batch, = data.micro_batches(events, pulses, 1, mask=mask)
             logits, _ = model.predict(batch)  # (M, V)
             draw_guesses(axis, pulses["dom"][mask], logits.argmax(-1).numpy(), position)
         elif options.task == "direction":
             batch, = data.micro_batches(events, pulses, 1)
-            direction, label = F.normalize(model(batch)[0], dim=0), Path(run).name
+            direction, label = F.normalize(model(batch)[0], dim=0), Path(run).stem
             if has_truth:
                 error = np.degrees(angular_error(direction, truth).item())
                 label += f", off by {error:.0f} deg"
@@ -156,31 +157,30 @@ def draw_event(config, runs):
                            color=COLORS[0], linestyle="--")
     axis.set(xlabel="x [m]", ylabel="y [m]", zlabel="z [m]", xlim=(-reach, reach),
              ylim=(-reach, reach), zlim=(-reach, reach), box_aspect=(1, 1, 1))
-    axis.set_title(f"event {event['event_id']}: {event['n_pulses']:,} pulses, "
-                   f"{event['total_charge']:.0f} p.e.")
+    axis.set_title(f"event {event['event_id']}: {len(pulses)} of {event['n_pulses']:,} pulses")
     axis.locator_params(nbins=3)
     axis.grid(False)
     axis.legend(loc="upper left", fontsize=8)
     return figure
 
 def draw_pulses(axis, pulses, place):
-    """Draw HLC pulses as dots, coloured by time, others as crosses -> the dots."""
+    """Draw HLC pulses as dots, others as crosses -> the dots."""
     aux, time = pulses["aux"], pulses["time"]
     size = 14 * (1 + np.log10(np.maximum(pulses["charge"], 0.1) / 0.1)) ** 1.5
-    axis.scatter(*place[aux].T, c="0.35", s=12, marker="x", label="aux")
+    axis.scatter(*place[aux].T, c="0.35", s=12, marker="x", label="aux"[:3 * aux.sum()])
     # a few stray pulses would stretch the scale
     early, late = np.percentile(time[aux == aux.min()], (2, 98))
     return axis.scatter(*place[~aux].T, c=time[~aux], s=size[~aux], cmap="plasma",
                         linewidths=0, vmin=early, vmax=max(late, early + 1))
 
 def draw_direction(axis, center, towards, label, **kwargs):
-    """Draw a line along towards (3,) [m], a dot at the end of the source."""
+    """Draw a line along towards (3,) [m], a dot at its end."""
     ends = np.stack([center - towards.numpy(), center + towards.numpy()])
     axis.plot(*ends.T, linewidth=2, label=label, **kwargs)
     axis.plot(*ends[1:].T, marker="o", color=kwargs["color"])
 
 def draw_guesses(axis, dom, guess, position):
-    """Circle masked DOMs (M,); draw a line from each to the best guess."""
+    """Circle masked DOMs (M,); draw a line to each best guess."""
     style = {"color": COLORS[2], "linewidth": 0.8}
     for ends in zip(position[dom], position[guess]):
         axis.plot(*np.stack(ends).T, **style)
@@ -190,7 +190,7 @@ def draw_guesses(axis, dom, guess, position):
 
 def main():
     config = utils.load_config(PlotConfig, __doc__)
-    matplotlib.use("Agg")  # no window is needed
+    matplotlib.use("Agg")
     plt.rcParams.update({"axes.grid": True, "figure.constrained_layout.use": True})
     draw = {"curves": draw_curves, "event": draw_event, "sweep": draw_sweep}
     figure = draw[config.what](config, config.runs.split(","))
