@@ -170,7 +170,7 @@ def progress_bar(total, unit, initial=0):
     return tqdm(total=total, unit=unit, initial=initial, disable=None)  # None: not in a log
 
 def run_in_workers(function, jobs, workers, done):
-    """Call function(*job) in `workers` processes, and done(result) here as each ends.
+    """Call function(*job) in `workers` processes, and done(result) here.
 
     A job must be small: python 3.11.2 hangs at Ctrl-C if one fills the pipe to the workers.
     """
@@ -217,8 +217,7 @@ def init_distributed(config):
         torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients, pytorch issue 196678
     device = torch.device(name)
     if WORLD_SIZE > 1:
-        # gloo adds numbers on the CPU without waiting for the GPU, nccl adds the gradients
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # gloo: numbers
         # restarted ranks must not find the addresses of those that died (one machine)
         store, *_ = next(torch.distributed.rendezvous("env://"))
         if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
@@ -236,7 +235,7 @@ def init_distributed(config):
     return device, dtype, torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 def all_reduce_sum(values) -> list:
-    """Sum numbers, or a tensor (n,), over all ranks. Waits for the tensor's GPU."""
+    """Sum numbers or a tensor (n,) over all ranks. Waits for its GPU."""
     import torch
     total = torch.as_tensor(values).cpu().double()
     if WORLD_SIZE > 1:
@@ -278,7 +277,8 @@ def match_options(config, checkpoint, model_class, data_id, path, resume):
 
 def start_log(config, start_step):
     """Write config.json, keep log.csv's rows before start_step -> log(row)."""
-    write_json(f"{config.out_dir}/config.json", dataclasses.asdict(config))
+    text = json.dumps(dataclasses.asdict(config), indent=1)
+    write_atomic(f"{config.out_dir}/config.json", lambda part: part.write_text(text))
     path, rows, wandb_run = Path(config.out_dir) / "log.csv", [], None
     if start_step and path.exists():
         rows = [row for row in csv.DictReader(path.open()) if int(row["step"]) < start_step]

@@ -277,13 +277,6 @@ def test_weight_decay_spares_biases_norms_and_embeddings(options):
         is_matrix = "weight" in name and "norm" not in name and "dom_table" not in name
         assert (id(x) in blocks | others, id(x) in kept) == (is_matrix, not is_matrix), name
 
-def test_mup_at_its_base_width_changes_nothing():
-    plain, mup, (batch,) = make(), make(mup_base_width=32), one_batch([10, 20])
-    assert all(equal(a, b) for a, b in zip(plain.parameters(), mup.parameters()))
-    assert equal(plain.predict(batch)[0], mup.predict(batch)[0])
-    for a, b in zip(parameter_groups(plain, 0.1), parameter_groups(mup, 0.1)):
-        assert (a["weight_decay"], a["lr_scale"]) == (b["weight_decay"], b["lr_scale"])
-
 def coordinates(width, **options):
     """Train 20 steps -> spread of attention logits and outputs, and of their change (4, 2)."""
     batches = [one_batch([30, 30, 30], seed=seed)[0] for seed in range(2)]

@@ -141,19 +141,6 @@ def test_any_detector_is_simulated(tmp_path):
     assert 80 < len(np.unique(pulses["sensor_id"][~pulses["auxiliary"]])) <= 95
     assert "geometry was" in user_error("simulate.py", *args)
 
-@pytest.mark.parametrize("position, words", [
-    (POSITION / 1000, "g.csv: needs m"),
-    (POSITION - [0, 0, 1948], "g.csv: needs m"),
-    (np.tile(POSITION, (7, 1)), "at most 32,767 DOMs"),
-    ([(37 * i % 101, i, -17 * (i % 10)) for i in range(60)], "0 of 38528 neutrinos triggered")])
-def test_bad_geometry_is_refused(tmp_path, position, words):
-    """In km; from the surface; more DOMs than int16 holds; each DOM a string of its own."""
-    table = np.column_stack([np.arange(len(position)), position])
-    np.savetxt(tmp_path / "g.csv", table, "%g", ",", header=HEADER, comments="")
-    args = [f"--geometry={tmp_path}/g.csv", f"--out_dir={tmp_path}/raw", *SMALL]
-    assert words in user_error("simulate.py", *args, how=run)
-    assert not (tmp_path / "raw/train").exists()
-
 # ---- physics ------------------------------------------------------------------------------------
 
 def test_tracks_point_to_their_source_as_well_as_real_ones(events):

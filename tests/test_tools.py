@@ -120,18 +120,6 @@ def test_sweeps_at_the_same_time_lose_no_row(tmp_path, monkeypatch):
         [*pool.map(lambda x: sweep.run_missing(config, x, "1", "1,2,3,4", "report"), "abcdef")]
     assert len(sweep.read_csv(tmp_path / "results.csv")) == 24
 
-@pytest.mark.parametrize("base, key", [("--data_dir={}", "data_fingerprint"),
-                                       ("--init_from={}/meta.json", "init_from_crc")])
-def test_files_that_change_during_a_sweep_end_it(tmp_path, monkeypatch, base, key):
-    meta, base = write_folder(tmp_path / "data") / "meta.json", base.format(tmp_path / "data")
-    new = json.loads(meta.read_text()) | {"seed": 1}
-    text = json.dumps(new | {"fingerprint": data.fingerprint(new)})
-    monkeypatch.setattr("subprocess.run", lambda *a, **_: (
-        meta.write_text(text) and sweep.subprocess.CompletedProcess(a, 3)))
-    line = user_error("tools/sweep.py", f"--base={base}", f"--out_dir={tmp_path}")
-    row, = sweep.read_csv(tmp_path / "results.csv")
-    assert f"base ran with {key} = {row.get(key, '')}" in line
-
 def test_a_run_that_fails_ends_the_sweep_in_one_line(demo_data, tmp_path):
     args = [f"--base=--data_dir={demo_data}", "--rates=0.001", f"--out_dir={tmp_path}"]
     line = user_error("tools/sweep.py", *args, "--variants={'a': '--val_split=nowhere'}")

@@ -15,7 +15,8 @@ python finetune.py sample_config/demo_finetune.py --data_dir=data/study --dtype=
 python simulate.py --out_dir=data/toy_raw --n_events=200 --events_per_batch=200 --n_test_events=0 --seed=3
 python prepare.py --input_dir=data/toy_raw --data_dir=data/toy --max_pulses=64 --keep=brightest \
     "--splits={'val': (1, 1)}"
-cp data/toy/*.bin data/toy/meta.json assets/toy
+cp data/toy/*.bin assets/toy
+sed 's|"input_dir": .*|"input_dir": "",|' data/toy/meta.json > assets/toy/meta.json
 
 # weights alone: no optimizer, and where the 200 events are
 python - <<'END'
