@@ -19,6 +19,7 @@ from utils import RANK, WORLD_SIZE, fail, print0
 
 FORMAT_VERSION = 3
 MAX_DOMS = 65_535  # ids are uint16, and one number is left for MASK
+GROUP_SIZE = 8  # neighbours stay together in the shuffle: 6 kB of the disk
 
 GEOMETRY = np.dtype([
     ("position", "<f4", (3,)),  # [m] from the middle of the detector
@@ -47,8 +48,6 @@ EVENT = np.dtype([
 ])  # 63 bytes
 
 DTYPES = [str(dtype.descr) for dtype in (GEOMETRY, PULSE, EVENT)]  # for meta.json
-
-GROUP_SIZE = 8  # neighbours stay together in the shuffle: 6 kB of the disk
 
 # ---- reading a data folder ----------------------------------------------------------------------
 
@@ -249,7 +248,8 @@ def fitting_micro_batch_size(config, device, meta):
     import torch
     if device.type != "cuda":
         return min(max(8192 // config.embedding_dim, 16), 128)
-    n_bytes = 50 * config.num_layers * config.embedding_dim * (meta["rule"]["max_pulses"] + 1)
+    n_bytes = 150 if config.backbone == "mamba" else 50  # per number
+    n_bytes *= config.num_layers * config.embedding_dim * (meta["rule"]["max_pulses"] + 1)
     return int(min(max(0.6 * torch.cuda.mem_get_info(device)[1] / n_bytes, 1), 4096))
 
 def prefetch(load, steps, device, depth=2):

@@ -28,7 +28,7 @@ class EvaluateConfig:
     split: str = ""  # "" = val_split of the checkpoint
     n_events: int = 0  # use the first N events; 0 = all
     predictions: str = ""  # .csv as Kaggle wants it, .parquet with the truth
-    suffix: str = ""  # of their columns: _pred for NuBench
+    suffix: str = ""  # of its columns: _pred for NuBench
     embeddings: str = ""  # .parquet file for the [CLS] vectors
     batch_size: int = 1024  # events at a time, over all ranks
     micro_batch_size: int = 0  # events at once; 0 = what suits the device

@@ -181,7 +181,7 @@ def padded_attention(qkv, packing, scale):
     mask = packing.valid[:, None, None, :]
     if q.device.type == "cpu" and q.dtype.itemsize == 2:
         q, k, v = q.float(), k.float(), v.float()  # bfloat16: 4 times slower
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast("cpu", enabled=False):  # it would cast back
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return packing.unpad(x.transpose(1, 2).to(qkv.dtype))
 
@@ -305,18 +305,18 @@ class PolarBERT(nn.Module):
         geometry = self.encoder.embedding.geometry
         if self.config.dom_loss == "ce":
             loss = F.cross_entropy(logits, dom, reduction="none")
-        else:
+        elif self.config.dom_loss == "emd":
             loss = earth_movers_distance(logits, dom, geometry)
         zeros = loss.new_zeros(len(batch["cu_seqlens"]) - 1)
         n_masked = zeros.index_add(0, event, torch.ones_like(loss))
         return zeros.index_add(0, event, loss) / n_masked.clamp(min=1)
 
-PEAK_FLOPS = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12}  # bfloat16
+PEAK = {"A100": 312, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989}  # bfloat16
 
 def peak_flops(device):
-    """Return a GPU's FLOPs per second, NaN if it is not in the table."""
+    """Return a GPU's FLOPs per second, 0 if unknown."""
     name = torch.cuda.get_device_name(device)
-    return next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), math.nan)
+    return 1e12 * next((peak for gpu, peak in PEAK.items() if gpu in name), 0)
 
 def training_flops(model, batches):
     """Return the FLOPs of matrix products, forward and backward."""

@@ -40,8 +40,8 @@ def make_optimizers(model, config):
         groups[0]["params"] = [p for p in groups[0]["params"] if p.ndim != 2]
         if config.mup_base_width:
             fail("mup_base_width carries over learning rates of optimizer = 'adamw' only")
-        muon = Muon(matrices, momentum=0.95, weight_decay=config.weight_decay)
-        optimizers = [muon] if matrices else []
+        if matrices:
+            optimizers = [Muon(matrices, momentum=0.95, weight_decay=config.weight_decay)]
     groups = [group for group in groups if group["params"]]
     betas = (config.beta1, config.beta2)
     adamw = torch.optim.AdamW(groups, config.learning_rate, betas, config.adam_eps, fused=True)
@@ -58,7 +58,7 @@ class Muon(torch.optim.Muon):
             for x in group["params"]:
                 if not self.state[x]:
                     self.state[x]["momentum_buffer"] = torch.zeros_like(x)
-            for shape in {x.shape: 0 for x in group["params"]}:  # fewer kernels
+            for shape in dict.fromkeys(x.shape for x in group["params"]):
                 matrices = [x for x in group["params"] if x.shape == shape]
                 buffers = [self.state[x]["momentum_buffer"] for x in matrices]
                 grad = torch.stack([x.grad for x in matrices]).where(good > 0, 0.0)

@@ -252,7 +252,7 @@ def main():
         if last_step or (step % config.eval_interval == 0 and not stop_requested):
             row |= evaluate(raw_model, val_data, config, autocast)
             text = " ".join(f"{name} {x:.4g}" for name, x in row.items())
-            guess = f"guessing: {math.log(len(geometry)):.4g}"
+            guess = f"guessing a DOM: {math.log(len(geometry)):.4g}"
             utils.print0(f"eval {step}/{config.max_steps} | {text} | {guess}")
             if not math.isfinite(row["val_loss"]):
                 if step == start_step:  # no step can have caused it
@@ -309,8 +309,8 @@ def main():
             seconds = (time.perf_counter() - start_time) / n_timed
             row["events_per_s"] = config.batch_size / seconds
             row["eta_s"] = (config.max_steps - step) * seconds
-            if device.type == "cuda":  # share of its peak
-                row["mfu"] = training_flops(raw_model, batches) / seconds / peak_flops(device)
+            if device.type == "cuda" and (peak := peak_flops(device)):
+                row["mfu"] = training_flops(raw_model, batches) / seconds / peak
             start_time, n_timed = time.perf_counter(), 0
             text = " ".join(f"{name} {x:.4g}" for name, x in row.items() if name[:4] != "val_")
             utils.print0(f"step {step}/{config.max_steps} | {text}")

@@ -44,10 +44,10 @@ def test_an_event_is_drawn_with_guesses_and_directions(plot, demo_data, pretrain
     mask = data.draw_mask(*data.read_events(split, np.array([3])), split.geometry["string"],
                           np.zeros(1, int), 0.25, "pulse", 0)
     assert f"of {mask.sum()} right" in legend and "masked DOM" in legend
-    assert "true direction" in legend and "off by" in legend
+    assert "truth" in legend and "off by" in legend
     config.split = "test"  # its directions are unknown
     legend = " | ".join(legend_of(plot.draw_event(config, [finetuned]).axes[0]))
-    assert "true direction" not in legend and "off by" not in legend
+    assert "truth" not in legend and "off by" not in legend
 
 def write_results(path, variants):
     """Write results.csv from {variant: {rate: [metric of seed 0, which tunes, 1, 2, ...]}}."""
@@ -66,7 +66,7 @@ def test_a_sweep_is_drawn_against_names_numbers_or_rates(plot, tmp_path):
                                    "a/2000": {0.1: [3, 3], 0.2: ["inf"]}})
     axis = plot.draw_sweep(config, []).axes[0]
     line, _, bars = axis.containers[0]
-    assert [text.get_text() for text in axis.texts[:-1]] == ["a", "b"]
+    assert [text.get_text() for text in axis.texts] == ["a", "b"]
     assert line.get_xdata().tolist() == [500, 2000] and line.get_ydata().tolist() == [5.1, 3]
     spread = np.ptp(bars[0].get_segments()[0][:, 1]) / 2
     assert spread == pytest.approx(np.std([5, 5.2], ddof=1))

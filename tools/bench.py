@@ -39,8 +39,8 @@ def make_training(config, name, is_plain):
     device, dtype, autocast = utils.init_distributed(config)
     meta, _ = data.read_folder(config.data_dir)
     split = data.open_split(config.data_dir, "pretrain")
-    options = runpy.run_path(f"sample_config/{'demo' if name == 'demo' else 'base'}.py")
-    run = TrainConfig(**{key: value for key, value in options.items() if key[0] != "_"})
+    options = runpy.run_path(f"sample_config/{name if name == 'demo' else 'base'}.py")
+    run = TrainConfig(**{key: x for key, x in options.items() if key[0] != "_"})
     run.batch_size = config.batch_size or (4096 if device.type == "cuda" else 128)
     fitting = data.fitting_micro_batch_size(run, device, meta)
     run.micro_batch_size = config.micro_batch_size or fitting
@@ -57,22 +57,23 @@ def make_training(config, name, is_plain):
     optimizers = make_optimizers(model, run)
     forward = torch.compile(model, dynamic=True) if config.compile else model
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    loader = data.prefetch(load, range(config.rounds + 1), device)  # new shapes
+    loader = data.prefetch(load, range(config.rounds + 1), device)
 
     def train(i):
         for batch in next(loader):
             with autocast:
                 losses = plain_losses(model, batch) if is_plain else forward(batch)
             scaler.scale(total_loss(losses, run).sum() / run.batch_size).backward()
+        model.dom_head.bias.grad[0].item()  # wait
         start = time.perf_counter()
         clip_and_step(model, optimizers, scaler, run.learning_rate, run.grad_clip)
-        model.dom_head.bias[0].item()  # waits for the GPU
+        model.dom_head.bias[0].item()
         return time.perf_counter() - start
     return train, run.batch_size
 
 def plain_batch(split, index, run):
     """Load, mask and pad events one by one -> a batch of B * L tokens."""
-    events = split.events[index]
+    events, strings = split.events[index], split.geometry["string"]
     shape = len(index), int(events["length"].max()) + 1
     pulses, rng = np.zeros(shape, data.PULSE), np.random.default_rng(index[0])
     valid, is_masked = np.zeros((2, *shape), bool)
@@ -80,8 +81,7 @@ def plain_batch(split, index, run):
         n = event["length"]
         row = pulses[i, 1:n + 1]  # after [CLS]
         row[:] = split.pulses[event["start"]:event["start"] + n]
-        is_string = run.mask_unit == "string"
-        unit = split.geometry["string"][row["dom"]] if is_string else np.arange(n)
+        unit = strings[row["dom"]] if run.mask_unit == "string" else np.arange(n)
         number = np.where(row["aux"], 2, rng.random(unit.max() + 1)[unit])
         is_masked[i, 1:n + 1] = (number <= max(run.mask_prob, number.min())) & ~row["aux"]
         valid[i, :n + 1] = True

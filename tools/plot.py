@@ -98,18 +98,19 @@ def draw_sweep(config, runs):
     lines = {name: lines[name] for name in config.lines.split(",") if name} or lines
     figure, axis = plt.subplots(figsize=(7, 4.5))
     for color, (line, points) in zip(cycle(COLORS), lines.items()):
-        x = sorted(points)
-        values = [points[at] if np.isfinite(points[at]).all() else [np.nan] for at in x]
-        mean = [np.mean(seeds) for seeds in values]
-        spread = [np.std(seeds, ddof=1) if len(seeds) > 1 else np.nan for seeds in values]
+        x = [at for at in sorted(points) if np.isfinite(points[at]).all()]
+        mean = [np.mean(points[at]) for at in x]
+        spread = [np.std(points[at], ddof=1) if len(points[at]) > 1 else np.nan for at in x]
         axis.errorbar(x, mean, spread, marker="o", capsize=3, color=color,
                       linestyle="none" if names else "-")
-        axis.annotate(line, (x[0], mean[0]), (6, 9), textcoords="offset points", color=color)
+        for start in zip(x[:1], mean):
+            axis.annotate(line, start, (6, 9), textcoords="offset points", color=color)
     if not names:
         axis.set_xscale("log")
     x = sorted(set().union(*lines.values()))
-    axis.axhline(config.level or np.nan, color="0.55", linestyle="--")
-    axis.text(x[-1], config.level or np.nan, "line fit", ha="right", va="bottom", color="0.4")
+    if config.level:
+        axis.axhline(config.level, color="0.55", linestyle="--")
+        axis.text(x[-1], config.level, "line fit", ha="right", va="bottom", color="0.4")
     axis.set_xticks(x, labels=[names.get(at, f"{at:,g}") for at in x])
     axis.minorticks_off()
     axis.set(xlabel="" if names else config.x.replace("number", "labels"), ylabel=y)
@@ -136,14 +137,13 @@ def draw_event(config, runs):
     has_truth = np.isfinite(azimuth)
     axis.view_init(elev=12, azim=np.nan_to_num(np.degrees(azimuth)) + 90)
     if has_truth:
-        label = "true direction (dot: source)"
-        draw_direction(axis, center, 0.75 * reach * truth, label, color=COLORS[1])
+        draw_direction(axis, center, 0.75 * reach * truth, "truth (dot: source)", color=COLORS[1])
     for run in runs:
         path = run if str(run).endswith(".pt") else f"{run}/best.pt"
         model, options, _ = load_model(path, config.data_dir)
         if not hasattr(options, "task"):
             mask = data.draw_mask(events, pulses, strings, 0 * events["start"], 0.25,
-                                  options.mask_unit, 0)
+                                  getattr(options, "mask_unit", "pulse"), 0)
             batch, = data.micro_batches(events, pulses, 1, mask=mask)
             logits, _ = model.predict(batch)  # (M, V)
             draw_guesses(axis, pulses["dom"][mask], logits.argmax(-1).numpy(), position)
@@ -164,10 +164,10 @@ def draw_event(config, runs):
     return figure
 
 def draw_pulses(axis, pulses, place):
-    """Draw HLC pulses as dots, others as crosses -> the dots."""
+    """Draw HLC pulses as dots, aux as crosses -> the dots."""
     aux, time = pulses["aux"], pulses["time"]
     size = 14 * (1 + np.log10(np.maximum(pulses["charge"], 0.1) / 0.1)) ** 1.5
-    axis.scatter(*place[aux].T, c="0.35", s=12, marker="x", label="aux"[:3 * aux.sum()])
+    axis.scatter(*place[aux].T, c="0.35", s=12, marker="x", label="aux" if aux.any() else None)
     # a few stray pulses would stretch the scale
     early, late = np.percentile(time[aux == aux.min()], (2, 98))
     return axis.scatter(*place[~aux].T, c=time[~aux], s=size[~aux], cmap="plasma",

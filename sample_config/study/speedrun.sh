@@ -3,6 +3,7 @@
 # Options for the pretraining go behind it. Needs data/study (simulate.py and prepare.py here).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+[ ! -e out/speedrun ] || { echo "out/speedrun is there: move it away" >&2; exit 1; }
 for seed in 1 2 3; do
     python train.py sample_config/demo.py sample_config/study/pretrain.py --seed=$seed \
         --eval_interval=1560 --out_dir=out/speedrun/$seed "$@"
