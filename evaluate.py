@@ -238,7 +238,7 @@ def report(x, events, path, run, checkpoint):
     rows = evaluation_table(scores, events, run.task)
     print_table(rows)
     content = {"checkpoint": path, "step": checkpoint["step"], "split": run.val_split,
-               "n_train": checkpoint["data"]["n_train"], "rows": rows}
+               "data_dir": run.data_dir, "n_train": checkpoint["data"]["n_train"], "rows": rows}
     if run.task == "direction" and "vmf" in run.direction_loss:
         content["calibration"] = {level: float((scores["quantile"] < level).mean())
                                   for level in (0.1, 0.25, 0.5, 0.75, 0.9)}

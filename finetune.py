@@ -68,7 +68,7 @@ class FinetuneConfig(ModelConfig):
     seed: int = 0  # of the weights and the order of events
     device: utils.Device = "auto"  # auto: a GPU if there is one
     dtype: utils.Dtype = "auto"  # auto: what is fast here
-    compile: bool = False  # faster on a GPU, not on a CPU
+    compile: bool = False  # faster on a GPU
     wandb_project: str = ""  # log to Weights & Biases too
 
     def check(self):
@@ -93,7 +93,7 @@ def open_labelled(config, name, n_events, start=0):
     return split
 
 def shift_times(events, pulses, index, epoch, config):
-    """Return the pulses, each event shifted by a normal number of its own [ns]."""
+    """Return the pulses, each event shifted by a normal number [ns]."""
     u, v = (data.uniform_hash(config.seed, epoch, 2 * index + i) for i in (0, 1))
     normal = np.sqrt(-2 * np.log1p(-u)) * np.cos(2 * np.pi * v)  # Box & Muller
     pulses = pulses.copy()

@@ -185,7 +185,7 @@ def first_of(key):
     return slot[key]
 
 def fit_lines(events, event, time, dom, charge, position, string):
-    """Fill in line_fit from the first HLC pulse of each DOM, with the DOM's charge.
+    """Fill in line_fit from the first HLC pulse of each DOM.
 
     It goes against v of the line r + v time, fitted without pulses later than light from their
     string's first, then again with less weight far from it (astro-ph/0407044, 1308.5501).

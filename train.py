@@ -70,7 +70,7 @@ class TrainConfig(ModelConfig):
     seed: int = 0  # of the weights, the order of events and the masks
     device: utils.Device = "auto"  # auto: a GPU if there is one
     dtype: utils.Dtype = "auto"  # auto: what is fast here
-    compile: bool = False  # faster on a GPU, not on a CPU
+    compile: bool = False  # faster on a GPU
     wandb_project: str = ""  # log to Weights & Biases too
 
 # ---- data, loss, evaluation ---------------------------------------------------------------------

@@ -42,7 +42,7 @@ def print0(text: str):
         print(text, flush=True)  # at once in a redirected log too
 
 def run_main(main):
-    """Call main(). Ctrl-C, a failed read or write and a full memory end in one line."""
+    """Call main(). Ctrl-C, a failed read and a full memory end in one line."""
     try:
         status = main()
     except KeyboardInterrupt:

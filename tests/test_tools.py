@@ -43,7 +43,7 @@ def test_an_event_is_drawn_with_guesses_and_directions(plot, demo_data, pretrain
     split = data.open_split(demo_data, "val")
     mask = data.draw_mask(*data.read_events(split, np.array([3])), split.geometry["string"],
                           np.zeros(1, int), 0.25, "pulse", 0)
-    assert f"of {mask.sum()} right" in legend and "masked DOM" in legend
+    assert f"of {mask.sum()} strings right" in legend and "masked DOM" in legend
     assert "truth" in legend and "off by" in legend
     config.split = "test"  # its directions are unknown
     legend = " | ".join(legend_of(plot.draw_event(config, [finetuned]).axes[0]))

@@ -69,10 +69,7 @@ def draw_curves(config, runs):
     return figure
 
 def sweep_lines(rows, x, y):
-    """Return {line: {x: values over seeds}}, {place on the x axis: variant}.
-
-    Variants a/500 and a/2000 are the line a. Without numbers each has its place.
-    """
+    """Return {line: {x: values over seeds}}, {place: variant}."""
     lines, names = {}, {}
     variants = [*dict.fromkeys(row["variant"] for row in rows)]
     is_numbered = all(name.rpartition("/")[2].isdigit() for name in variants)
@@ -120,6 +117,8 @@ def draw_sweep(config, runs):
 def draw_event(config, runs):
     """Draw an event's pulses, and what models make of it."""
     split = data.open_split(config.data_dir, config.split)
+    if config.event >= len(split.events):
+        utils.fail(f"event = {config.event}: there are {len(split.events)}")
     events, pulses = data.read_events(split, np.array([config.event]))
     event, aux, position = events[0], pulses["aux"], split.geometry["position"]
     place = position[pulses["dom"]]  # (P, 3) [m]
@@ -146,7 +145,7 @@ def draw_event(config, runs):
                                   getattr(options, "mask_unit", "pulse"), 0)
             batch, = data.micro_batches(events, pulses, 1, mask=mask)
             logits, _ = model.predict(batch)  # (M, V)
-            draw_guesses(axis, pulses["dom"][mask], logits.argmax(-1).numpy(), position)
+            draw_guesses(axis, pulses["dom"][mask], logits.argmax(-1).numpy(), split.geometry)
         elif options.task == "direction":
             batch, = data.micro_batches(events, pulses, 1)
             direction, label = F.normalize(model(batch)[0], dim=0), Path(run).stem
@@ -157,7 +156,7 @@ def draw_event(config, runs):
                            color=COLORS[0], linestyle="--")
     axis.set(xlabel="x [m]", ylabel="y [m]", zlabel="z [m]", xlim=(-reach, reach),
              ylim=(-reach, reach), zlim=(-reach, reach), box_aspect=(1, 1, 1))
-    axis.set_title(f"event {event['event_id']}: {len(pulses)} of {event['n_pulses']:,} pulses")
+    axis.set_title(f"event {config.event}: {len(pulses)} of {event['n_pulses']:,} pulses")
     axis.locator_params(nbins=3)
     axis.grid(False)
     axis.legend(loc="upper left", fontsize=8)
@@ -179,13 +178,14 @@ def draw_direction(axis, center, towards, label, **kwargs):
     axis.plot(*ends.T, linewidth=2, label=label, **kwargs)
     axis.plot(*ends[1:].T, marker="o", color=kwargs["color"])
 
-def draw_guesses(axis, dom, guess, position):
-    """Circle masked DOMs (M,); draw a line to each best guess."""
+def draw_guesses(axis, dom, guess, geometry):
+    """Circle masked DOMs (M,), draw a line to each guess."""
+    position, string = geometry["position"], geometry["string"]
     style = {"color": COLORS[2], "linewidth": 0.8}
     for ends in zip(position[dom], position[guess]):
         axis.plot(*np.stack(ends).T, **style)
     axis.plot(*position[dom].T, "o", **style, fillstyle="none", label="masked DOM")
-    label = f"best guess ({(guess == dom).sum()} of {len(dom)} right)"
+    label = f"guess: {(string[guess] == string[dom]).sum()} of {len(dom)} strings right"
     axis.plot(*position[guess].T, "+", **style, label=label)
 
 def main():
