@@ -93,7 +93,7 @@ def load_config(cls, doc: str = "", args: list | None = None):
         config.out_dir = "out/" + ("+".join(files) or Path(sys.argv[0]).stem)
     if hasattr(config, "check"):
         config.check()
-    changed = [f"{name} = {x!r}" for name, x in vars(config).items() if defaults.get(name, x) != x]
+    changed = [f"{k} = {x!r:.99}" for k, x in vars(config).items() if defaults.get(k, x) != x]
     print0(f"options: {', '.join(changed) or 'the defaults'}")
     return config
 

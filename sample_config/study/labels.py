@@ -6,17 +6,17 @@ base = ("sample_config/demo_finetune.py --data_dir=data/study --dtype=float32 --
         "--eval_interval=10000 --save_interval=10000 --val_events=2000 --train_start={seed}0000")
 report = "--val_split=final --val_events=5000"
 variants = {
-    f"{name}/{str(labels).split()[0]}": f"--pretrained=out/study/targets/{name}/lr0.01_seed{{seed}}/ckpt.pt "
+    f"{name}/{labels}": f"--pretrained=out/study/targets/{name}/lr0.01_seed{{seed}}/ckpt.pt "
                         f"--train_events={labels} --max_steps={steps}"
     for labels, steps in ((100, 50), (500, 100), (2000, 300), (8000, 600),
-                          ("32000 --train_start=0", 1500))
+                          (32000, "1500 --train_start=0"))
     for name in ("published", "dom_pulses", "dom_strings", "line_fit", "line_fit+dom_pulses",
                  "line_fit+dom_strings", "four_epochs", "linear_head", "table")
 } | {
-    f"scratch/{str(labels).split()[0]}": f"--pretrained= --optimizer=muon --train_events={labels} "
+    f"scratch/{labels}": f"--pretrained= --optimizer=muon --train_events={labels} "
                          f"--max_steps={steps}"
     for labels, steps in ((500, 500), (2000, 1000), (8000, 2000),
-                          ("32000 --train_start=0", 4000))
+                          (32000, "4000 --train_start=0"))
 }
 rates = "0.00025,0.0005,0.001,0.002,0.004"
 tuning_seeds = "0"
