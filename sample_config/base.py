@@ -19,7 +19,7 @@ norm = "layernorm"
 final_norm = True  # ours
 
 batch_size = 4096  # ours
-max_steps = 127_000  # ours: 4 epochs of all 130 M events, 5.2 of batches 1-500
+max_steps = 127_000  # ours: 4 epochs of all 130 M events, 5.1 of batches 1-500
 learning_rate = 1e-3  # ours
 schedule = "trapezoidal"  # advice
 warmup_steps = 0  # advice: 1 / (1 - beta2) = 5000

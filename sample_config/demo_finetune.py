@@ -10,7 +10,7 @@ num_heads = 2
 hidden_size = 256
 num_layers = 3
 head_hidden_size = 256
-direction_loss = "vmf"  # better than the paper's mean angle (docs/studies.md, smaller questions)
+direction_loss = "vmf"  # better than the paper's mean angle (docs/studies.md)
 
 batch_size = 64
 max_steps = 250  # 2 epochs of 8,000

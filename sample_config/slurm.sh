@@ -1,7 +1,8 @@
 #!/bin/bash
-# Pretraining on several machines under SLURM: sbatch sample_config/slurm.sh. Edit the paths, and
-# the lines above "set". SLURM sends SIGTERM 120 s before the time is up: the run saves and ends,
-# and this script queues itself again. If a machine fails, torchrun starts all ranks from the last
+# Pretraining on several machines under SLURM: sbatch config/slurm.sh, or for our recipe
+# sbatch config/slurm.sh config/best.py --out_dir=out/base+best. One machine suffices for base.py. Edit
+# the paths, and the lines above "set". SLURM sends SIGTERM 120 s before the time is up: the run saves and ends,
+# and this script queues itself again. If a rank fails, torchrun starts all ranks from the last
 # checkpoint, which costs at most save_interval steps. Not tried on a cluster yet.
 #SBATCH --job-name=polarbert
 #SBATCH --nodes=2

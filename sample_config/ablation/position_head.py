@@ -1,2 +1,3 @@
-# DOM logits from where the DOMs are, instead of a vector per DOM. Put after a pretraining config.
+# DOM logits from where the DOMs are, instead of a vector per DOM. Put after base.py; demo.py
+# has it already.
 dom_head = "position"
