@@ -36,7 +36,7 @@ class PlotConfig:
     x: Literal["number", "learning_rate"] = "number"  # sweep: number in variant/number
     y: str = ""  # column to draw; "" = the loss, or the metric
     lines: str = ""  # sweep: only these
-    level: float = 0.0  # sweep: a dashed line, the line fit
+    level: float = 0.0  # sweep: the line fit's
     out: str = ""  # .png to write; "" = out/<what>.png
 
 def read_log(run):
@@ -47,7 +47,7 @@ def read_log(run):
     return {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
 
 def draw_curves(config, runs):
-    """Draw training, evaluations, the learning rate below."""
+    """Draw training, evaluations, learning rate."""
     logs = [read_log(run) for run in runs]
     y = config.y or ("dom_loss" if all("dom_loss" in log for log in logs) else "loss")
     figure, (above, below) = plt.subplots(2, sharex=True, height_ratios=(3, 1))
@@ -86,12 +86,11 @@ def sweep_lines(rows, x, y):
     return lines, names
 
 def draw_sweep(config, runs):
-    """Draw mean and deviation over seeds; not if one diverged."""
+    """Draw means over seeds; not if one diverged."""
     rows = read_csv(config.results)
     if not rows:
         utils.fail(f"{config.results}: no rows; is it of tools.sweep?")
-    y = config.y or rows[-1]["metric"]
-    lines, names = sweep_lines(rows, config.x, y)
+    lines, names = sweep_lines(rows, config.x, y := config.y or rows[-1]["metric"])
     lines = {name: lines[name] for name in config.lines.split(",") if name} or lines
     figure, axis = plt.subplots(figsize=(7, 4.5))
     for color, (line, points) in zip(cycle(COLORS), lines.items()):
@@ -110,12 +109,13 @@ def draw_sweep(config, runs):
         axis.text(x[-1], config.level, "line fit", ha="right", va="bottom", color="0.4")
     axis.set_xticks(x, labels=[names.get(at, f"{at:,g}") for at in x])
     axis.minorticks_off()
-    axis.set(xlabel="" if names else config.x.replace("number", "labels"), ylabel=y)
+    axis.set(xlabel="" if names else config.x.replace("number", "labels"), ymargin=0.1,
+             ylabel=y.replace("val_angle_mean", "mean angle [rad]"))
     return figure
 
 @torch.no_grad()
 def draw_event(config, runs):
-    """Draw an event's pulses, and what models make of it."""
+    """Draw an event, and what models make of it."""
     split = data.open_split(config.data_dir, config.split)
     if config.event >= len(split.events):
         utils.fail(f"event = {config.event}: there are {len(split.events)}")
@@ -179,7 +179,7 @@ def draw_direction(axis, center, towards, label, **kwargs):
     axis.plot(*ends[1:].T, marker="o", color=kwargs["color"])
 
 def draw_guesses(axis, dom, guess, geometry):
-    """Circle masked DOMs (M,), draw a line to each guess."""
+    """Circle masked DOMs (M,), join them to the guesses."""
     position, string = geometry["position"], geometry["string"]
     style = {"color": COLORS[2], "linewidth": 0.8}
     for ends in zip(position[dom], position[guess]):
