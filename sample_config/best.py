@@ -4,7 +4,7 @@
 # with it.
 cls_target = "charge+line_fit"  # 2,000 labels: 1.05 rad, after the charge alone 1.11 (study targets)
 mask_unit = "string"  # 2,000 labels: 1.00 rad, pulses 1.05 (study targets)
-dom_head = "position"  # 2,000 labels: 1.01 rad, a vector per DOM 1.06 (study ideas)
+dom_head = "position"  # 2,000 labels: 1.00 rad, a vector per DOM 1.07 (study ideas)
 optimizer = "muon"
 learning_rate = 2.5e-3  # 1e-2 at 64 wide, times 64 / 256: not tuned at this size
 cooldown_steps = 63_500  # half, as in demo.py
