@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole chain on a laptop: simulate, prepare, pretrain, fine-tune twice, train from scratch. Some
-# 5 minutes on 2 cores, after the packages are installed. Run twice, it does little: each stage resumes.
+# 4 minutes on 2 cores, after the packages are installed. Run twice, it does little: each stage resumes.
 set -euo pipefail
 cd "$(dirname "$0")"
 [ -d .venv ] || python3 -m venv .venv
