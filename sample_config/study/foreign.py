@@ -11,10 +11,11 @@ variants = {
     f"{name}/{labels}": f"--pretrained=out/study/targets/{name}/lr0.01_seed1/ckpt.pt "
                         f"--train_events={labels} --max_steps=400"
     for labels in (100, 300)
-    for name in ("published", "line_fit+dom_pulses", "line_fit+dom_strings")
+    for name in ("published", "line_fit+dom_pulses", "line_fit+dom_strings", "four_epochs")
 } | {
-    f"scratch/{labels}": f"--pretrained= --train_events={labels} --max_steps=1000 --optimizer=muon"
-    for labels in (100, 300)
+    f"scratch_{name}/{labels}": f"--pretrained= --train_events={labels} --max_steps=1000 "
+                                f"--optimizer={name}"
+    for labels in (100, 300) for name in ("muon", "adamw")
 }
 rates = "0.0005,0.001,0.002"
 tuning_seeds = "0"
