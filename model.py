@@ -5,7 +5,6 @@
 
 PolarBERT predicts the masked DOMs, and from [CLS] summaries of the event.
 Reconstructor predicts from [CLS] the direction, the energy or the class.
-Both are pure functions of their inputs.
 
 A batch is packed: the T tokens of its B events, one after another without
 padding. The first token of an event is its [CLS]. A batch is a dict of tensors,
@@ -135,7 +134,7 @@ class Packing:
         """(T, C) -> (B, L, C), padding 0."""
         B, L = self.valid.shape
         x = x[:self.place.shape[0]]
-        return x.new_zeros(B * L, x.shape[1]).index_copy(0, self.place, x).view(B, L, -1)
+        return x.new_zeros(B * L, x.shape[1]).index_copy_(0, self.place, x).view(B, L, -1)
 
     def unpad(self, x):
         """(B, L, ...) -> (T + n_extra, ...)."""
@@ -164,8 +163,7 @@ class Attention(nn.Module):
             # autocast norms in float32
             q, k = self.qk_norm(q).to(v.dtype), self.qk_norm(k).to(v.dtype)
             qkv = torch.stack([q, k, v], dim=1)
-        is_half = qkv.dtype in (torch.bfloat16, torch.float16)
-        if self.can_flash and is_half and qkv.device.type != "cpu":
+        if self.can_flash and qkv.dtype.itemsize == 2 and qkv.device.type != "cpu":
             # DIFF(upstream): it passes a mask, and then CUDA never runs the flash kernel
             starts, longest = packing.cu_seqlens, packing.max_seqlen
             q, k, v = qkv.unbind(1)
@@ -199,7 +197,7 @@ class MLP(nn.Module):
         if self.activation == "swiglu":
             gate, x = x.chunk(2, dim=-1)
             return self.down(F.silu(gate) * x)
-        return self.down(F.relu(x) if self.activation == "relu" else F.gelu(x))
+        return self.down(x.relu_() if self.activation == "relu" else F.gelu(x))
 
 # A mixer takes tokens (T, D) and a Packing, and returns (T, D). An event must not see another
 # one or padding; [CLS] must see all of its event. Muon takes matrices of nn.Linear only.
@@ -216,12 +214,13 @@ class Block(nn.Module):
         self.norm2 = NORMS[config.norm](config.embedding_dim)
         self.mlp = MLP(config)
 
-    def forward(self, x, packing):
+    def forward(self, x, packing, read=None):
         x = x + self.mixer(self.norm1(x), packing)
+        x = x if read is None else x.index_select(0, read)
         return x + self.mlp(self.norm2(x))
 
 class Encoder(nn.Module):
-    """A batch -> a vector per event, [CLS] (B, D), and per token (T, D)."""
+    """A batch -> a vector per event, [CLS] (B, D), and per masked token (M, D)."""
 
     def __init__(self, config, geometry):
         super().__init__()
@@ -241,10 +240,13 @@ class Encoder(nn.Module):
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
             packing.n_extra = -x.shape[0] % 128  # oneDNN compiles for each new size: few sizes
             x = F.pad(x, (0, 0, 0, packing.n_extra))
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x, packing)
-        x = self.final_norm(x[:packing.place.shape[0]]) * self.output_scale
-        return x.index_select(0, batch["cu_seqlens"][:-1].long()), x
+        first = batch["cu_seqlens"][:-1].long()
+        # DIFF(upstream): no other token passes the last MLP
+        read = torch.cat([first, batch.get("masked", first[:0])])
+        x = self.final_norm(self.blocks[-1](x, packing, read)) * self.output_scale
+        return x.tensor_split([len(first)])
 
 # ---- pretraining: masked DOMs, and summaries of the event from [CLS] ----------------------------
 
@@ -256,8 +258,7 @@ class PositionHead(nn.Module):
         position = torch.from_numpy(geometry["position"].copy())
         octaves = 2.0 ** torch.arange(8)  # wavelengths 2000 m to 16 m
         phase = (2 * math.pi / 2000 * position[..., None] * octaves).flatten(-2)
-        waves = torch.cat([phase.sin(), phase.cos()], dim=-1)
-        features = torch.cat([position / POSITION_SCALE, waves], dim=-1)
+        features = torch.cat([position / POSITION_SCALE, phase.sin(), phase.cos()], dim=-1)
         self.query = nn.Linear(config.embedding_dim, 64)
         self.register_buffer("features", features, persistent=False)  # (V, 51)
         self.key = nn.Sequential(nn.Linear(51, 256), nn.GELU(), nn.Linear(256, 64))
@@ -290,8 +291,7 @@ class PolarBERT(nn.Module):
     def predict(self, batch):
         """Return logits of the masked pulses (M, V), predictions of [CLS] {name: (B, n)}."""
         cls, x = self.encoder(batch)
-        # DIFF(upstream): logits at masked pulses only, 8 % of the positions
-        logits = self.dom_head(x.index_select(0, batch["masked"]))
+        logits = self.dom_head(x)  # DIFF(upstream): of masked pulses only
         dtype = self.dom_head.bias.dtype  # that of the weights, whatever autocast has chosen
         cls_pred = {name: head(cls).to(dtype) for name, head in self.cls_heads.items()}
         return logits.to(dtype), cls_pred
@@ -302,11 +302,10 @@ class PolarBERT(nn.Module):
         A mean per event, because otherwise bright events dominate (upstream since v0.2).
         """
         dom, event = batch["dom"].index_select(0, batch["masked"]), batch["masked_event"]  # (M,)
-        geometry = self.encoder.embedding.geometry
         if self.config.dom_loss == "ce":
             loss = F.cross_entropy(logits, dom, reduction="none")
-        elif self.config.dom_loss == "emd":
-            loss = earth_movers_distance(logits, dom, geometry)
+        else:
+            loss = earth_movers_distance(logits, dom, self.encoder.embedding.geometry)
         zeros = loss.new_zeros(len(batch["cu_seqlens"]) - 1)
         n_masked = zeros.index_add(0, event, torch.ones_like(loss))
         return zeros.index_add(0, event, loss) / n_masked.clamp(min=1)
@@ -322,8 +321,10 @@ def training_flops(model, batches):
     """Return the FLOPs of matrix products, forward and backward."""
     config, blocks = model.config, model.encoder.blocks
     D, V = config.embedding_dim, len(model.encoder.embedding.geometry)
-    T, M = (sum(len(batch[name]) for batch in batches) for name in ("dom", "masked"))
-    n = T * sum(x.numel() for x in blocks.parameters() if x.ndim == 2)
+    T, M, B = (sum(len(batch[name]) for batch in batches) for name in ("dom", "masked", "row"))
+    n, n_last = (sum(x.numel() for x in module.parameters() if x.ndim == 2)
+                 for module in (blocks, blocks[-1].mlp))
+    n = T * n - (T - M - B) * n_last
     if config.backbone == "transformer":  # q.k, and the sum of v
         pairs = sum(batch["cu_seqlens"].diff().square().sum().item() for batch in batches)
         n += 2 * D * config.num_layers * pairs
@@ -332,7 +333,6 @@ def training_flops(model, batches):
 
 def earth_movers_distance(logits, dom, geometry):
     """Return sum_j p_j |x_j - x_true| [100 m], logits (M, V), dom (M,) -> (M,)."""
-    # all of the predicted distribution goes to one DOM, so no solver is needed
     exact = "donot_use_mm_for_euclid_dist"  # small distances are not rounded
     distance = torch.cdist(geometry[dom], geometry, compute_mode=exact) / 100  # (M, V)
     return (logits.softmax(-1) * distance).sum(-1)

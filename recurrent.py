@@ -72,7 +72,8 @@ def state_space(x, log_decay, b, c, chunk=256):
     L * chunk. No einsum of three: opt_einsum would tie a compiled graph to the first sizes.
     """
     state, ys = 0.0, []
-    for x, log_decay, b, c in zip(*(part.split(chunk, dim=1) for part in (x, log_decay, b, c))):
+    chunks = (part.split(chunk, dim=1) for part in (x, log_decay, b, c))
+    for x, log_decay, b, c in zip(*chunks):
         total = log_decay.cumsum(1)  # (B, Q, H), decay since the chunk began
         between = total[:, :, None] - total[:, None]  # (B, Q, Q, H)
         past = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()

@@ -100,25 +100,25 @@ def test_masked_doms_and_what_the_batch_holds_at_cls_cannot_be_seen(options):
     first = batch["cu_seqlens"][:-1].long()
     for name, value in (("time", 77.0), ("charge", 5.0), ("dom", 4000), ("aux", True)):
         changed[name] = changed[name].index_fill(0, first, value)
-    assert equal(net.encoder(batch)[1], net.encoder(changed)[1])
+    assert all(map(equal, net.encoder(batch), net.encoder(changed)))
 
 # ---- plain formulas -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dom_loss", ["ce", "emd"])
 def test_losses_agree_with_the_plain_formulas(dom_loss):
-    """Logits everywhere, in float64, event by event."""
     net = make(dom_loss=dom_loss, cls_target="charge+center+line_fit").double()
     batch = doubled(one_batch([2, 50, 17, 3], seed=5)[0])
     batch["center"] = torch.randn(4, 3).double() * 200
     batch["line_fit"][1] = 0  # no fit
     position, starts = tensor(POSITION).double(), batch["cu_seqlens"].tolist()
     with torch.no_grad():
-        losses, (_, x) = net(batch), net.encoder(batch)
-        log_p = net.dom_head(x).log_softmax(1)  # (T, V)
-        charge, center, line_fit = (head(x[starts[:4]]) for head in net.cls_heads.values())
-    terms = -log_p.gather(1, batch["dom"][:, None])[:, 0]  # (T,)
+        losses, (cls, x) = net(batch), net.encoder(batch)
+        log_p = net.dom_head(x).log_softmax(1)  # (M, V)
+        charge, center, line_fit = (head(cls) for head in net.cls_heads.values())
+    dom, masked = batch["dom"][batch["masked"]], batch["masked"].tolist()
+    terms = -log_p.gather(1, dom[:, None])[:, 0]  # (M,)
     if dom_loss == "emd":
-        distance = (position[batch["dom"]][:, None] - position).norm(dim=2) / 100
+        distance = (position[dom][:, None] - position).norm(dim=2) / 100
         terms = (log_p.exp() * distance).sum(1)
     expected = {
         "dom": torch.zeros(4).double(),
@@ -127,7 +127,7 @@ def test_losses_agree_with_the_plain_formulas(dom_loss):
         "line_fit": m.direction_loss("vmf", line_fit, batch["line_fit"]) * tensor([1, 0, 1, 1]),
     }
     for i in range(4):
-        mine = [j for j in batch["masked"].tolist() if starts[i] <= j < starts[i + 1]]
+        mine = [k for k, j in enumerate(masked) if starts[i] <= j < starts[i + 1]]
         expected["dom"][i] = terms[mine].sum() / max(len(mine), 1)
     assert all(close(losses[name], expected[name], rtol=1e-6) for name in losses)
 
@@ -139,7 +139,9 @@ def test_a_block_is_torchs_own_layer():
     layer.self_attn.out_proj.weight = block.mixer.out.weight
     layer.linear1, layer.linear2 = block.mlp.up, block.mlp.down
     layer.norm1, layer.norm2 = block.norm1, block.norm2
-    out = block(x, m.Packing(tensor([0, 6, 10], dtype=torch.int32), 6, 10))
+    packing = m.Packing(tensor([0, 6, 10], dtype=torch.int32), 6, 10)
+    out = block(x, packing)
+    assert close(block(x, packing, tensor([0, 7])), out[[0, 7]], atol=1e-10)
     for event in (slice(0, 6), slice(6, 10)):
         assert close(out[event], layer(x[event]), atol=1e-10)
 
@@ -170,8 +172,7 @@ def test_losses_of_the_tasks():
             ({"task": "energy"}, (x[:, 0] - tensor([-2.0, 0, 2])) ** 2),
             ({"task": "class"}, -torch.stack([p[0], 1 - p[1], p[2]]).log()),
             ({"direction_loss": "angular+cosine"}, cosine.arccos() + 1 - cosine)):
-        loss = make(m.Reconstructor, **options).loss(x, batch)
-        assert close(loss, expected, atol=1e-5)
+        assert close(make(m.Reconstructor, **options).loss(x, batch), expected, atol=1e-5)
 
 def test_angles_and_angular_error():
     torch.manual_seed(0)
@@ -228,8 +229,7 @@ def test_autocast_stays_near_float32(dtype, bound, options):
     with torch.autocast("cpu", dtype):
         rough = net(batch)
     for name, loss in rough.items():
-        assert loss.dtype == torch.float32
-        assert close(exact[name], loss, rtol=bound, atol=bound)
+        assert loss.dtype == torch.float32 and close(exact[name], loss, rtol=bound, atol=bound)
     sum(loss.mean() for loss in rough.values()).backward()
     assert all(x.grad.isfinite().all() for x in net.parameters())
 
