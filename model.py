@@ -242,11 +242,11 @@ class Encoder(nn.Module):
             x = F.pad(x, (0, 0, 0, packing.n_extra))
         for block in self.blocks[:-1]:
             x = block(x, packing)
-        first = batch["cu_seqlens"][:-1].long()
+        cls = batch["cu_seqlens"][:-1].long()
         # DIFF(upstream): no other token passes the last MLP
-        read = torch.cat([first, batch.get("masked", first[:0])])
+        read = torch.cat([cls, batch.get("masked", cls[:0])])
         x = self.final_norm(self.blocks[-1](x, packing, read)) * self.output_scale
-        return x.tensor_split([len(first)])
+        return x[:cls.shape[0]], x[cls.shape[0]:]
 
 # ---- pretraining: masked DOMs, and summaries of the event from [CLS] ----------------------------
 
@@ -322,8 +322,8 @@ def training_flops(model, batches):
     config, blocks = model.config, model.encoder.blocks
     D, V = config.embedding_dim, len(model.encoder.embedding.geometry)
     T, M, B = (sum(len(batch[name]) for batch in batches) for name in ("dom", "masked", "row"))
-    n, n_last = (sum(x.numel() for x in module.parameters() if x.ndim == 2)
-                 for module in (blocks, blocks[-1].mlp))
+    n, n_last = (sum(x.numel() for x in part.parameters() if x.ndim == 2)
+                 for part in (blocks, blocks[-1].mlp))
     n = T * n - (T - M - B) * n_last
     if config.backbone == "transformer":  # q.k, and the sum of v
         pairs = sum(batch["cu_seqlens"].diff().square().sum().item() for batch in batches)
