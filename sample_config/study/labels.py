@@ -8,10 +8,13 @@ report = "--val_split=final --val_events=5000"
 variants = {
     f"{name}/{labels}": f"--pretrained=out/study/targets/{name}/lr0.01_seed{{seed}}/ckpt.pt "
                         f"--train_events={labels} --max_steps={steps}"
+                        + " --data_dir=data/random" * (name == "random_pulses")
     for labels, steps in ((100, 50), (500, 100), (2000, 300), (8000, 600),
                           (32000, "1500 --train_start=0"))
     for name in ("published", "dom_pulses", "dom_strings", "line_fit", "line_fit+dom_pulses",
-                 "line_fit+dom_strings", "four_epochs", "linear_head", "table")
+                 "line_fit+dom_strings", "four_epochs", "large", "linear_head", "table",
+                 "random_pulses", "masked_doms", "pulses_or_strings", "strings_0.15",
+                 "strings_0.5", "line_fit_x3")
 } | {
     f"scratch/{labels}": f"--pretrained= --optimizer=muon --train_events={labels} "
                          f"--max_steps={steps}"
@@ -20,6 +23,6 @@ variants = {
 }
 rates = "0.00025,0.0005,0.001,0.002,0.004"
 tuning_seeds = "0"
-seeds = "1,2"
+seeds = "1,2,3"
 metric = "val_angle_mean"
 out_dir = "out/study/labels"
