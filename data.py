@@ -17,7 +17,6 @@ import numpy as np
 
 from utils import RANK, WORLD_SIZE, fail, print0
 
-FORMAT_VERSION = 3
 MAX_DOMS = 65_535  # ids are uint16, and one number is left for MASK
 GROUP_SIZE = 8  # neighbours stay together in the shuffle: 6 kB of the disk
 
@@ -27,7 +26,8 @@ GEOMETRY = np.dtype([
 ])  # 14 bytes, packed, as are the others
 
 PULSE = np.dtype([
-    ("time", "<f4"),  # [ns], trigger near 10,000  # DIFF(upstream): float16, off by up to 29 ns
+    # DIFF(upstream): float16, off by up to 29 ns
+    ("time", "<f4"),  # [ns], trigger near 10,000
     ("charge", "<f4"),  # [p.e.]
     ("dom", "<u2"),  # sensor_id  # DIFF(upstream): float16 merges 5160 ids into 3338
     ("aux", "?"),  # False = HLC, in local coincidence
@@ -47,7 +47,8 @@ EVENT = np.dtype([
     ("event_class", "u1"),  # 0 unknown, 1 track, 2 cascade
 ])  # 63 bytes
 
-DTYPES = [str(dtype.descr) for dtype in (GEOMETRY, PULSE, EVENT)]  # for meta.json
+# of meta.json; raise the number if what a field means changes
+FORMAT = {"format": 3, "dtypes": [str(dtype.descr) for dtype in (GEOMETRY, PULSE, EVENT)]}
 
 # ---- reading a data folder ----------------------------------------------------------------------
 
@@ -71,7 +72,7 @@ def read_folder(data_dir):
         meta = json.loads(path.read_bytes())
     except ValueError:
         meta = {}
-    if meta.get("fingerprint") != fingerprint(meta) or meta["dtypes"] != DTYPES:
+    if meta.get("fingerprint") != fingerprint(meta) or not FORMAT.items() <= meta.items():
         fail(f"{path}: damaged, or of another version; prepare into another data_dir")
     geometry = np.fromfile(path.parent / "geometry.bin", GEOMETRY)
     if zlib.crc32(geometry.tobytes()) != meta["geometry_crc"]:
@@ -101,7 +102,7 @@ def open_split(data_dir, name, n_events=0):
     if not is_later.all() or not is_whole.all():
         fail(f"{split.path}_*.bin: damaged; prepare into another data_dir")
     if n_events > len(split.events):
-        print0(f"note: {data_dir}: split {name!r} has only {len(split.events):,} events")
+        print0(f"note: {split.path} has only {len(split.events):,} events")
     return split._replace(events=split.events[:n_events or None])
 
 def read_geometry_csv(path, origin="0,0,0"):
@@ -213,7 +214,7 @@ def micro_batches(events, pulses, size, labels=(), mask=None):
     """Sort events by length, pack micro-batches of `size` -> list of dicts.
 
     A dict is a batch as in model.py, with the fields of EVENT in `labels`; row (B,),
-    the event's place; with a mask (bool per pulse) n_masked_events, n_masked.
+    the event's place; with a mask (bool per pulse) n_masked_events.
     # DIFF(upstream): every event is padded to 127 pulses
     """
     import torch  # here, because prepare.py and its workers need no torch
@@ -238,8 +239,7 @@ def micro_batches(events, pulses, size, labels=(), mask=None):
         if mask is not None:
             batch["masked"] = np.flatnonzero(batch["masked"])
             batch["masked_event"] = np.repeat(np.arange(len(rows)), n_tokens)[batch["masked"]]
-            extra |= {"n_masked": len(batch["masked"]),
-                      "n_masked_events": len(np.unique(batch["masked_event"]))}
+            extra["n_masked_events"] = len(np.unique(batch["masked_event"]))
         batches.append({name: torch.from_numpy(x) for name, x in batch.items()} | extra)
     return batches
 

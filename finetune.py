@@ -15,6 +15,7 @@ import math
 import os
 import signal
 import time
+import zlib
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -71,13 +72,6 @@ class FinetuneConfig(ModelConfig):
     compile: bool = False  # faster on a GPU
     wandb_project: str = ""  # log to Weights & Biases too
 
-    def check(self):
-        names = set(self.direction_loss.split("+"))
-        if not names <= {"angular", "cosine", "vmf"}:
-            utils.fail(f"direction_loss = {self.direction_loss!r}: angular, cosine or vmf")
-        if self.freeze_backbone and not self.pretrained:
-            utils.fail("freeze_backbone = True needs a pretrained checkpoint")
-
 # ---- what the loop needs ------------------------------------------------------------------------
 
 def open_labelled(config, name, n_events, start=0):
@@ -97,8 +91,7 @@ def shift_times(events, pulses, index, epoch, config):
     u, v = (data.uniform_hash(config.seed, epoch, 2 * index + i) for i in (0, 1))
     normal = np.sqrt(-2 * np.log1p(-u)) * np.cos(2 * np.pi * v)  # Box & Muller
     pulses = pulses.copy()
-    offset = (config.time_offset_std * normal).astype(np.float32)
-    pulses["time"] += np.repeat(offset, events["length"])
+    pulses["time"] += np.repeat(config.time_offset_std * normal, events["length"])
     return pulses
 
 def evaluate(model, split, config, autocast) -> dict:
@@ -106,11 +99,9 @@ def evaluate(model, split, config, autocast) -> dict:
     parts = [{"loss": arrays["loss"], **task_scores(arrays["x"], events, config.task)}
              for events, arrays in predict(model, split, config, autocast)]
     scores = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    scores = {name: values.astype(np.float64) for name, values in scores.items()}
     results, _ = statistics(scores, config.task)
     prefix = "val_angle_" if config.task == "direction" else "val_"
-    val = {"val_loss": scores["loss"].mean()}
-    val |= {prefix + name: x for name, x in results.items()}
+    val = {"val_loss": scores["loss"].mean(), **{prefix + k: x for k, x in results.items()}}
     return {name: float(x) for name, x in val.items()}
 
 def head_of_line_fit(head, weights):
@@ -131,6 +122,10 @@ def main():
     config = utils.load_config(FinetuneConfig, __doc__)
     device, dtype, autocast = utils.init_distributed(config)
     lock = utils.lock_folder(config.out_dir)  # held until the end
+    if not set(config.direction_loss.split("+")) <= {"angular", "cosine", "vmf"}:
+        utils.fail(f"direction_loss = {config.direction_loss!r}: angular, cosine or vmf")
+    if config.freeze_backbone and not config.pretrained:
+        utils.fail("freeze_backbone = True needs a pretrained checkpoint")
 
     # data
     meta, geometry = data.read_folder(config.data_dir)
@@ -166,6 +161,9 @@ def main():
     resume = os.path.exists(f"{config.out_dir}/ckpt.pt")
     path = f"{config.out_dir}/ckpt.pt" if resume else config.pretrained
     checkpoint = utils.load_checkpoint(path) if path else None
+    data_id["pretrained"] = resume and checkpoint["data"]["pretrained"]
+    if os.path.isfile(config.pretrained):
+        data_id["pretrained"] = zlib.crc32(open(config.pretrained, "rb").read())
     if checkpoint:
         utils.match_options(config, checkpoint, ModelConfig, data_id, path, resume)
     if config.micro_batch_size == 0:
@@ -179,6 +177,9 @@ def main():
     if checkpoint:
         weights = checkpoint["model"]
         if not resume:  # the encoder of the checkpoint, a new head
+            steps = checkpoint["config"]["max_steps"]
+            if checkpoint.get("step", steps) < steps:
+                utils.print0(f"warning: {path}: of step {checkpoint['step']} of {steps}")
             head = raw_model.head.state_dict()
             has_fit = "cls_heads.line_fit.weight" in weights and config.head_hidden_size > 5
             if config.line_fit_head and has_fit and config.task == "direction":
@@ -189,8 +190,7 @@ def main():
         raw_model.load_state_dict(weights_for_detector(weights, geometry, path))
     raw_model.encoder.requires_grad_(not config.freeze_backbone)
     optimizers = make_optimizers(raw_model, config)
-    is_float16 = dtype == torch.float16
-    scaler = torch.amp.GradScaler(device.type, init_scale=1024, enabled=is_float16)
+    scaler = torch.amp.GradScaler(device.type, init_scale=1024, enabled=dtype == torch.float16)
     if resume:
         load_optimizers(optimizers, scaler, checkpoint)
         start_step, best_val_loss = checkpoint["step"], checkpoint["best_val_loss"]
@@ -301,7 +301,7 @@ def main():
 
     if not last_step:
         utils.print0(f"stopped at step {step}; the same command resumes")
-        return 130 if signal.SIGINT in caught_signals else 0
+        return 128 + caught_signals[0] if utils.WORLD_SIZE == 1 else 0
     signal.signal(signal.SIGINT, signal.default_int_handler)
     utils.all_reduce_sum([0])  # wait: rank 0 may still be writing best.pt
     evaluate_checkpoint(best, device, autocast)

@@ -197,7 +197,7 @@ class MLP(nn.Module):
         if self.activation == "swiglu":
             gate, x = x.chunk(2, dim=-1)
             return self.down(F.silu(gate) * x)
-        return self.down(x.relu_() if self.activation == "relu" else F.gelu(x))
+        return self.down(F.relu(x) if self.activation == "relu" else F.gelu(x))
 
 # A mixer takes tokens (T, D) and a Packing, and returns (T, D). An event must not see another
 # one or padding; [CLS] must see all of its event. Muon takes matrices of nn.Linear only.

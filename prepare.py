@@ -114,10 +114,11 @@ def read_pulses(path, events, n_doms, config):
             fail(f"{path}: near row {row}: event_id is not the meta table's")
         time, charge, dom, aux, _ = (column[:len(owner)] for column in columns)
         if config.shift_times and len(part):
-            n, begin = part["n_pulses"], np.flatnonzero(np.diff(owner, prepend=owner[0] - 1))
+            begin = np.flatnonzero(np.diff(owner, prepend=owner[0] - 1))
             first = np.minimum.reduceat(time, begin)
             trigger = np.minimum.reduceat(np.where(aux, np.inf, time), begin)
-            time = time + np.repeat(np.maximum(10_000 - trigger, -first), n)  # none before 0
+            trigger = np.where(trigger < np.inf, trigger, first)
+            time = time + np.repeat(np.maximum(10_000 - trigger, -first), part["n_pulses"])
         for name, values, high in (("time", time, 2**24), ("charge", charge, 1e6),  # exact float32
                                    ("sensor_id", dom, n_doms - 1)):
             bad = np.flatnonzero(~((values >= 0) & (values <= high)))  # NaN too
@@ -256,11 +257,10 @@ def write_batch(config, batch):
     marker = Path(data_dir, f"unfinished/{split}_{batch['number']}.json")
     if marker.exists() and batch.items() <= (old := json.loads(marker.read_text())).items():
         return old
-    first_event, place = batch["place"]
+    (first_event, place), end = batch["place"], batch["place"][1]
     events = np.memmap(f"{data_dir}/{split}_events.bin", EVENT, "r+",
                        first_event * EVENT.itemsize, batch["n_events"])
-    geometry_path, end = f"{config.input_dir}/sensor_geometry.csv", place
-    detector = data.read_geometry_csv(geometry_path, config.origin)
+    detector = data.read_geometry_csv(f"{config.input_dir}/sensor_geometry.csv", config.origin)
     with open(f"{data_dir}/{split}_pulses.bin", "r+b") as file:
         file.seek(place * PULSE.itemsize)
         for part, *columns in read_pulses(path, np.asarray(events), len(detector[1]), config):
@@ -294,11 +294,11 @@ def main():
     config = utils.load_config(PrepareConfig, __doc__)
     data_dir, input_dir = Path(config.data_dir), Path(config.input_dir)
     meta_path, unfinished = data_dir / "meta.json", data_dir / "unfinished"
-    meta = {"format": data.FORMAT_VERSION, "source": "kaggle", "seed": config.seed,
-            "input_dir": str(input_dir.resolve()), "dtypes": data.DTYPES,
-            "rule": {"keep": config.keep, "max_pulses": config.max_pulses},
-            "split_ranges": json.loads(json.dumps(config.splits)),
-            "origin": config.origin, "shift_times": config.shift_times}
+    meta = data.FORMAT | {
+        "source": "kaggle", "seed": config.seed, "input_dir": str(input_dir.resolve()),
+        "rule": {"keep": config.keep, "max_pulses": config.max_pulses},
+        "split_ranges": json.loads(json.dumps(config.splits)),
+        "origin": config.origin, "shift_times": config.shift_times}
     lock = None if meta_path.exists() else utils.lock_folder(unfinished)
     path, settings = unfinished / "settings.json", meta
     if meta_path.exists():
@@ -324,7 +324,7 @@ def main():
         def done(batch):
             finished.append(batch)
             bar.update(batch["n_events"])
-        with utils.progress_bar(sum(b["n_events"] for _, b in jobs), "event") as bar:
+        with utils.tqdm(total=sum(b["n_events"] for _, b in jobs), disable=None) as bar:
             utils.run_in_workers(write_batch, jobs, config.workers, done)
         splits = {}
         for split in config.splits:

@@ -1,7 +1,7 @@
 """GRU and Mamba in the place of attention.
 
-B events of at most L tokens, D embedding_dim, H heads of P = D / 2 / H dimensions, N = D / 4 the
-width of Mamba's state.
+B events of at most L tokens, D embedding_dim, H heads of
+P = D / 2 / H dimensions, N = D / 4 the width of Mamba's state.
 """
 import torch
 import torch.nn.functional as F
@@ -35,8 +35,9 @@ class GRU(nn.Module):
 class Mamba(nn.Module):
     """Mamba-2 (Dao & Gu 2024, arXiv:2405.21060): convolution, selective state space, gate.
 
-    Decay rates and time steps start at 0.1 to 1, spread over the heads: memories of 1 to 100
-    pulses. The paper's ranges, 1 to 16 and 0.001 to 0.1, are for long texts.
+    Decay rates and time steps start at 0.1 to 1, spread over the heads:
+    memories of 1 to 100 pulses. The paper's ranges, 1 to 16 and 0.001 to 0.1,
+    are for long texts.
     """
 
     def __init__(self, config):
@@ -67,9 +68,10 @@ class Mamba(nn.Module):
 def state_space(x, log_decay, b, c, chunk=256):
     """Return y_t = c_t . s_t with the state s_t = exp(log_decay_t) s_(t-1) + b_t x_t.
 
-    x (B, L, H, P), log_decay (B, L, H) <= 0, b and c (B, L, N) -> (B, L, H, P). Within a chunk of
-    Q tokens y = (decays * c b^T) x; the state is handed from chunk to chunk, so memory grows with
-    L * chunk. No einsum of three: opt_einsum would tie a compiled graph to the first sizes.
+    x (B, L, H, P), log_decay (B, L, H) <= 0, b and c (B, L, N) -> (B, L, H, P).
+    Within a chunk of Q tokens y = (decays * c b^T) x; the state is handed from
+    chunk to chunk, so memory grows with L * chunk. No einsum of three:
+    opt_einsum would tie a compiled graph to the first sizes.
     """
     state, ys = 0.0, []
     chunks = (part.split(chunk, dim=1) for part in (x, log_decay, b, c))

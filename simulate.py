@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data import read_geometry_csv
-from utils import (fail, load_config, lock_folder, progress_bar,
+from utils import (fail, load_config, lock_folder, tqdm,
                    run_in_workers, run_main, write_atomic, write_json)
 
 # Sources: [D] the detector, arXiv:1612.05093; [DC] DeepCore, 1109.6096; [A] AMANDA's track
@@ -422,7 +422,7 @@ def main():
             batch, n = len(jobs) + 1, min(size, end - start)
             path = out_dir / split / f"batch_{batch}.parquet"
             jobs.append((path, config.seed, batch, start, n))
-    with lock_folder(parts), progress_bar(n_all, "event") as bar:
+    with lock_folder(parts), tqdm(total=n_all, disable=None) as bar:
         write_json(record, settings)
         write_atomic(out_dir / "sensor_geometry.csv", lambda x: x.write_text(geometry))
         run_in_workers(simulate_batch, jobs, config.workers, bar.update)

@@ -8,8 +8,8 @@
 
 Prints a line every log_interval steps. Writes log.csv, ckpt.pt (last), best.pt
 (lowest val_loss) and config.json into out_dir. dom_loss falls from ln 5160 = 8.55.
-The same command resumes a run that was interrupted. Exit status: 0 done or
-stopped by SIGTERM, 1 error, 3 diverged, 130 Ctrl-C.
+The same command resumes a run that was interrupted. Exit status: 0 done,
+1 error, 3 diverged, 130 Ctrl-C, 143 SIGTERM (alone).
 """
 import utils  # before torch, which reads OMP_WAIT_POLICY when it loads
 
@@ -117,7 +117,7 @@ def evaluate(model, split, config, autocast) -> dict:
                 "ce": F.cross_entropy(logits, dom, reduction="sum"),
                 "top1": (guess == dom).sum(),
                 "distance": (geometry[guess] - geometry[dom]).norm(dim=-1).sum(),  # [m]
-                "n_pulses": batch["n_masked"],
+                "n_pulses": len(dom),
             }
             for name, pred in cls_pred.items():
                 loss, known = cls_loss(name, pred, batch)
@@ -201,8 +201,7 @@ def main():
         load_optimizers(optimizers, scaler, checkpoint)
         start_step = checkpoint["step"]
     if resume:
-        if checkpoint["config"].get("mask_unit", "pulse") == config.mask_unit:
-            best_val_loss = checkpoint["best_val_loss"]
+        best_val_loss = checkpoint["best_val_loss"]
         n_bad_steps += checkpoint["bad_steps"]
     state = [start_step, data_id["fingerprint"]]
     if utils.all_reduce_sum(state) != [utils.WORLD_SIZE * x for x in state]:
@@ -285,7 +284,8 @@ def main():
         counts = {"dom": max(n_masked_events, 1)}
         step_losses = 0
         for i, batch in enumerate(batches):
-            model.require_backward_grad_sync = i == len(batches) - 1  # DDP adds gradients once
+            # DDP adds gradients once
+            model.require_backward_grad_sync = i == len(batches) - 1
             with autocast:
                 losses = model(batch)
             shares = {name: loss.sum() / counts.get(name, config.batch_size)
@@ -322,7 +322,7 @@ def main():
 
     if not last_step:
         utils.print0(f"stopped at step {step}; the same command resumes")
-        return 130 if signal.SIGINT in caught_signals else 0
+        return 128 + caught_signals[0] if utils.WORLD_SIZE == 1 else 0
     signal.signal(signal.SIGINT, signal.default_int_handler)
     utils.print0(f"done: best val_loss {best_val_loss:.4f} in {config.out_dir}/best.pt")
 

@@ -91,8 +91,6 @@ def load_config(cls, doc: str = "", args: list | None = None):
     config.given = set(values)
     if getattr(config, "out_dir", None) == "":
         config.out_dir = "out/" + ("+".join(files) or Path(sys.argv[0]).stem)
-    if hasattr(config, "check"):
-        config.check()
     changed = [f"{k} = {x!r:.99}" for k, x in vars(config).items() if defaults.get(k, x) != x]
     print0(f"options: {', '.join(changed) or 'the defaults'}")
     return config
@@ -166,13 +164,11 @@ def lock_folder(folder):
         part.unlink()  # of a killed run
     return file
 
-def progress_bar(total, unit, initial=0):
-    return tqdm(total=total, unit=unit, initial=initial, disable=None)  # None: not in a log
-
 def run_in_workers(function, jobs, workers, done):
     """Call function(*job) in `workers` processes, and done(result) here.
 
-    A job must be small: python 3.11.2 hangs at Ctrl-C if one fills the pipe to the workers.
+    A job must be small: python 3.11.2 hangs at Ctrl-C if one fills the pipe to
+    the workers.
     """
     if hasattr(os, "sched_getaffinity"):  # taskset and SLURM may allow fewer cores
         workers = workers or len(os.sched_getaffinity(0))
@@ -270,17 +266,21 @@ def match_options(config, checkpoint, model_class, data_id, path, resume):
             setattr(config, name, value)
         elif now != value and resume and name != "micro_batch_size":
             print0(f"resume: {name} was {value!r}, now it is {now!r}")
+            if name.startswith(("lambda_", "mask_unit", "direction_loss", "val_events")):
+                checkpoint["best_val_loss"] = math.inf  # of another loss
     if resume and data_id != checkpoint["data"]:
-        fail(f"{path}: trained on other data; restore them, or choose another out_dir")
+        fail(f"{path}: of other data or checkpoint; restore them, or use another out_dir")
     if data_id["rule"] != checkpoint["data"]["rule"]:
         print0(f"warning: {path}: rule {checkpoint['data']['rule']}, not {data_id['rule']}")
 
 def start_log(config, start_step):
     """Write config.json, keep log.csv's rows before start_step -> log(row)."""
-    text = json.dumps(dataclasses.asdict(config), indent=1)
-    write_atomic(f"{config.out_dir}/config.json", lambda part: part.write_text(text))
+    write_json(f"{config.out_dir}/config.json", dataclasses.asdict(config))
+    n = config.warmup_steps + config.cooldown_steps * (config.schedule == "trapezoidal")
+    if n > config.max_steps:
+        print0("warning: warmup_steps and cooldown_steps exceed max_steps")
     path, rows, wandb_run = Path(config.out_dir) / "log.csv", [], None
-    if start_step and path.exists():
+    if path.exists():
         rows = [row for row in csv.DictReader(path.open()) if int(row["step"]) < start_step]
     if config.wandb_project and RANK == 0:
         import wandb

@@ -173,7 +173,7 @@ def write_folder(path, n_doms=5160, **splits):
         events.tofile(path / f"{name}_events.bin")
         pulses.tofile(path / f"{name}_pulses.bin")
         counts[name] = {"n_events": len(events), "n_pulses": len(pulses)}
-    meta = {"format": data.FORMAT_VERSION, "dtypes": data.DTYPES,
+    meta = data.FORMAT | {
             "geometry_crc": zlib.crc32(geometry.tobytes()),
             "rule": {"keep": "random", "max_pulses": 127}, "splits": counts}
     meta["fingerprint"] = data.fingerprint(meta)

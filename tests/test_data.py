@@ -56,9 +56,8 @@ def test_events_and_pulses_come_back_whatever_the_order(tmp_path):
 def test_a_split_or_its_first_n_events(tmp_path, capsys):
     write_folder(tmp_path, a=random_events(np.random.default_rng(0), [3] * 20))
     for n_events, n_expected in ((7, 7), (0, 20), (21, 20)):
-        split = data.open_split(tmp_path, "a", n_events)
-        assert len(split.events) == n_expected
-    assert "split 'a' has only 20 events" in capsys.readouterr().out
+        assert len(data.open_split(tmp_path, "a", n_events).events) == n_expected
+    assert "/a has only 20 events" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         data.open_split(tmp_path / "none", "a")
     assert "none/meta.json: no such file" in capsys.readouterr().err
@@ -176,7 +175,7 @@ def test_micro_batches_hold_each_pulse_once_behind_the_cls_of_its_event():
         owner = np.repeat(np.arange(len(mine)), lengths)[is_masked]
         assert equal(batch["masked"], np.flatnonzero(is_masked))
         assert equal(batch["masked_event"], owner)
-        assert (batch["n_masked"], batch["n_masked_events"]) == (len(owner), len(set(owner)))
+        assert batch["n_masked_events"] == len(set(owner))
 
 def test_prefetch_keeps_the_order_and_passes_errors_on():
     def load(step):

@@ -96,7 +96,7 @@ def test_stopped_and_resumed_equals_never_stopped(demo_data, pretrained, tmp_pat
     process = start_until(8, demo_data, tmp_path / "a", *args, begin=tune)
     os.killpg(process.pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and 8 <= step_of(tmp_path / "a") < 40, output
+    assert process.returncode == 143 and 8 <= step_of(tmp_path / "a") < 40, output
     for name in "ab":
         tune(demo_data, tmp_path / name, *args, *LONG_RUN)
     assert_same_run(tmp_path / "a", tmp_path / "b")
@@ -269,7 +269,8 @@ def test_user_errors(demo_data, pretrained, finetuned, tmp_path):
     for folder, start_from, option, words in (
             (tmp_path, None, "--freeze_backbone=True", "needs a pretrained checkpoint"),
             (tmp_path, pretrained, "--direction_loss=vfm", "direction_loss = 'vfm'"),
-            (finetuned, pretrained, "--train_start=1", "trained on other data"),
+            (finetuned, pretrained, "--train_start=1", "of other data"),
+            (finetuned, finetuned, "--max_steps=99", "or checkpoint"),
             (finetuned, pretrained, "--task=energy", "task = 'energy'")):
         assert words in tune(demo_data, folder, start_from, option, do=user_error), option
     for folder, options, words in (

@@ -132,7 +132,6 @@ def test_losses_agree_with_the_plain_formulas(dom_loss):
     assert all(close(losses[name], expected[name], rtol=1e-6) for name in losses)
 
 def test_a_block_is_torchs_own_layer():
-    """In float64, event by event, with a plain softmax."""
     block, x = make().double().encoder.blocks[0], torch.randn(10, 32).double()
     layer = torch.nn.TransformerEncoderLayer(32, 4, 64, dropout=0, norm_first=True).double()
     layer.self_attn.in_proj_weight = block.mixer.qkv.weight  # its biases are 0
@@ -188,7 +187,6 @@ def test_angles_and_angular_error():
         assert grad.isfinite().all() and grad.norm(dim=-1).max() < 1.5
 
 def test_vmf_loss_is_the_density_from_broad_to_narrow():
-    """Against the textbook formula, whose exponents float32 does not have."""
     torch.manual_seed(0)
     truth, noise = F.normalize(torch.randn(2, 400, 3).double(), dim=-1)
     for kappa in (1e-3, 0.1, 1.0, 30.0, 300.0):

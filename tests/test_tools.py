@@ -104,6 +104,7 @@ def test_a_sweep_tunes_on_one_seed_and_reports_on_others(demo_data, tmp_path, mo
     assert f"| gelu | 0.001 | {np.mean(x):.4g} +- {np.std(x, ddof=1):.2g} | 2 |" in done.stdout
     run_ok("tools/sweep.py", *args)  # all are finished
     assert len(commands) == 4 and sweep.read_csv(tmp_path / "s/results.csv") == rows
+    assert "report = ''" in user_error("tools/sweep.py", *args, "--report=--val_events=9")
     assert "'gelu', not 'relu'" in user_error("tools/sweep.py", *args, "--variants={'gelu': ''}")
     (tmp_path / "s/results.csv").unlink()
     assert "no loss at its end" in user_error("tools/sweep.py", *args, "--metric=loss")

@@ -129,7 +129,7 @@ def test_evaluation_is_the_mean_over_exactly_these_events(demo_data, pretrained,
         batch, = train.masked_batches(split, index, 0 * index, masks, train.VAL_SEED)
         with torch.no_grad():
             losses, (logits, _) = net(batch), net.predict(batch)
-        if batch["n_masked"]:
+        if len(batch["masked"]):
             name = "val_dom_loss" if unit == "pulse" else "val_string_dom_loss"
             columns[name].append(losses["dom"].item())
         if unit == "pulse":
@@ -163,7 +163,7 @@ def start_until(step, data_dir, out_dir, *args, begin=pretrain, **kwargs):
     return process
 
 @pytest.mark.parametrize("number, status", [
-    (signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+    (signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_stopped_or_killed_it_resumes(straight, demo_data, tmp_path, number, status):
     process = start_until(8, demo_data, tmp_path)
     os.killpg(process.pid, number)  # Ctrl-C reaches the whole group
@@ -202,7 +202,6 @@ def test_a_signal_to_one_rank_reaches_all(straight, demo_data, tmp_path, number,
     assert_trained_alike(tmp_path, straight)
 
 def test_ranks_that_share_no_disk_are_refused(straight, demo_data, tmp_path):
-    """One would resume, the other start over: their weights would differ without a word."""
     for rank in (0, 1):
         (tmp_path / f"{rank}/out").mkdir(parents=True)
     shutil.copy(straight / "ckpt_20.pt", tmp_path / "0/out/ckpt.pt")
@@ -227,10 +226,13 @@ def test_a_run_whose_folder_was_removed_leaves_the_new_one_alone(demo_data, tmp_
 def test_options_that_differ_are_printed_and_used(pretrained, demo_data, tmp_path):
     shutil.copytree(pretrained, tmp_path / "run")
     text = pretrain(demo_data, tmp_path / "run", "--max_steps=8", "--schedule=constant",
-                    "--warmup_steps=1", "--learning_rate=5e-4", "--weight_decay=1000").stdout
+                    "--warmup_steps=1", "--learning_rate=5e-4", "--weight_decay=1000",
+                    "--lambda_charge=99").stdout
     assert "resume: learning_rate was 0.001, now it is 0.0005" in text
     assert "resume: weight_decay was 0.1, now it is 1000.0" in text
     assert column(tmp_path / "run", "lr")[-2:] == [5e-4, 5e-4]
+    best = utils.load_checkpoint(tmp_path / "run/best.pt")  # a larger loss, but another one
+    assert best["config"]["lambda_charge"] == 99
     before, after = (weights(folder)["dom_head.weight"].norm().item()
                      for folder in (pretrained, tmp_path / "run"))
     assert after == pytest.approx(before / 4, rel=0.05)  # two steps of 1 - 1000 * 5e-4
@@ -243,9 +245,9 @@ def test_other_models_and_other_data_are_refused(pretrained, demo_data, tmp_path
     for folder, option, words in (
             (demo_data, "--train_split=val", f"both 'val'; event {event_id} would be in both"),
             (demo_data, "--num_layers=1", f"num_layers = 1, but {pretrained}/ckpt.pt has 2"),
-            (demo_data, "--train_events=200", f"{pretrained}/ckpt.pt: trained on other data"),
-            (demo_data, "--val_split=copy", f"{pretrained}/ckpt.pt: trained on other data"),
-            (tmp_path / "short", "--max_steps=8", f"{pretrained}/ckpt.pt: trained on other data")):
+            (demo_data, "--train_events=200", f"{pretrained}/ckpt.pt: of other data"),
+            (demo_data, "--val_split=copy", f"{pretrained}/ckpt.pt: of other data"),
+            (tmp_path / "short", "--max_steps=8", f"{pretrained}/ckpt.pt: of other data")):
         assert words in pretrain(folder, pretrained, option, do=user_error)
     assert (pretrained / "ckpt.pt").read_bytes() == before
 
@@ -258,7 +260,6 @@ def test_a_cooldown_branched_off_equals_a_run_that_ends_there(straight, demo_dat
     assert column(tmp_path / "branch", "lr") == column(tmp_path / "whole", "lr")[20:]
 
 def test_a_run_may_begin_with_the_weights_of_another(pretrained, demo_data, tmp_path):
-    """No option has to repeat the model, which the checkpoint knows."""
     run_ok("train.py", f"--data_dir={demo_data}", f"--out_dir={tmp_path}", *WITHOUT_MODEL,
            f"--init_from={pretrained}/ckpt.pt")
     assert column(tmp_path, "val_loss")[0] == pytest.approx(column(pretrained, "val_loss")[-1])

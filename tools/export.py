@@ -54,7 +54,8 @@ def main():
     exported = Exported(model, checkpoint["data"]["rule"]["max_pulses"]).eval()
     size = {0: torch.export.Dim.DYNAMIC}
     sizes = {"pulses": dict.fromkeys(pulses, size), "counts": size}
-    program = torch.export.export(exported, (pulses, torch.tensor([3, 4])), dynamic_shapes=sizes)
+    example = pulses, torch.tensor([3, 4])
+    program = torch.export.export(exported, example, dynamic_shapes=sizes)
     file = io.BytesIO()
     torch.export.save(program, file)
     utils.write_atomic(config.out, lambda part: part.write_bytes(file.getvalue()))

@@ -22,7 +22,7 @@ from data import EVENT, read_geometry_csv, uniform_hash
 from prepare import PrepareConfig, pack
 from simulate import (META, META_SCHEMA, PULSE, PULSE_SCHEMA, TRIGGER_AT, TRIGGER_SHAKE,
                       local_coincidence, number_along_strings, write_parquet)
-from utils import fail, lock_folder, print0, progress_bar, write_json
+from utils import fail, lock_folder, print0, tqdm, write_json
 
 SURFACE_Z = -1948.07  # [m] IceCube's centre in Prometheus
 MAX_TIME, MAX_CHARGE = 1e6, 1e6  # [ns] from an event's middle pulse, [p.e.]
@@ -235,7 +235,7 @@ def convert(config, detector, splits, n_events):
     """Write {split: results of make_events}; until the end it is out_dir.part."""
     out_dir = config.out_dir.rstrip("/")
     folder, number, ranges, light = Path(f"{out_dir}.part"), 0, {}, 0
-    with (lock_folder(folder), progress_bar(n_events, "event") as bar,
+    with (lock_folder(folder), tqdm(total=n_events, disable=None) as bar,
           pq.ParquetWriter(folder / "train_meta.parquet", META_SCHEMA) as meta):
         shutil.rmtree(folder / "train", ignore_errors=True)  # of a stopped run
         x, y, z = detector.position.T

@@ -85,17 +85,17 @@ def reported(rows, variant, metric, column):
 def options_of(config, variant):
     """Return the options of a variant, and checksums of what it reads."""
     Config = {"train": TrainConfig, "finetune": FinetuneConfig}[config.script]
-    text = f"{config.base} {config.variants[variant]}"
-    args = shlex.split(text.replace("{seed}", "0"))
-    with contextlib.redirect_stdout(io.StringIO()):
-        options = asdict(utils.load_config(Config, args=args))
-    if Path(options["data_dir"], "meta.json").exists():
-        meta, _ = data.read_folder(options["data_dir"])
-        options["data_fingerprint"] = meta["fingerprint"]
-    for name in "pretrained", "init_from":
-        if Path(options.get(name, "")).is_file():
-            options[f"{name}_crc"] = zlib.crc32(Path(options[name]).read_bytes())
-    return options
+    found = {"report": config.report}
+    for seed in filter(None, f"{config.seeds},{config.tuning_seeds},0".split(",")):
+        args = shlex.split(f"{config.base} {config.variants[variant]}".replace("{seed}", seed))
+        with contextlib.redirect_stdout(io.StringIO()):
+            options = asdict(utils.load_config(Config, args=args))
+        if Path(folder := options["data_dir"], "meta.json").exists():
+            found[f"fingerprint_{seed}"] = data.read_folder(folder)[0]["fingerprint"]
+        for name in "pretrained", "init_from":
+            if Path(options.get(name, "")).is_file():
+                found[f"{name}_{seed}"] = zlib.crc32(Path(options[name]).read_bytes())
+    return options | found
 
 def check_variants(config):
     """Refuse options that have changed -> {variant: options}."""
@@ -145,7 +145,6 @@ def run_missing(config, variant, rate, seeds, role):
         results = {name: x for name, x in last.items() if x not in ("", "nan")}
         if config.metric not in results:
             utils.fail(f"{folder}/log.csv: no {config.metric} at its end")
-        results["data_fingerprint"] = options[variant].get("data_fingerprint")
         with lock(config.out_dir):
             write_csv(path, [*read_csv(path), key | {"metric": config.metric} | results])
         print(*key.values(), config.metric, results[config.metric], flush=True)

@@ -1,6 +1,6 @@
 # What must pretraining predict, what must masking hide, how long, and what carries it? 100,000
 # events, one epoch if nothing else is said. For python -m tools.sweep; labels.py begins with these
-# runs. Two need other events:
+# runs. Two need other events; their losses, of other pulses and another val, do not compare:
 #   python prepare.py sample_config/study/prepare.py --data_dir=data/random --keep=random
 #   python simulate.py sample_config/study/simulate.py --seed=3 --n_events=400_000 \
 #       --out_dir=data/large_raw
