@@ -167,8 +167,7 @@ def lock_folder(folder):
 def run_in_workers(function, jobs, workers, done):
     """Call function(*job) in `workers` processes, and done(result) here.
 
-    A job must be small: python 3.11.2 hangs at Ctrl-C if one fills the pipe to
-    the workers.
+    A job must be small: python 3.11.2 hangs at Ctrl-C if one fills the pipe.
     """
     if hasattr(os, "sched_getaffinity"):  # taskset and SLURM may allow fewer cores
         workers = workers or len(os.sched_getaffinity(0))
@@ -200,6 +199,7 @@ def start_worker():
 def init_distributed(config):
     """Choose device and precision, join the ranks -> device, dtype, autocast."""
     import torch
+    torch.set_flush_denormal(True)  # else improbable DOMs make a CPU 2 times slower
     name, dtype = config.device, config.dtype
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else \
