@@ -26,10 +26,10 @@ GEOMETRY = np.dtype([
 ])  # 14 bytes, packed, as are the others
 
 PULSE = np.dtype([
-    # DIFF(upstream): float16, off by up to 29 ns
+    # DIFF(upstream): float16 is off by up to 29 ns, and merges 5160 ids into 3338
     ("time", "<f4"),  # [ns], trigger near 10,000
     ("charge", "<f4"),  # [p.e.]
-    ("dom", "<u2"),  # sensor_id  # DIFF(upstream): float16 merges 5160 ids into 3338
+    ("dom", "<u2"),  # sensor_id
     ("aux", "?"),  # False = HLC, in local coincidence
 ])  # 11 bytes
 
@@ -67,7 +67,7 @@ def read_folder(data_dir):
     """Read a finished data folder's meta.json -> dict, GEOMETRY records (V,)."""
     path = Path(data_dir) / "meta.json"
     if not path.is_file():
-        fail(f"{path}: no such file; prepare.py writes it last: run it, or run it again")
+        fail(f"{path}: no such file; prepare.py writes it last: run it again")
     try:
         meta = json.loads(path.read_bytes())
     except ValueError:

@@ -199,7 +199,7 @@ def start_worker():
 def init_distributed(config):
     """Choose device and precision, join the ranks -> device, dtype, autocast."""
     import torch
-    torch.set_flush_denormal(True)  # else improbable DOMs make a CPU 2 times slower
+    torch.set_flush_denormal(True)  # Muon's momentum of idle units: 2 times slower
     name, dtype = config.device, config.dtype
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else \
