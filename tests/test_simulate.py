@@ -5,7 +5,7 @@ import signal
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import run, run_ok, start, user_error, wait_until
+from conftest import run_ok, start, user_error, wait_until
 
 import simulate
 

@@ -1,5 +1,4 @@
 """tools/: pictures, sweeps, ratios of speed, published checkpoints, export. Real runs, tiny."""
-import json
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,7 +9,7 @@ from torch import nn
 
 import data
 import evaluate
-from conftest import TINY_RUN, call, run_ok, user_error, write_folder
+from conftest import TINY_RUN, call, run_ok, user_error
 from model import PolarBERT
 from tools import bench, sweep
 from train import TrainConfig
