@@ -11,7 +11,7 @@ variants = {
     f"{name}/{labels}": f"--pretrained=out/study/targets/{name}/lr0.01_seed1/ckpt.pt "
                         f"--train_events={labels} --max_steps=400"
     for labels in (100, 300)
-    for name in ("published", "line_fit+dom_pulses", "line_fit+dom_strings", "four_epochs")
+    for name in ("published", "line_fit+dom_pulses", "line_fit+dom_strings", "four_epochs", "large")
 } | {
     f"scratch_{name}/{labels}": f"--pretrained= --train_events={labels} --max_steps=1000 "
                                 f"--optimizer={name}"

@@ -15,6 +15,7 @@ variants = {
     "line_fit+dom_pulses": "--mask_unit=pulse",
     "line_fit+dom_strings": "--mask_unit=string",
     "four_epochs": "--max_steps=6240 --cooldown_steps=3120",
+    "four_epochs_gelu": "--max_steps=6240 --cooldown_steps=3120 --mlp=gelu",
     "large": "--data_dir=data/large --max_steps=24375 --cooldown_steps=12187",
     "linear_head": "--dom_head=linear",  # the rest one change each from line_fit+dom_strings
     "table": "--use_dom_positions=False",
