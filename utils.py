@@ -91,7 +91,8 @@ def load_config(cls, doc: str = "", args: list | None = None):
     config.given = set(values)
     if getattr(config, "out_dir", None) == "":
         config.out_dir = "out/" + ("+".join(files) or Path(sys.argv[0]).stem)
-    changed = [f"{k} = {x!r:.99}" for k, x in vars(config).items() if defaults.get(k, x) != x]
+    changed = [f"{k} = {x!r:.99}" for k, x in vars(config).items()
+               if defaults.get(k, x) != x]
     print0(f"options: {', '.join(changed) or 'the defaults'}")
     return config
 
@@ -165,10 +166,8 @@ def lock_folder(folder):
     return file
 
 def run_in_workers(function, jobs, workers, done):
-    """Call function(*job) in `workers` processes, and done(result) here.
-
-    A job must be small: python 3.11.2 hangs at Ctrl-C if one fills the pipe.
-    """
+    """Call function(*job) in `workers` processes, and done(result) here."""
+    # a job must be small: python 3.11.2 hangs at Ctrl-C if one fills the pipe
     if hasattr(os, "sched_getaffinity"):  # taskset and SLURM may allow fewer cores
         workers = workers or len(os.sched_getaffinity(0))
     context = multiprocessing.get_context("spawn")  # fork is not safe with pyarrow
@@ -275,7 +274,8 @@ def match_options(config, checkpoint, model_class, data_id, path, resume):
 
 def start_log(config, start_step):
     """Write config.json, keep log.csv's rows before start_step -> log(row)."""
-    write_json(f"{config.out_dir}/config.json", dataclasses.asdict(config))
+    text = json.dumps(dataclasses.asdict(config), indent=1)
+    write_atomic(f"{config.out_dir}/config.json", lambda part: part.write_text(text))
     n = config.warmup_steps + config.cooldown_steps * (config.schedule == "trapezoidal")
     if n > config.max_steps:
         print0("warning: warmup_steps and cooldown_steps exceed max_steps")
