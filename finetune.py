@@ -161,7 +161,7 @@ def main():
     resume = os.path.exists(f"{config.out_dir}/ckpt.pt")
     path = f"{config.out_dir}/ckpt.pt" if resume else config.pretrained
     checkpoint = utils.load_checkpoint(path) if path else None
-    data_id["pretrained"] = resume and checkpoint["data"]["pretrained"]
+    data_id["pretrained"] = resume and checkpoint["data"].get("pretrained")
     if os.path.isfile(config.pretrained):
         data_id["pretrained"] = zlib.crc32(open(config.pretrained, "rb").read())
     if checkpoint:
