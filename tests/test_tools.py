@@ -65,13 +65,13 @@ def test_a_sweep_is_drawn_against_names_numbers_or_rates(plot, tmp_path):
                                    "a/2000": {0.1: [3, 3], 0.2: ["inf"]}})
     axis = plot.draw_sweep(config, []).axes[0]
     line, _, bars = axis.containers[0]
-    assert [text.get_text() for text in axis.texts] == ["a", "b"]
+    assert legend_of(axis) == ["a", "b"]
     assert line.get_xdata().tolist() == [500, 2000] and line.get_ydata().tolist() == [5.1, 3]
     spread = np.ptp(bars[0].get_segments()[0][:, 1]) / 2
     assert spread == pytest.approx(np.std([5, 5.2], ddof=1))
     config.x = "learning_rate"
     axis = plot.draw_sweep(config, []).axes[0]
-    assert [text.get_text() for text in axis.texts[:3]] == ["a/500", "b/500", "a/2000"]
+    assert legend_of(axis)[:3] == ["a/500", "b/500", "a/2000"]
     assert axis.containers[0][0].get_ydata().tolist() == [4, 6]
 
 # ---- sweep, bench -------------------------------------------------------------------------------

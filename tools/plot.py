@@ -94,15 +94,14 @@ def draw_sweep(config, runs):
     lines = {name: lines[name] for name in config.lines.split(",") if name} or lines
     figure, axis = plt.subplots(figsize=(7, 4.5))
     for color, (line, points) in zip(cycle(COLORS), lines.items()):
-        x = [at for at in sorted(points) if np.isfinite(points[at]).all()]
+        x = [at for at in sorted(points) if np.isfinite(points[at] or np.nan).all()]
         mean = [np.mean(points[at]) for at in x]
         spread = [np.std(points[at], ddof=1) if len(points[at]) > 1 else np.nan for at in x]
         axis.errorbar(x, mean, spread, marker="o", capsize=3, color=color,
-                      linestyle="none" if names else "-")
-        for start in zip(x[:1], mean):
-            axis.annotate(line, start, (6, 9), textcoords="offset points", color=color)
+                      linestyle="none" if names else "-", label=line)
     if not names:
         axis.set_xscale("log")
+        axis.legend()
     x = sorted(set().union(*lines.values()))
     if config.level:
         axis.axhline(config.level, color="0.55", linestyle="--")
