@@ -6,14 +6,16 @@ base = ("sample_config/demo_finetune.py --data_dir=data/study --dtype=float32 --
         "--eval_interval=10000 --save_interval=10000 --val_events=2000 --train_start={seed}0000")
 report = "--val_split=final --val_events=5000"
 variants = {
-    f"{name}/{labels}": f"--pretrained=out/study/targets/{name}/lr0.01_seed{{seed}}/ckpt.pt "
-                        f"--train_events={labels} --max_steps={steps}"
+    f"{name}/{labels}": f"--pretrained=out/study/targets/{name.removesuffix('_muon')}/"
+                        f"lr0.01_seed{{seed}}/ckpt.pt --train_events={labels} --max_steps={steps}"
+                        + " --optimizer=muon" * name.endswith("_muon")
                         + " --data_dir=data/random" * (name == "random_pulses")
     for labels, steps in ((100, 50), (500, 100), (2000, 300), (8000, 600),
                           (32000, "1500 --train_start=0"))
-    for name in ("published", "dom_pulses", "dom_strings", "line_fit", "line_fit+dom_pulses",
-                 "line_fit+dom_strings", "four_epochs", "four_epochs_gelu", "large",
-                 "linear_head", "table",
+    for name in ("published", "published_muon", "dom_pulses", "dom_strings", "line_fit",
+                 "line_fit+dom_pulses",
+                 "line_fit+dom_strings", "line_fit+dom_strings_muon", "four_epochs",
+                 "four_epochs_muon", "four_epochs_gelu", "large", "linear_head", "table",
                  "random_pulses", "masked_doms", "pulses_or_strings", "strings_0.15",
                  "strings_0.5", "line_fit_x3")
 } | {
