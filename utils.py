@@ -1,5 +1,6 @@
 """What the stages share. torch is imported late: simulate.py runs without it."""
 import ast
+import atexit
 import csv
 import dataclasses
 import difflib
@@ -57,6 +58,9 @@ def run_main(main):
     if groups:
         import torch
         torch.distributed.destroy_process_group()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        os._exit(status or 0)  # gloo's threads may abort python's own exit, pytorch 190489
     raise SystemExit(status)
 
 # ---- config: python files and --key=value, left to right, later wins ----------------------------
@@ -98,10 +102,8 @@ def load_config(cls, doc: str = "", args: list | None = None):
 
 def to_type(key, value, kind, where):
     """Return the value as the type of its field; refuse nonsense."""
-    if kind is float and type(value) is int:
-        value = float(value)
-    if kind is int and type(value) is float and value.is_integer():
-        value = int(value)  # 1e6
+    if {kind, type(value)} == {int, float} and value % 1 == 0:
+        value = kind(value)  # 1e6
     if get_args(kind) and value not in get_args(kind):  # a Literal
         fail(f"{where}: {key} = {value!r}: choose one of {', '.join(get_args(kind))}")
     if not get_args(kind) and type(value) is not kind:
@@ -118,9 +120,8 @@ def help_text(cls, doc):
     comments = dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.*)", source, re.M))
     lines = [doc.strip(), "", "options, in config files or as --key=value:"]
     for field, value in zip(dataclasses.fields(cls), vars(cls()).values()):
-        choices = "".join(f" | {choice}" for choice in get_args(field.type))
-        option = f"--{field.name}={value!r}"
-        lines.append(f"  {option:<34} {comments.get(field.name, '')}{choices}")
+        text = " | ".join([comments.get(field.name, ""), *get_args(field.type)])
+        lines.append(f"  {f'--{field.name}={value!r}':<34} {text}")
     return "\n".join(lines)
 
 # ---- files and worker processes -----------------------------------------------------------------
@@ -201,8 +202,7 @@ def init_distributed(config):
     torch.set_flush_denormal(True)  # Muon's momentum of idle units: 2 times slower
     name, dtype = config.device, config.dtype
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else \
-            "mps" if torch.backends.mps.is_available() else "cpu"
+        name = next(x for x in ("cuda", "mps", "cpu") if getattr(torch, x).is_available())
     if name == "cuda":
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if local_rank >= torch.cuda.device_count():
