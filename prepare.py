@@ -159,8 +159,7 @@ def pack(events, time, charge, dom, aux, detector, config):
     # each pulse draws a number, HLC pulses below all others; an event keeps its smallest
     # DIFF(upstream): a hash of event and pulse, so the order of batches changes nothing
     place = np.arange(len(event)) - np.repeat(begin, n)
-    draw = data.uniform_hash(config.seed, events["event_id"], place, n)
-    draw += aux
+    draw = data.uniform_hash(config.seed, events["event_id"], place, n) + aux
     if config.keep == "brightest":
         draw[first] = 1e-3 * draw[first] - 1e-3 - dom_charge
     # slow form, per event: keep = draw <= np.sort(draw)[max_pulses - 1]
@@ -226,9 +225,8 @@ def plan(config):
                 if key not in split_of or not os.path.exists(path):
                     continue
                 split, part = split_of[key], events[table["batch_id"] == number]
-                batch = batches.setdefault((key, number), {
-                    "split": split, "number": number, "n_events": 0, "path": path,
-                    "place": place[split].tolist()})
+                batch = batches.setdefault((key, number), {"split": split, "number": number,
+                    "n_events": 0, "path": path, "place": place[split].tolist()})
                 batch["n_events"] += len(part)
                 mode = "ab" if place[split][0] else "wb"
                 with open(f"{config.data_dir}/{split}_events.bin", mode) as file:
@@ -303,6 +301,8 @@ def main():
     path, settings = unfinished / "settings.json", meta
     if meta_path.exists():
         path, (settings, _) = meta_path, data.read_folder(data_dir)
+        if any(x.stat().st_mtime > meta_path.stat().st_mtime for x in input_dir.rglob("*.parquet")):
+            fail(f"{path}: older than files of {input_dir}; use another data_dir, or touch it")
         utils.print0(f"{data_dir}: complete, nothing to do")
     elif path.exists():
         settings = json.loads(path.read_text())

@@ -60,7 +60,7 @@ def run_main(main):
         torch.distributed.destroy_process_group()
         atexit._run_exitfuncs()
         sys.stdout.flush()
-        os._exit(status or 0)  # gloo's threads may abort python's own exit, pytorch 190489
+        os._exit(status or 0)  # python's exit may abort, pytorch issue 190489
     raise SystemExit(status)
 
 # ---- config: python files and --key=value, left to right, later wins ----------------------------

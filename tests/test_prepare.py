@@ -275,7 +275,7 @@ def test_a_batch_is_done_again_if_its_input_has_changed(raw, straight, tmp_path)
 @pytest.mark.parametrize("option, words", [
     ("--seed=4", "seed = 0, now 4"), ("--max_pulses=64", "'max_pulses': 127"),
     ("--keep=brightest", "'keep': 'random'"), ("--splits={'val': (3, 3)}", "split"),
-    ("--input_dir=data", "input_dir = ")])
+    ("--input_dir=docs", "input_dir = ")])
 def test_a_complete_folder_is_left_alone(raw, straight, tmp_path, option, words):
     target = shutil.copytree(straight[0], tmp_path / "data")
     flags = [f"--input_dir={raw[0]}", f"--data_dir={target}", SPLITS]
@@ -284,6 +284,8 @@ def test_a_complete_folder_is_left_alone(raw, straight, tmp_path, option, words)
     assert contents(target) == contents(straight[0])
     os.truncate(target / "val_pulses.bin", 100)
     assert "val_pulses.bin" in user_error("prepare.py", *flags)
+    os.utime(target / "meta.json", (0, 0))
+    assert "meta.json: older than files of" in user_error("prepare.py", *flags)
 
 # ---- hostile input: each case spoils a good folder in one way -----------------------------------
 
@@ -359,15 +361,15 @@ def test_unknown_truth_missing_batches_and_checksums(raw, tmp_path):
     for row, column in enumerate(("azimuth", "zenith", "energy")):
         spoil(source / M, column, row, None)
     event_id = pq.read_table(source / M)["event_id"].to_pylist()
-    flags = [f"--input_dir={source}", f"--data_dir={target}", "--verify=True"]
+    flags = [f"--input_dir={source}", f"--data_dir={target}", "--verify=True",
+             "--splits={'pretrain': [(1, 2), (4, 9)], 'val': [(3, 3)]}"]
     (source / B).unlink()
-    flags.append("--splits={'pretrain': [(1, 2), (4, 9)], 'val': [(3, 3)]}")
     assert "6 batches, for example 2, have no file" in user_error("prepare.py", *flags)
     spoil(source / M, "event_id", -1, event_id[3])
-    line = user_error("prepare.py", *flags, "--skip_missing=True")
-    assert f"event_id {event_id[3]} is there twice" in line
+    flags.append("--skip_missing=True")
+    assert f"event_id {event_id[3]} is there twice" in user_error("prepare.py", *flags)
     spoil(source / M, "event_id", -1, event_id[-1])
-    run_ok("prepare.py", *flags, "--skip_missing=True")
+    run_ok("prepare.py", *flags)
     events = data.open_split(target, "pretrain").events
     assert len(events) == N_EVENTS[1] + N_EVENTS[4]
     assert [np.isnan(events[name]).nonzero()[0].tolist()
@@ -375,5 +377,4 @@ def test_unknown_truth_missing_batches_and_checksums(raw, tmp_path):
     content = bytearray((target / "val_events.bin").read_bytes())
     content[-5] ^= 1  # the last energy
     (target / "val_events.bin").write_bytes(content)
-    line = user_error("prepare.py", *flags, "--skip_missing=True")
-    assert "val_*.bin: not as in meta.json" in line
+    assert "val_*.bin: not as in meta.json" in user_error("prepare.py", *flags)

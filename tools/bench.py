@@ -7,7 +7,7 @@ base, demo: a training step; the baseline pads to the longest event. Model,
 losses, optimizer and precision are the same. loader, prepare: the baseline
 takes one event at a time. Trust the ratios: events/s vary with the load.
 """
-import utils  # first: it sets how torch's threads wait
+import utils  # before torch
 
 import runpy
 import time

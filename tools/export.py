@@ -7,7 +7,7 @@ model.Reconstructor returns. pulses: a dict of (P,), one event after another:
 time [ns], charge [p.e.] float32, dom (sensor_id) int64, aux bool. counts:
 pulses of each event, (B,) int64, 1 to the max_pulses of training.
 """
-import utils  # first: it sets how torch's threads wait
+import utils  # before torch
 
 import io
 from dataclasses import dataclass

@@ -5,7 +5,7 @@
 
 Reads a state_dict (.pth) or Lightning's file (.ckpt), without muP.
 """
-import utils  # first: it sets how torch's threads wait
+import utils  # before torch
 
 from dataclasses import asdict, dataclass
 from typing import Literal

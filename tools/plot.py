@@ -4,7 +4,7 @@
     python -m tools.plot --what=event --event=69 --runs=out/demo,out/demo_finetune
     python -m tools.plot --what=sweep --results=out/sweep_labels/results.csv
 """
-import utils  # first: it sets how torch's threads wait
+import utils  # before torch
 
 from dataclasses import dataclass
 from itertools import cycle

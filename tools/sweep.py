@@ -6,7 +6,7 @@
 Each variant runs with all rates on tuning_seeds, then with the best on seeds,
 which are reported. Run again, it runs what is missing.
 """
-import utils  # first: it sets how torch's threads wait
+import utils  # before torch
 
 import contextlib
 import csv
