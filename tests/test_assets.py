@@ -8,7 +8,7 @@ import pytest
 from conftest import run_ok
 
 def test_the_toy_model_is_scored_right_after_installation(tmp_path):
-    done = run_ok("evaluate.py", f"--checkpoint=assets/toy/direction.pt",
+    done = run_ok("evaluate.py", "--checkpoint=assets/toy/direction.pt",
                   f"--predictions={tmp_path}/x.parquet", "--suffix=_pred")
     angles = re.search(r"mean error ([\d.]+) rad .* a line fit has ([\d.]+)", done.stdout)
     assert float(angles[1]) < float(angles[2]) < 1.3 and "warning" not in done.stdout
