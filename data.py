@@ -18,7 +18,7 @@ import numpy as np
 from utils import RANK, WORLD_SIZE, fail, print0
 
 MAX_DOMS = 65_535  # ids are uint16, and one number is left for MASK
-GROUP_SIZE = 8  # neighbours stay together in the shuffle: 6 kB of the disk
+GROUP_SIZE = 8  # neighbours stay together: 6 kB of disk
 
 GEOMETRY = np.dtype([
     ("position", "<f4", (3,)),  # [m] from the middle of the detector
@@ -35,9 +35,9 @@ PULSE = np.dtype([
 
 EVENT = np.dtype([
     ("event_id", "<i8"),
-    ("start", "<i8"),  # index of the first pulse in <split>_pulses.bin
+    ("start", "<i8"),  # first pulse in <split>_pulses.bin
     ("length", "<u2"),  # pulses on disk, 1..max_pulses
-    ("n_pulses", "<u4"),  # pulses of the full event, as are the three sums below
+    ("n_pulses", "<u4"),  # of the full event, as are the three sums below
     ("total_charge", "<f4"),  # [p.e.]
     ("center", "<f4", (3,)),  # [m] charge-weighted
     ("line_fit", "<f4", (3,)),  # to the source, a guess; 0 if no fit is possible
@@ -217,7 +217,7 @@ def micro_batches(events, pulses, size, labels=(), mask=None):
     the event's place; with a mask (bool per pulse) n_masked_events.
     # DIFF(upstream): every event is padded to 127 pulses
     """
-    import torch  # here, because prepare.py and its workers need no torch
+    import torch  # prepare.py needs no torch
     length = events["length"].astype(np.int64)
     offset = np.cumsum(length) - length
     columns = {name: np.ascontiguousarray(pulses[name]) for name in PULSE.names}

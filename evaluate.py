@@ -4,9 +4,9 @@
     python evaluate.py --checkpoint=out/demo_finetune/best.pt --split=test --predictions=test.csv
     python evaluate.py --checkpoint=out/demo/ckpt.pt --embeddings=cls.parquet
 
-Prints scores in bins, writes evaluation_<split>.json next to the checkpoint.
+Prints scores in bins. Next to the checkpoint: evaluation_[<other data>_]<split>.json.
 """
-import utils  # before torch, which reads OMP_WAIT_POLICY when it loads
+import utils  # before torch
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,14 +132,13 @@ def roc_area(number, is_positive):
         return np.nan
     _, place, count = np.unique(number, return_inverse=True, return_counts=True)
     rank = (np.cumsum(count) - (count - 1) / 2)[place]  # ties share the mean
-    mean = rank[is_positive].mean()
-    return (mean - (n_positive + 1) / 2) / (n - n_positive)
+    return (rank[is_positive].mean() - (n_positive + 1) / 2) / (n - n_positive)
 
 def bins_of(events):
     """Return (name, mask) for each row of the table."""
     kind, n, zenith = events["event_class"], events["n_pulses"], np.degrees(events["zenith"])
     bins = [("track", kind, 1, 2), ("cascade", kind, 2, 3)]
-    for k in range(-9, 20):  # all there are: rows of few events are left out
+    for k in range(-9, 20):  # bins of few events are left out
         bins.append((f"1e{k} to 1e{k + 1} GeV", events["energy"], 10.0**k, 10.0 ** (k + 1)))
     for low, high in ((1, 32), (32, 64), (64, 128), (128, 256), (256, 1024), (1024, np.inf)):
         bins.append((f"{low} to {high - 1} pulses", n, low, high))
@@ -169,13 +168,13 @@ def evaluation_table(scores, events, task, n_bootstrap=100, min_events=10):
 
 def print_table(rows):
     names = [key for key in rows[0] if key not in ("bin", "n") and not key.endswith("_error")]
-    print(f"{'':<24}{'events':>9}" + "".join(f"{name:>19}" for name in names))
+    utils.print0(f"{'':<24}{'events':>9}" + "".join(f"{name:>19}" for name in names))
     for row in rows:
         line = f"{row['bin']:<24}{row['n']:>9,}"
         for name in names:
             error = f" +- {row[f'{name}_error']:.2g}" if f"{name}_error" in row else ""
             line += f"{row[name]:.4g}{error}".rjust(19)
-        print(line)
+        utils.print0(line)
 
 def prediction_table(events, x, config, run):
     """Return a table, as Kaggle wants it (.csv), or with the truth (.parquet)."""
@@ -203,7 +202,7 @@ def prediction_table(events, x, config, run):
 def write_table(path, table):
     write = pyarrow.csv.write_csv if path.endswith(".csv") else pq.write_table
     utils.write_atomic(path, lambda part: write(table, part))
-    print(f"written {path}")
+    utils.print0(f"written {path}")
 
 def evaluate_checkpoint(config, device, autocast):
     """Score a checkpoint, write the files that are asked for."""
@@ -228,7 +227,7 @@ def evaluate_checkpoint(config, device, autocast):
         write_table(config.predictions, prediction_table(split.events, arrays["x"], config, run))
     labelled = has_labels(split.events, task) if task else np.zeros(1, bool)
     if task and not labelled.all():
-        print(f"note: {np.count_nonzero(~labelled):,} of {len(labelled):,} events have no {task}")
+        utils.print0(f"note: {(~labelled).sum():,} of {len(labelled):,} events have no {task}")
     if labelled.any():
         report(arrays["x"][labelled], split.events[labelled], config.checkpoint, run, checkpoint)
 
@@ -242,14 +241,15 @@ def report(x, events, path, run, checkpoint):
     if run.task == "direction" and "vmf" in run.direction_loss:
         content["calibration"] = {level: float((scores["quantile"] < level).mean())
                                   for level in (0.1, 0.25, 0.5, 0.75, 0.9)}
-        print("calibration (level: share of events inside):", content["calibration"])
+        utils.print0(f"calibration (level: share inside): {content['calibration']}")
     text = ", ".join(f"{name} {x:.4f}" for name, x in rows[0].items() if isinstance(x, float))
     if run.task == "direction":
         x, y, z = (f"{rows[0][name]:.3f} rad ({np.degrees(rows[0][name]):.1f} deg)"
                    for name in ("mean", "line_fit_mean", "guess_mean"))
         text = f"mean error {x}; a line fit has {y}, one direction for all {z}"
-    print(f"{path}, {content['n_train']:,} labels: {text}")
-    utils.write_json(Path(path).parent / f"evaluation_{run.val_split}.json", content)
+    utils.print0(f"{path}, {content['n_train']:,} labels: {text}")
+    folder = f"{Path(run.data_dir).name}_" * (run.data_dir != checkpoint["config"]["data_dir"])
+    utils.write_json(Path(path).parent / f"evaluation_{folder}{run.val_split}.json", content)
 
 def main():
     config = utils.load_config(EvaluateConfig, __doc__)

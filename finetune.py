@@ -9,7 +9,7 @@ Writes log.csv, ckpt.pt (last), best.pt (lowest val_loss) and config.json into
 out_dir. At the end evaluate.py scores best.pt. Resuming and exit status are as in
 train.py. A random direction has a mean error of pi/2 = 1.571 rad.
 """
-import utils  # before torch, which reads OMP_WAIT_POLICY when it loads
+import utils  # before torch
 
 import math
 import os
@@ -206,7 +206,7 @@ def main():
         return 0
     model = torch.compile(raw_model, dynamic=True) if config.compile else raw_model
     if utils.WORLD_SIZE > 1:
-        torch._dynamo.config.optimize_ddp = False  # or each new length compiles again
+        torch._dynamo.config.optimize_ddp = False
         model = DistributedDataParallel(model, broadcast_buffers=False)
 
     def save(name, step):
@@ -269,11 +269,11 @@ def main():
         # micro-batches: normalise by the whole step, so that they do not change the update
         step_loss = 0.0
         for i, batch in enumerate(batches):
-            model.require_backward_grad_sync = i == len(batches) - 1  # DDP adds gradients once
+            model.require_backward_grad_sync = i == len(batches) - 1
             with autocast:
                 x = model(batch)
             loss = raw_model.loss(x, batch).sum() / config.batch_size
-            scaler.scale(loss * utils.WORLD_SIZE).backward()  # DDP averages over ranks
+            scaler.scale(loss * utils.WORLD_SIZE).backward()
             step_loss += loss.detach()
 
         # clip, update
@@ -303,7 +303,7 @@ def main():
         utils.print0(f"stopped at step {step}; the same command resumes")
         return 128 + caught_signals[0] if utils.WORLD_SIZE == 1 else 0
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    utils.all_reduce_sum([0])  # wait: rank 0 may still be writing best.pt
+    utils.all_reduce_sum([0])  # rank 0 may still write best.pt
     evaluate_checkpoint(best, device, autocast)
 
 if __name__ == "__main__":

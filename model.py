@@ -102,7 +102,7 @@ class PulseEmbedding(nn.Module):
 
     def forward(self, batch):
         dom = batch["dom"]
-        if "masked" in batch:  # only the id is masked: time, charge and aux stay visible
+        if "masked" in batch:  # the id alone; time, charge, aux stay
             dom = dom.index_fill(0, batch["masked"], len(self.geometry))
         # physical units -> numbers of order one, by upstream's factors
         time = (batch["time"] - 1e4) / 3e4  # [ns] the trigger is near 10,000
@@ -187,7 +187,7 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         D, width, self.activation = config.embedding_dim, config.hidden_size, config.mlp
-        if config.mlp == "swiglu":  # three matrices instead of two: as many parameters
+        if config.mlp == "swiglu":  # 3 matrices, not 2: as many parameters
             width = round(width * 2 / 3 / 8) * 8
         self.up = nn.Linear(D, 2 * width if config.mlp == "swiglu" else width)
         self.down = nn.Linear(width, D)
@@ -238,7 +238,7 @@ class Encoder(nn.Module):
         x = self.embedding(batch)
         packing = Packing(batch["cu_seqlens"], batch["max_seqlen"], x.shape[0])
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            packing.n_extra = -x.shape[0] % 128  # oneDNN compiles for each new size: few sizes
+            packing.n_extra = -x.shape[0] % 128  # oneDNN compiles for each size
             x = F.pad(x, (0, 0, 0, packing.n_extra))
         for block in self.blocks[:-1]:
             x = block(x, packing)
@@ -292,7 +292,7 @@ class PolarBERT(nn.Module):
         """Return logits of the masked pulses (M, V), predictions of [CLS] {name: (B, n)}."""
         cls, x = self.encoder(batch)
         logits = self.dom_head(x)  # DIFF(upstream): of masked pulses only
-        dtype = self.dom_head.bias.dtype  # that of the weights, whatever autocast has chosen
+        dtype = self.dom_head.bias.dtype  # of the weights, not autocast's
         cls_pred = {name: head(cls).to(dtype) for name, head in self.cls_heads.items()}
         return logits.to(dtype), cls_pred
 

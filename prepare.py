@@ -52,11 +52,10 @@ def assign_batches(splits) -> dict:
 
 # ---- read ---------------------------------------------------------------------------------------
 
-CHUNK = 2**16  # rows at a time: arrays of 0.5 MB stay in the cache
+CHUNK = 2**16  # rows at a time: arrays fit the cache
 PULSES = ["time", "charge", "sensor_id", "auxiliary", "event_id"]
 META = ["batch_id", "event_id", "first_pulse_index", "last_pulse_index"]
-LABELS = ["azimuth", "zenith"]
-EXTRA = ["energy", "event_class"]  # not in Kaggle's files
+LABELS, EXTRA = ["azimuth", "zenith"], ["energy", "event_class"]  # Kaggle has no EXTRA
 LIGHT_SPEED, LATE, FAR = 0.22, 200.0, 153.0  # [m/ns], [ns], [m] of the line fit, 1308.5501
 COUNTS = ["n_events", "n_pulses", "n_cut", "n_aux"]  # of a split, in meta.json
 TYPES = dict.fromkeys(["time", "charge", "energy", *LABELS], "f8") | {"auxiliary": "?"}
@@ -294,14 +293,14 @@ def main():
     meta_path, unfinished = data_dir / "meta.json", data_dir / "unfinished"
     meta = data.FORMAT | {
         "source": "kaggle", "seed": config.seed, "input_dir": str(input_dir.resolve()),
-        "rule": {"keep": config.keep, "max_pulses": config.max_pulses},
-        "split_ranges": json.loads(json.dumps(config.splits)),
-        "origin": config.origin, "shift_times": config.shift_times}
+        "split_ranges": json.loads(json.dumps(config.splits)), "origin": config.origin,
+        "shift_times": config.shift_times, "rule": {"max_pulses": config.max_pulses,
+            "keep": config.keep + ", shifted" * config.shift_times}}
     lock = None if meta_path.exists() else utils.lock_folder(unfinished)
     path, settings = unfinished / "settings.json", meta
     if meta_path.exists():
         path, (settings, _) = meta_path, data.read_folder(data_dir)
-        if any(x.stat().st_mtime > meta_path.stat().st_mtime for x in input_dir.rglob("*.parquet")):
+        if any(x.stat().st_mtime > meta_path.stat().st_mtime for x in input_dir.glob("*_*")):
             fail(f"{path}: older than files of {input_dir}; use another data_dir, or touch it")
         utils.print0(f"{data_dir}: complete, nothing to do")
     elif path.exists():
@@ -315,6 +314,7 @@ def main():
         position, string = data.read_geometry_csv(input_dir / "sensor_geometry.csv", config.origin)
         geometry = np.array([*zip(position.tolist(), string)], data.GEOMETRY)
         utils.write_atomic(data_dir / "geometry.bin", geometry.tofile)
+        utils.print0(f"{len(string)} DOMs on {len(set(string))} strings")
         changed = stamp(*sorted(input_dir.glob("*")))  # tables; is a file new?
         if settings.get("changed") != changed:  # a new start
             settings = meta | {"changed": changed, "batches": plan(config)}

@@ -251,7 +251,7 @@ def main():
         if last_step or (step % config.eval_interval == 0 and not stop_requested):
             row |= evaluate(raw_model, val_data, config, autocast)
             text = " ".join(f"{name} {x:.4g}" for name, x in row.items())
-            guess = f"guessing a DOM: {math.log(len(geometry)):.4g}"
+            guess = f"guessing a DOM: {math.log(len(geometry)):.4g}" * (config.dom_loss == "ce")
             utils.print0(f"eval {step}/{config.max_steps} | {text} | {guess}")
             if not math.isfinite(row["val_loss"]):
                 if step == start_step:  # no step can have caused it

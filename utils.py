@@ -36,7 +36,7 @@ groups = []  # if DDP frees the group last, teardown deadlocks
 def fail(message: str, status: int = 1):
     """Print one line to stderr and end."""
     tqdm.write(f"error: {f'rank {RANK}: ' * (WORLD_SIZE > 1)}{message}", file=sys.stderr)
-    raise SystemExit(status)
+    (os._exit if groups else sys.exit)(status)  # see run_main
 
 def print0(text: str):
     if RANK == 0:
@@ -48,19 +48,18 @@ def run_main(main):
         status = main()
     except KeyboardInterrupt:
         print0("\nstopped; the same command resumes")
-        os._exit(130)  # at once: python's queue thread would complain
+        os._exit(130)  # python's queue thread would complain
     except OSError as error:
         fail(str(error))
     except (MemoryError, RuntimeError) as error:  # torch's is a RuntimeError
-        if isinstance(error, RuntimeError) and " memory" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search("(of|ate|enough) memory", str(error)):
             raise
         fail(f"out of memory; lower micro_batch_size or workers ({str(error)[:80]})")
-    if groups:
+    if groups:  # python's own exit may abort, pytorch issue 190489
         import torch
         torch.distributed.destroy_process_group()
         atexit._run_exitfuncs()
-        sys.stdout.flush()
-        os._exit(status or 0)  # python's exit may abort, pytorch issue 190489
+        os._exit(status or 0)
     raise SystemExit(status)
 
 # ---- config: python files and --key=value, left to right, later wins ----------------------------
@@ -79,8 +78,7 @@ def load_config(cls, doc: str = "", args: list | None = None):
             fail(f"{arg}: options are written --key=value; --help lists them")
         try:
             if not arg.startswith("-"):
-                assignments = {}
-                exec(Path(arg).read_text(encoding="utf-8"), {}, assignments)
+                exec(Path(arg).read_text(encoding="utf-8"), {}, assignments := {})
                 files.append(Path(arg).stem)
             elif types.get(key) in (int, float, bool, dict):
                 assignments = {key: ast.literal_eval(text)}
@@ -139,7 +137,7 @@ def write_atomic(path, write):
         part.parent.mkdir(parents=True, exist_ok=True)
         write(part)
         with open(part, "r+b") as file:
-            os.fsync(file.fileno())  # first the bytes, then the name, in case the power fails
+            os.fsync(file.fileno())  # bytes before the name: power may fail
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # RuntimeError: a full disk
         part.unlink(missing_ok=True)
@@ -161,7 +159,7 @@ def lock_folder(folder):
     except BlockingIOError:
         fail(f"{folder}: another run uses it; wait for its end, or choose another folder")
     except (ImportError, OSError):
-        pass  # Windows and some network disks have no locks
+        pass  # Windows, some network disks
     for part in Path(folder).glob("*.part"):
         part.unlink()  # of a killed run
     return file
@@ -243,11 +241,11 @@ def load_checkpoint(path) -> dict:
     """Read a checkpoint onto the CPU."""
     import torch
     try:
-        if zipfile.ZipFile(path).testzip():  # torch does not look at its checksums
+        if zipfile.ZipFile(path).testzip():  # torch checks no checksum
             raise ValueError
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        fail(str(error))
+    except OSError:  # see run_main
+        raise
     except Exception:  # whatever torch's unpickler makes of it
         fail(f"{path}: damaged, or not a checkpoint; move it away to start over")
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
@@ -256,14 +254,16 @@ def load_checkpoint(path) -> dict:
 
 def match_options(config, checkpoint, model_class, data_id, path, resume):
     """Take the model's options from a checkpoint."""
-    model_options = {*vars(model_class()), *["task", "head_hidden_size", "optimizer"] * resume}
+    continues = resume or getattr(config, "init_optimizer", False)
+    fixed = [*vars(model_class()), *["optimizer", "batch_size"] * continues]
+    fixed += ["task", "head_hidden_size"] * resume
     for name, value in (vars(type(config)()) | checkpoint["config"]).items():
         now = getattr(config, name, value)
-        if now != value and name in model_options:
+        if now != value and name in fixed:
             if name in config.given:
                 fail(f"{name} = {now!r}, but {path} has {value!r}; use that, or another out_dir")
             setattr(config, name, value)
-        elif now != value and resume and name != "micro_batch_size":
+        elif now != value and continues and name != "micro_batch_size":
             print0(f"resume: {name} was {value!r}, now it is {now!r}")
             if name.startswith(("lambda_", "mask_unit", "direction_loss", "val_events")):
                 checkpoint["best_val_loss"] = math.inf  # of another loss
@@ -276,8 +276,8 @@ def start_log(config, start_step):
     """Write config.json, keep log.csv's rows before start_step -> log(row)."""
     text = json.dumps(dataclasses.asdict(config), indent=1)
     write_atomic(f"{config.out_dir}/config.json", lambda part: part.write_text(text))
-    n = config.warmup_steps + config.cooldown_steps * (config.schedule == "trapezoidal")
-    if n > config.max_steps:
+    warmup = config.warmup_steps or round(1 / (1 - config.beta2))
+    if warmup + config.cooldown_steps * (config.schedule == "trapezoidal") > config.max_steps:
         print0("warning: warmup_steps and cooldown_steps exceed max_steps")
     path, rows, wandb_run = Path(config.out_dir) / "log.csv", [], None
     if path.exists():

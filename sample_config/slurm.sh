@@ -30,7 +30,7 @@ before=$(last_step)
 
 # data/ and out/ must be on a disk that all machines share
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 \
-    torchrun --nnodes="$SLURM_NNODES" --nproc_per_node=8 --max_restarts=3 \
+    torchrun --nnodes="$SLURM_NNODES" --nproc_per_node=8 --max_restarts=3 --shutdown_timeout=100 \
     --rdzv_id="$SLURM_JOB_ID" --rdzv_backend=c10d --rdzv_endpoint="$head_node:29500" \
     train.py config/base.py --out_dir="$out_dir" "$@" || echo "torchrun ended with status $?"
 

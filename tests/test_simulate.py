@@ -90,8 +90,7 @@ def test_stopped_or_killed_it_resumes_to_the_same_bytes(raw, tmp_path):
         wait_until(lambda: len([*out_dir.glob(".parts/batch_?.parquet")]) >= n, process)
         os.kill(process.pid if status < 0 else -process.pid, number)  # -: the whole group
         output, _ = process.communicate(timeout=20)  # until no worker holds the pipe
-        assert process.returncode == status
-        assert status < 0 or "stopped; the same command resumes" in output
+        assert process.returncode == status and (status < 0 or "stopped; the same" in output)
     first = out_dir / "train/batch_1.parquet"
     written = first.stat().st_mtime_ns
     run_ok(*args)

@@ -1,5 +1,6 @@
 """tools/: pictures, sweeps, ratios of speed, published checkpoints, export. Real runs, tiny."""
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -82,8 +83,8 @@ def test_a_sweep_tunes_on_one_seed_and_reports_on_others(demo_data, tmp_path, mo
         commands.append(command)
         done = call(*command[1:])
         stdout.write(done.stdout + done.stderr)
-        return done
-    monkeypatch.setattr(sweep.subprocess, "run", call_script)
+        return SimpleNamespace(wait=lambda: done.returncode)
+    monkeypatch.setattr(sweep.subprocess, "Popen", call_script)
     base = " ".join([f"--data_dir={demo_data}", *TINY_RUN, "--max_steps=2", "--grad_clip=1e30",
                      "--val_events=8", "--num_layers=1"])
     args = [f"--base={base}", "--rates=0.001,1e30", f"--out_dir={tmp_path}/s",
@@ -114,7 +115,7 @@ def test_a_sweep_tunes_on_one_seed_and_reports_on_others(demo_data, tmp_path, mo
     assert "gelu ran with adam_eps = None" in user_error("tools/sweep.py", *args)
 
 def test_sweeps_at_the_same_time_lose_no_row(tmp_path, monkeypatch):
-    monkeypatch.setattr("subprocess.run", lambda *a, **_: sweep.subprocess.CompletedProcess(a, 3))
+    monkeypatch.setattr("subprocess.Popen", lambda *a, **_: SimpleNamespace(wait=lambda: 3))
     config = sweep.SweepConfig(base="", variants=dict.fromkeys("abcdef", ""), out_dir=tmp_path)
     with ThreadPoolExecutor() as pool:
         [*pool.map(lambda x: sweep.run_missing(config, x, "1", "1,2,3,4", "report"), "abcdef")]

@@ -51,8 +51,7 @@ def step_of(out_dir):
 
 def assert_same_weights(a, b, atol=0.0, file="ckpt.pt"):
     a, b = weights(a, file), weights(b, file)
-    assert a.keys() == b.keys()
-    assert all(torch.allclose(a[name], b[name], atol=atol, rtol=0) for name in a)
+    assert a.keys() == b.keys() and all(torch.allclose(a[x], b[x], atol=atol, rtol=0) for x in a)
 
 def assert_same_run(a, b):
     """Compare two runs to the bit, except for their speed."""
@@ -254,8 +253,9 @@ def test_other_models_and_other_data_are_refused(pretrained, demo_data, tmp_path
 def test_a_cooldown_branched_off_equals_a_run_that_ends_there(straight, demo_data, tmp_path):
     args = [*LONG_RUN, "--cooldown_steps=5", "--max_steps=25"]
     pretrain(demo_data, tmp_path / "whole", *args)
-    pretrain(demo_data, tmp_path / "branch", *args, f"--init_from={straight}/ckpt_20.pt",
-             "--init_optimizer=True")
+    text = pretrain(demo_data, tmp_path / "branch", *args, f"--init_from={straight}/ckpt_20.pt",
+                    "--init_optimizer=True").stdout
+    assert "resume: max_steps was 40, now it is 25" in text
     assert_same_weights(tmp_path / "whole", tmp_path / "branch")
     assert column(tmp_path / "branch", "lr") == column(tmp_path / "whole", "lr")[20:]
 

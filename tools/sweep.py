@@ -134,7 +134,7 @@ def run_missing(config, variant, rate, seeds, role):
             utils.write_json(f"{config.out_dir}/options.json", options)
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "output.txt", "w") as output:
-            status = subprocess.run(command, stdout=output, stderr=output).returncode
+            status = subprocess.Popen(command, stdout=output, stderr=output).wait()
         if status not in (0, 3):
             lines = (folder / "output.txt").read_text().strip().splitlines()
             utils.fail(f"{folder} ended with status {status}: {lines[-1]}")
