@@ -187,19 +187,7 @@ def mix_bits(z):  # in place if z is an array: a third of the time
     z ^= z >> np.uint64(31)
     return z
 
-def draw_view(events, pulses, columns, epoch, view_min, seed):
-    """Keep a random share of the pulses that are not hidden, from view_min to 1."""
-    length = events["length"].astype(np.int64)
-    offset = np.cumsum(length) - length
-    place = np.arange(len(pulses)) + np.repeat(events["start"] - offset, length)
-    share = view_min + (1 - view_min) * uniform_hash(seed, ~epoch, ~events["start"])
-    keep = columns["hidden"] | (uniform_hash(seed, ~epoch, place, length) < np.repeat(share, length))
-    keep[offset] |= ~np.logical_or.reduceat(keep, offset)
-    events = events.copy()
-    events["length"] = np.add.reduceat(keep, offset, dtype=np.uint16)
-    return events, pulses[keep], {name: x[keep] for name, x in columns.items()}
-
-def draw_mask(events, pulses, string, epoch, mask_prob, mask_unit, seed, mask_aux=False, hide_times=0.0):
+def draw_mask(events, pulses, string, epoch, mask_prob, mask_unit, seed):
     """Draw the pulses to mask -> bool (P,): each HLC pulse with probability mask_prob.
 
     mask_unit: masked together are single pulses, or those of a DOM or a string
@@ -212,19 +200,13 @@ def draw_mask(events, pulses, string, epoch, mask_prob, mask_unit, seed, mask_au
     start, dom = np.repeat(events["start"], length), pulses["dom"]
     places = {"pulse": start + np.arange(len(dom)) - np.repeat(offset, length),
               "dom": start * 2**16 + dom, "string": start * 2**16 + string[dom]}
-    for width in (512, 2048):
-        places[f"{width}ns"] = start * 2**16 + (pulses["time"] // width).astype(np.int64)
     places = [places[unit] for unit in mask_unit.split("+")]
     choice = uniform_hash(seed, epoch, ~events["start"]) * len(places)
     place = np.choose(np.repeat(choice.astype(int), length), places)
     number = uniform_hash(seed, epoch, place, length)
-    everything = number.copy()
     number[pulses["aux"]] = 2.0  # never
     limit = np.maximum(np.minimum.reduceat(number, offset), mask_prob)
-    masked = (number <= np.repeat(limit, length)) & ~pulses["aux"]
-    late = masked & (uniform_hash(seed + 77, epoch, place, length) < hide_times)
-    hidden = masked | (everything <= np.repeat(limit, length)) if mask_aux else masked
-    return {"masked": masked, "hidden": hidden, "timeless": late}
+    return (number <= np.repeat(limit, length)) & ~pulses["aux"]
 
 # ---- packed micro-batches -----------------------------------------------------------------------
 
@@ -239,7 +221,7 @@ def micro_batches(events, pulses, size, labels=(), mask=None):
     length = events["length"].astype(np.int64)
     offset = np.cumsum(length) - length
     columns = {name: np.ascontiguousarray(pulses[name]) for name in PULSE.names}
-    columns |= {} if mask is None else mask
+    columns |= {} if mask is None else {"masked": mask}
     batches = []
     for rows in np.array_split(np.argsort(length, kind="stable"), -(-len(events) // size)):
         n_tokens = length[rows] + 1
@@ -255,8 +237,7 @@ def micro_batches(events, pulses, size, labels=(), mask=None):
         extra = {"max_seqlen": int(n_tokens.max()), "row": rows}
         batch["cu_seqlens"] = cu_seqlens.astype(np.int32)
         if mask is not None:
-            for name in mask:
-                batch[name] = np.flatnonzero(batch[name])
+            batch["masked"] = np.flatnonzero(batch["masked"])
             batch["masked_event"] = np.repeat(np.arange(len(rows)), n_tokens)[batch["masked"]]
             extra["n_masked_events"] = len(np.unique(batch["masked_event"]))
         batches.append({name: torch.from_numpy(x) for name, x in batch.items()} | extra)

@@ -94,7 +94,7 @@ class PulseEmbedding(nn.Module):
         self.use_dom_positions = config.use_dom_positions
         if config.use_dom_positions:
             self.position = nn.Linear(3, E)
-            self.mask = nn.Parameter(torch.empty(2, E))
+            self.mask = nn.Parameter(torch.empty(1, E))
         else:
             self.dom_table = nn.Embedding(len(geometry) + 1, E)  # the last row is MASK
         self.features = nn.Linear(len(FEATURE_STD), D - E)
@@ -102,13 +102,10 @@ class PulseEmbedding(nn.Module):
 
     def forward(self, batch):
         dom = batch["dom"]
-        if "masked" in batch:  # only the id is masked: time, charge and aux stay visible
-            dom = dom.index_fill(0, batch["hidden"], len(self.geometry))
-            dom = dom.index_fill(0, batch["timeless"], len(self.geometry) + 1)
+        if "masked" in batch:  # the id alone; time, charge, aux stay
+            dom = dom.index_fill(0, batch["masked"], len(self.geometry))
         # physical units -> numbers of order one, by upstream's factors
         time = (batch["time"] - 1e4) / 3e4  # [ns] the trigger is near 10,000
-        if "timeless" in batch:
-            time = time.index_fill(0, batch["timeless"], 0.0)
         charge = torch.log10(batch["charge"].clamp(min=1e-3)) / 3  # [p.e.] from 0.025 on
         pulses = torch.stack([time, charge, batch["aux"].to(time.dtype) - 0.5], dim=-1)  # (T, 3)
         with torch.autocast(dom.device.type, enabled=False):  # bfloat16 rounds 12,000 ns by 7
@@ -280,7 +277,6 @@ class PolarBERT(nn.Module):
             self.dom_head = nn.Linear(D, len(geometry))  # DIFF(upstream): no logit for padding
         else:
             self.dom_head = PositionHead(config, geometry)
-        self.time_head = nn.Linear(D, 1)
         self.cls_heads = nn.ModuleDict({name: nn.Linear(D, CLS_TARGETS[name][1])
                                         for name in config.cls_target.split("+")})
         query = self.dom_head if config.dom_head == "linear" else self.dom_head.query
@@ -290,19 +286,11 @@ class PolarBERT(nn.Module):
         """Return the losses of each event (B,): "dom", and those of cls_target."""
         logits, cls_pred = self.predict(batch)
         losses = {name: cls_loss(name, pred, batch)[0] for name, pred in cls_pred.items()}
-        if self.config.hide_times:
-            late = torch.isin(batch["masked"], batch["timeless"])
-            truth = (batch["time"].index_select(0, batch["masked"]) - 1e4) / 1e3  # us
-            loss = F.smooth_l1_loss(self.time_pred.squeeze(-1), truth, reduction="none") * late
-            zeros = loss.new_zeros(len(batch["cu_seqlens"]) - 1)
-            n = zeros.index_add(0, batch["masked_event"], late.float())
-            losses["time"] = zeros.index_add(0, batch["masked_event"], loss) / n.clamp(min=1)
         return {"dom": self.dom_loss(logits, batch), **losses}
 
     def predict(self, batch):
         """Return logits of the masked pulses (M, V), predictions of [CLS] {name: (B, n)}."""
         cls, x = self.encoder(batch)
-        self.time_pred = self.time_head(x)
         logits = self.dom_head(x)  # DIFF(upstream): of masked pulses only
         dtype = self.dom_head.bias.dtype  # of the weights, not autocast's
         cls_pred = {name: head(cls).to(dtype) for name, head in self.cls_heads.items()}

@@ -41,10 +41,6 @@ class TrainConfig(ModelConfig):
     val_events: int = 100_000  # use the first N; 0 = all
     mask_prob: float = 0.25  # share of the HLC pulses whose DOM is masked
     mask_unit: str = "pulse"  # masked together: pulse, dom, string; a+b: one of them
-    view_min: float = 1.0  # view
-    mask_aux: bool = False  # aux
-    hide_times: float = 0.0  # times
-    lambda_time: float = 1.0  # time
     lambda_dom: float = 1.0  # weights of losses: DOM
     lambda_charge: float = 1.0  # squared error of log10(charge)
     lambda_center: float = 1.0  # squared error in 500 m
@@ -85,9 +81,7 @@ def masked_batches(split, index, epoch, config, seed):
     """Read the events `index` (B,) of a split -> micro-batches with masked pulses."""
     events, pulses = data.read_events(split, index)
     mask = data.draw_mask(events, pulses, split.geometry["string"], epoch, config.mask_prob,
-                          config.mask_unit, seed, config.mask_aux, config.hide_times)
-    if config.view_min < 1:
-        events, pulses, mask = data.draw_view(events, pulses, mask, epoch, config.view_min, seed)
+                          config.mask_unit, seed)
     targets = [CLS_TARGETS[name][0] for name in config.cls_target.split("+")]
     return data.micro_batches(events, pulses, config.micro_batch_size, targets, mask)
 
@@ -110,8 +104,7 @@ def evaluate(model, split, config, autocast) -> dict:
         utils.fail(f"{split.path}: fewer events than ranks")
     dom_loss = {}
     for unit in ("string", "pulse"):  # the other numbers are those of "pulse"
-        masks, rows = replace(config, mask_prob=0.25, mask_unit=unit, view_min=1.0,
-                              mask_aux=False, hide_times=0.0), []
+        masks, rows = replace(config, mask_prob=0.25, mask_unit=unit), []
         for batch in chain.from_iterable(data.prefetch(
                 lambda index: masked_batches(split, index, 0 * index, masks, VAL_SEED),
                 chunks, geometry.device)):
@@ -167,7 +160,7 @@ def main():
     if config.train_split == config.val_split:
         utils.fail(f"train_split and val_split are both {config.val_split!r}; "
                    f"event {val_data.events['event_id'][0]} would be in both")
-    if not set(config.mask_unit.split("+")) <= {"pulse", "dom", "string", "512ns", "2048ns"}:
+    if not set(config.mask_unit.split("+")) <= {"pulse", "dom", "string"}:
         utils.fail(f"mask_unit = {config.mask_unit!r}: join some of pulse, dom, string by +")
     data_id = {
         "fingerprint": meta["fingerprint"],

@@ -15,7 +15,7 @@ variants = {
     for name in ("published", "published_muon", "dom_pulses", "dom_strings", "line_fit",
                  "line_fit+dom_pulses", "line_fit+dom_strings", "line_fit+dom_strings_muon",
                  "four_epochs", "four_epochs_muon", "four_epochs_gelu", "large", "linear_head",
-                 "hide_times", "mask_aux", "views", "windows_512", "windows_2048", "line_fit_x10", "table", "random_pulses", "masked_doms", "pulses_or_strings", "strings_0.15",
+                 "table", "random_pulses", "masked_doms", "pulses_or_strings", "strings_0.15",
                  "strings_0.5", "line_fit_x3")
 } | {
     f"scratch/{labels}": f"--pretrained= --optimizer=muon --train_events={labels} "

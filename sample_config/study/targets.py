@@ -24,12 +24,6 @@ variants = {
     "pulses_or_strings": "--mask_unit=pulse+string",
     "strings_0.15": "--mask_prob=0.15",
     "strings_0.5": "--mask_prob=0.5",
-    "hide_times": "--hide_times=0.5",
-    "mask_aux": "--mask_aux=True",
-    "views": "--view_min=0.3 --max_steps=2000 --cooldown_steps=1000",
-    "windows_512": "--mask_unit=512ns",
-    "windows_2048": "--mask_unit=2048ns",
-    "line_fit_x10": "--lambda_line_fit=10",
     "line_fit_x3": "--lambda_line_fit=3",
 }
 rates = "0.01"
