@@ -45,6 +45,8 @@ def load_model(path, data_dir=""):
     meta, geometry = data.read_folder(run.data_dir)
     if (rule := checkpoint["data"]["rule"]) != meta["rule"]:
         utils.print0(f"warning: {path}: of other data, rule {rule}, here {meta['rule']}")
+    is_other = checkpoint["data"].get("fingerprint") != meta["fingerprint"]
+    checkpoint["prefix"] = "evaluation_" + f"{Path(run.data_dir).name}_" * is_other
     model = (Reconstructor if hasattr(run, "task") else PolarBERT)(run, geometry)
     model.load_state_dict(weights_for_detector(checkpoint["model"], geometry, path))
     return model, run, checkpoint
@@ -138,7 +140,7 @@ def bins_of(events):
     """Return (name, mask) for each row of the table."""
     kind, n, zenith = events["event_class"], events["n_pulses"], np.degrees(events["zenith"])
     bins = [("track", kind, 1, 2), ("cascade", kind, 2, 3)]
-    for k in range(-9, 20):  # bins of few events are left out
+    for k in range(-9, 20):
         bins.append((f"1e{k} to 1e{k + 1} GeV", events["energy"], 10.0**k, 10.0 ** (k + 1)))
     for low, high in ((1, 32), (32, 64), (64, 128), (128, 256), (256, 1024), (1024, np.inf)):
         bins.append((f"{low} to {high - 1} pulses", n, low, high))
@@ -214,8 +216,7 @@ def evaluate_checkpoint(config, device, autocast):
     run.batch_size = config.batch_size
     run.micro_batch_size = config.micro_batch_size or data.fitting_micro_batch_size(
         run, device, checkpoint["data"])
-    batches = predict(model.to(device), split, run, autocast, wants_cls=config.embeddings)
-    parts = [arrays for _, arrays in batches]
+    parts = [x for _, x in predict(model.to(device), split, run, autocast, config.embeddings)]
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     if utils.RANK > 0:
         return
@@ -232,7 +233,7 @@ def evaluate_checkpoint(config, device, autocast):
         report(arrays["x"][labelled], split.events[labelled], config.checkpoint, run, checkpoint)
 
 def report(x, events, path, run, checkpoint):
-    """Print the scores of x (n, width), write evaluation_<split>.json."""
+    """Print the scores of x (n, width), write evaluation_*.json."""
     scores = task_scores(x, events, run.task)
     rows = evaluation_table(scores, events, run.task)
     print_table(rows)
@@ -248,8 +249,7 @@ def report(x, events, path, run, checkpoint):
                    for name in ("mean", "line_fit_mean", "guess_mean"))
         text = f"mean error {x}; a line fit has {y}, one direction for all {z}"
     utils.print0(f"{path}, {content['n_train']:,} labels: {text}")
-    folder = f"{Path(run.data_dir).name}_" * (run.data_dir != checkpoint["config"]["data_dir"])
-    utils.write_json(Path(path).parent / f"evaluation_{folder}{run.val_split}.json", content)
+    utils.write_json(Path(path).parent / f"{checkpoint['prefix']}{run.val_split}.json", content)
 
 def main():
     config = utils.load_config(EvaluateConfig, __doc__)

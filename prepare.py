@@ -300,8 +300,8 @@ def main():
     path, settings = unfinished / "settings.json", meta
     if meta_path.exists():
         path, (settings, _) = meta_path, data.read_folder(data_dir)
-        if any(x.stat().st_mtime > meta_path.stat().st_mtime for x in input_dir.glob("*_*")):
-            fail(f"{path}: older than files of {input_dir}; use another data_dir, or touch it")
+        if any(x.stat().st_mtime > path.stat().st_mtime for x in input_dir.glob("*_*.*")):
+            settings["input_dir"] += ", before it changed"
         utils.print0(f"{data_dir}: complete, nothing to do")
     elif path.exists():
         settings = json.loads(path.read_text())

@@ -30,7 +30,7 @@ class GRU(nn.Module):
         self.gru = nn.GRU(config.embedding_dim, config.embedding_dim // 2, batch_first=True)
 
     def forward(self, x, valid):
-        return self.gru(x)[0]  # padding comes last, and reaches no token
+        return self.gru(x)[0]  # padding comes last
 
 class Mamba(nn.Module):
     """Mamba-2 (Dao & Gu 2024, arXiv:2405.21060): convolution, selective state space, gate.

@@ -261,7 +261,7 @@ def match_options(config, checkpoint, model_class, data_id, path, resume):
         now = getattr(config, name, value)
         if now != value and name in fixed:
             if name in config.given:
-                fail(f"{name} = {now!r}, but {path} has {value!r}; use that, or another out_dir")
+                fail(f"{name} = {now!r}, but {path} has {value!r}; use that, or begin anew")
             setattr(config, name, value)
         elif now != value and continues and name != "micro_batch_size":
             print0(f"resume: {name} was {value!r}, now it is {now!r}")
@@ -278,7 +278,7 @@ def start_log(config, start_step):
     write_atomic(f"{config.out_dir}/config.json", lambda part: part.write_text(text))
     warmup = config.warmup_steps or round(1 / (1 - config.beta2))
     if warmup + config.cooldown_steps * (config.schedule == "trapezoidal") > config.max_steps:
-        print0("warning: warmup_steps and cooldown_steps exceed max_steps")
+        print0(f"warning: {warmup} warm-up steps and the cooldown exceed max_steps")
     path, rows, wandb_run = Path(config.out_dir) / "log.csv", [], None
     if path.exists():
         rows = [row for row in csv.DictReader(path.open()) if int(row["step"]) < start_step]

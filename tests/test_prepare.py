@@ -274,7 +274,7 @@ def test_a_batch_is_done_again_if_its_input_has_changed(raw, straight, tmp_path)
 @pytest.mark.parametrize("option, words", [
     ("--seed=4", "seed = 0, now 4"), ("--max_pulses=64", "'max_pulses': 127"),
     ("--keep=brightest", "'keep': 'random'"), ("--splits={'val': (3, 3)}", "split"),
-    ("--input_dir=docs", "input_dir = ")])
+    ("--input_dir=data", "input_dir = ")])
 def test_a_complete_folder_is_left_alone(raw, straight, tmp_path, option, words):
     target = shutil.copytree(straight[0], tmp_path / "data")
     flags = [f"--input_dir={raw[0]}", f"--data_dir={target}", SPLITS]
@@ -284,7 +284,7 @@ def test_a_complete_folder_is_left_alone(raw, straight, tmp_path, option, words)
     os.truncate(target / "val_pulses.bin", 100)
     assert "val_pulses.bin" in user_error("prepare.py", *flags)
     os.utime(target / "meta.json", (0, 0))
-    assert "meta.json: older than files of" in user_error("prepare.py", *flags)
+    assert f"{raw[0]}, before it changed, now" in user_error("prepare.py", *flags)
 
 # ---- hostile input: each case spoils a good folder in one way -----------------------------------
 

@@ -133,15 +133,16 @@ def run_missing(config, variant, rate, seeds, role):
             options = check_variants(config)
             utils.write_json(f"{config.out_dir}/options.json", options)
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "output.txt", "w") as output:
-            status = subprocess.Popen(command, stdout=output, stderr=output).wait()
+        with open(folder / "output.txt", "w") as output, contextlib.ExitStack() as stack:
+            process = subprocess.Popen(command, stdout=output, stderr=output)
+            stack.callback(process.wait)  # after Ctrl-C it saves
+            status = process.wait()
         if status not in (0, 3):
             lines = (folder / "output.txt").read_text().strip().splitlines()
             utils.fail(f"{folder} ended with status {status}: {lines[-1]}")
         log = {row["step"]: row for row in read_csv(folder / "log.csv")}
         last = log.get(str(options[variant]["max_steps"]), {})
-        if status == 3:  # diverged
-            last = {config.metric: "inf"}
+        last = {config.metric: "inf"} if status == 3 else last  # diverged
         results = {name: x for name, x in last.items() if x not in ("", "nan")}
         if config.metric not in results:
             utils.fail(f"{folder}/log.csv: no {config.metric} at its end")
