@@ -261,7 +261,7 @@ def match_options(config, checkpoint, model_class, data_id, path, resume):
         now = getattr(config, name, value)
         if now != value and name in fixed:
             if name in config.given:
-                fail(f"{name} = {now!r}, but {path} has {value!r}; use that, or begin anew")
+                fail(f"{name} = {now!r}, but {path} has {value!r}; use that, or start a new run")
             setattr(config, name, value)
         elif now != value and continues and name != "micro_batch_size":
             print0(f"resume: {name} was {value!r}, now it is {now!r}")
