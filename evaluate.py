@@ -140,7 +140,7 @@ def bins_of(events):
     """Return (name, mask) for each row of the table."""
     kind, n, zenith = events["event_class"], events["n_pulses"], np.degrees(events["zenith"])
     bins = [("track", kind, 1, 2), ("cascade", kind, 2, 3)]
-    for k in range(-9, 20):
+    for k in range(-9, 20):  # all there are
         bins.append((f"1e{k} to 1e{k + 1} GeV", events["energy"], 10.0**k, 10.0 ** (k + 1)))
     for low, high in ((1, 32), (32, 64), (64, 128), (128, 256), (256, 1024), (1024, np.inf)):
         bins.append((f"{low} to {high - 1} pulses", n, low, high))

@@ -301,7 +301,7 @@ def main():
     if meta_path.exists():
         path, (settings, _) = meta_path, data.read_folder(data_dir)
         if any(x.stat().st_mtime > path.stat().st_mtime for x in input_dir.glob("*_*.*")):
-            settings["input_dir"] += ", before it changed"
+            settings["input_dir"] += ", before it changed"  # refused below
         utils.print0(f"{data_dir}: complete, nothing to do")
     elif path.exists():
         settings = json.loads(path.read_text())
