@@ -273,28 +273,28 @@ def match_options(config, checkpoint, model_class, data_id, path, resume):
         print0(f"warning: {path}: rule {checkpoint['data']['rule']}, not {data_id['rule']}")
 
 def start_log(config, start_step):
-    """Write config.json, keep log.csv's rows before start_step -> log(row)."""
-    text = json.dumps(dataclasses.asdict(config), indent=1)
-    write_atomic(f"{config.out_dir}/config.json", lambda part: part.write_text(text))
+    """Write config.json, keep log.csv's rows up to start_step -> log(row)."""
+    write_json(f"{config.out_dir}/config.json", dataclasses.asdict(config))
     warmup = config.warmup_steps or round(1 / (1 - config.beta2))
     if warmup + config.cooldown_steps * (config.schedule == "trapezoidal") > config.max_steps:
         print0(f"warning: {warmup} warm-up steps and the cooldown exceed max_steps")
-    path, rows, wandb_run = Path(config.out_dir) / "log.csv", [], None
+    path, rows, run = Path(config.out_dir) / "log.csv", [], None
     if path.exists():
-        rows = [row for row in csv.DictReader(path.open()) if int(row["step"]) < start_step]
+        rows = [row for row in csv.DictReader(path.open()) if int(row["step"]) <= start_step > 0]
     if config.wandb_project and RANK == 0:
         import wandb
-        wandb_run = wandb.init(project=config.wandb_project, group=config.out_dir,
+        run = wandb.init(project=config.wandb_project, group=config.out_dir,
                                config=dataclasses.asdict(config))
     begin = time.perf_counter() - float(rows[-1].get("seconds") or 0 if rows else 0)
     def log(row):
         row["seconds"] = round(time.perf_counter() - begin, 1)
-        rows.append({name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()})
+        text = {name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()}
+        rows.append((rows.pop() if rows and rows[-1]["step"] == str(row["step"]) else {}) | text)
         columns = dict.fromkeys(name for row in rows for name in row)
         lines = [",".join(str(row.get(name, "")) for name in columns) for row in rows]
         lines = "\n".join([",".join(columns), *lines, ""])
         write_atomic(path, lambda part: part.write_text(lines))
-        if wandb_run:
-            wandb_run.log(row, step=row["step"])
+        if run:
+            run.log(row, step=row["step"])
     return log
 

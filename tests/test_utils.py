@@ -122,8 +122,8 @@ def test_log_is_cut_where_a_run_resumes(tmp_path):
     log = utils.start_log(config, start_step=0)
     for step in range(5):
         log({"step": step, "loss": 1 / 3})
-    utils.start_log(config, start_step=2)({"step": 2, "loss": 2.0, "val_loss": 3.14159265})
-    rows = ["step,loss,seconds,val_loss", "0,0.333333,0,", "1,0.333333,0,", "2,2,0,3.14159"]
+    utils.start_log(config, start_step=2)({"step": 2, "val_loss": 3.14159265})
+    rows = ["step,loss,seconds,val_loss", "0,0.333333,0,", "1,0.333333,0,", "2,0.333333,0,3.14159"]
     assert re.sub(r"0\.[0-2],", "0,", (tmp_path / "log.csv").read_text()).split() == rows
 
 @pytest.mark.parametrize("has_bf16, dtype", [(True, torch.bfloat16), (False, torch.float32)])
