@@ -113,15 +113,15 @@ def read_geometry_csv(path, origin="0,0,0"):
         order = np.argsort(table["sensor_id"])
         position = np.array([table[axis] for axis in "xyz"], np.float64).T[order]
         position -= np.array(origin.split(","), float).reshape(3)
+        string = position[:, :2] if len(order) != 5160 else np.arange(5160) // 60  # IceCube
+        string = np.array(table["string"])[order] if "string" in table else string
+        string = np.unique(string, axis=0, return_inverse=True)[1].ravel()
     except (ValueError, TypeError, KeyError) as error:
-        fail(f"{path}: needs numbers in columns sensor_id, x, y, z [m] ({str(error)[:80]!r})")
+        fail(f"{path}: needs numbers in sensor_id, x, y, z [m], no gaps ({str(error)[:80]!r})")
     is_counted = np.array_equal(np.sort(table["sensor_id"]), np.arange(len(order)))
     if not is_counted or len(order) > MAX_DOMS or not np.isfinite(position).all():
-        fail(f"{path}: needs sensor_id 0, 1, 2, ... up to {MAX_DOMS - 1}, and finite positions")
-    key = np.array(table["string"])[order] if "string" in table else position[:, :2]
-    if "string" not in table and len(order) == 5160:  # IceCube-86
-        key = np.arange(5160) // 60
-    return position, np.unique(key, axis=0, return_inverse=True)[1].ravel()
+        fail(f"{path}: needs sensor_id 0, 1, 2, ... up to {MAX_DOMS - 1}, finite positions")
+    return position, string
 
 # ---- which events make up a step ----------------------------------------------------------------
 

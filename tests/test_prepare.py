@@ -195,6 +195,9 @@ def test_strings_of_a_detector(tmp_path, header, rows, expected):
     (tmp_path / "g.csv").write_text("\n".join([header, *rows]))
     position, string = data.read_geometry_csv(tmp_path / "g.csv")
     assert np.array_equal(string, expected) and position.shape == (len(rows), 3)
+    (tmp_path / "g.csv").write_text("sensor_id,x,y,z,string\n1,5,1,2,7\n0,9,1,1,\n")
+    with pytest.raises(SystemExit):  # a gap
+        data.read_geometry_csv(tmp_path / "g.csv")
 
 def test_the_draw_is_fair_and_depends_on_the_event_alone():
     n, config = 2000, prepare.PrepareConfig(max_pulses=20)
@@ -205,8 +208,7 @@ def test_the_draw_is_fair_and_depends_on_the_event_alone():
     pulses = prepare.pack(events, t, charge, dom, aux, DETECTOR, config)
     share = np.bincount(pulses["time"].astype(int), minlength=50) / n
     assert (share[:10] == 1).all() and np.abs(share[10:] - 0.25).max() < 0.05  # 5 sigma
-    first = t[:50], charge[:50], dom[:50], aux[:50]
-    again = prepare.pack(events[100:101], *first, DETECTOR, config)
+    again = prepare.pack(events[100:101], t[:50], charge[:50], dom[:50], aux[:50], DETECTOR, config)
     assert np.array_equal(again, pulses[2000:2020])
 
 def test_the_test_set_has_no_labels(straight):
@@ -217,9 +219,8 @@ def test_the_test_set_has_no_labels(straight):
 def test_the_table_and_meta_json(straight):
     folder, done = straight
     split, meta = data.open_split(folder, "val"), data.read_folder(folder)[0]
-    n_cut = (split.events["n_pulses"] > 127).sum()
+    e, n_cut = split.events, (split.events["n_pulses"] > 127).sum()
     counts = f"val: 1 batches, n_events 33, n_pulses {len(split.pulses)}, n_cut {n_cut},"
-    e = split.events
     x, y, z = np.sin(e["zenith"]), np.sin(e["zenith"]), np.cos(e["zenith"])
     source = np.stack([x * np.cos(e["azimuth"]), y * np.sin(e["azimuth"]), z], axis=1)
     cosine = f"{(e['line_fit'] * source).sum(axis=1).mean():.3f}"
@@ -338,8 +339,7 @@ def test_wrong_origins_and_no_hlc_pulse_are_refused(demo_data, tmp_path, z, time
     write_geometry(source, position + [0, 0, z])
     table = pq.read_table(source / "train/batch_1.parquet").to_pydict()
     columns = {name: np.array(values) for name, values in table.items()}
-    columns["time"] = columns["time"] + time
-    columns["auxiliary"] |= aux
+    columns |= {"time": columns["time"] + time, "auxiliary": columns["auxiliary"] | aux}
     pq.write_table(pa.table(columns), source / "train/batch_1.parquet")
     flags = [f"--input_dir={source}", "--splits={'a': (1, 1)}"]
     assert words in user_error("prepare.py", *flags, f"--data_dir={tmp_path}/d")
