@@ -29,7 +29,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 CHECKPOINT_FORMAT = 3
 Device = Literal["auto", "cuda", "mps", "cpu"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-tqdm.set_lock(threading.RLock())  # the default leaks a semaphore if a worker fails
+tqdm.set_lock(threading.RLock())  # the default leaks a semaphore
 locks = weakref.WeakSet()  # files that lock_folder holds
 groups = []  # if DDP frees the group last, teardown deadlocks
 
@@ -131,7 +131,7 @@ def write_atomic(path, write):
     for lock in locks:
         inode = os.stat(lock.name).st_ino if os.path.exists(lock.name) else 0
         if inode != os.fstat(lock.fileno()).st_ino:
-            fail(f"{lock.name}: removed while this run used it; another may write there now")
+            fail(f"{lock.name}: removed while this run used it")
     part = Path(f"{path}.{os.getpid()}.part")
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
@@ -204,7 +204,7 @@ def init_distributed(config):
     if name == "cuda":
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if local_rank >= torch.cuda.device_count():
-            fail(f"device = 'cuda': torch sees {torch.cuda.device_count()} GPUs on this machine")
+            fail(f"device = 'cuda': torch sees {torch.cuda.device_count()} GPUs")
         name = f"cuda:{local_rank}"
         torch.cuda.set_device(local_rank)
         torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients, pytorch issue 196678
@@ -274,17 +274,17 @@ def match_options(config, checkpoint, model_class, data_id, path, resume):
 
 def start_log(config, start_step):
     """Write config.json, keep log.csv's rows up to start_step -> log(row)."""
-    write_json(f"{config.out_dir}/config.json", dataclasses.asdict(config))
+    text = json.dumps(dataclasses.asdict(config), indent=1)
+    write_atomic(f"{config.out_dir}/config.json", lambda part: part.write_text(text))
     warmup = config.warmup_steps or round(1 / (1 - config.beta2))
     if warmup + config.cooldown_steps * (config.schedule == "trapezoidal") > config.max_steps:
         print0(f"warning: {warmup} warm-up steps and the cooldown exceed max_steps")
-    path, rows, run = Path(config.out_dir) / "log.csv", [], None
+    path, rows, wandb = Path(config.out_dir) / "log.csv", [], None
     if path.exists():
         rows = [row for row in csv.DictReader(path.open()) if int(row["step"]) <= start_step > 0]
     if config.wandb_project and RANK == 0:
         import wandb
-        run = wandb.init(project=config.wandb_project, group=config.out_dir,
-                               config=dataclasses.asdict(config))
+        wandb.init(project=config.wandb_project, group=config.out_dir, config=json.loads(text))
     begin = time.perf_counter() - float(rows[-1].get("seconds") or 0 if rows else 0)
     def log(row):
         row["seconds"] = round(time.perf_counter() - begin, 1)
@@ -294,7 +294,7 @@ def start_log(config, start_step):
         lines = [",".join(str(row.get(name, "")) for name in columns) for row in rows]
         lines = "\n".join([",".join(columns), *lines, ""])
         write_atomic(path, lambda part: part.write_text(lines))
-        if run:
-            run.log(row, step=row["step"])
+        if wandb:
+            wandb.log(row, step=row["step"])
     return log
 
